@@ -1,0 +1,35 @@
+"Packaging: everything is read from settings.ini, the one place for version and dependencies."
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+config = ConfigParser(delimiters=["="])
+config.read(here / "settings.ini", encoding="utf-8")
+cfg = config["DEFAULT"]
+readme = here / "README.md"
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    author_email=cfg["author_email"],
+    url=cfg["git_url"],
+    license="Apache-2.0",
+    keywords=cfg["keywords"].split(),
+    python_requires=">=" + cfg["min_python"],
+    packages=find_packages(include=["dynad", "dynad.*"]),
+    package_data={"dynad": ["weights/*.safetensors", "weights/*.json"]},
+    install_requires=cfg["requirements"].split(),
+    extras_require={
+        "dev": cfg["dev_requirements"].split(),
+        "faiss-cpu": cfg["extra_faiss_cpu"].split(),
+        "faiss-gpu": cfg["extra_faiss_gpu"].split(),
+    },
+    entry_points={"console_scripts": cfg["console_scripts"].split()},
+    zip_safe=False,
+)

@@ -1,0 +1,86 @@
+import multiprocessing, os, signal, time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dynad.store import Shards, Store, StoreError, atomic_write, load_tensors, replacing, save_tensors, state_hash
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = atomic_write(tmp_path/'x.txt', 'old')
+    with pytest.raises(RuntimeError):
+        with replacing(path) as tmp:
+            tmp.write_text('half')
+            raise RuntimeError
+    assert path.read_text() == 'old' and [p.name for p in tmp_path.iterdir()] == ['x.txt']
+
+
+def test_truncated_and_foreign_files_are_named(tmp_path):
+    path = save_tensors(tmp_path/'t.safetensors', {'x': torch.ones(100)})
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(StoreError, match='t.safetensors: not a whole safetensors file'): load_tensors(path)
+    torch.save({'x': torch.ones(3)}, tmp_path/'pickle.safetensors')
+    with pytest.raises(StoreError, match='not a whole safetensors file'): load_tensors(tmp_path/'pickle.safetensors')
+    with pytest.raises(StoreError, match='no such file'): load_tensors(tmp_path/'none.safetensors')
+
+
+def test_hash_tells_weights_apart():
+    a = {'w': torch.arange(4.), 'b': torch.zeros(1)}
+    assert state_hash(a) == state_hash({k: v.clone() for k, v in reversed(a.items())})
+    assert state_hash(a) != state_hash({**a, 'w': torch.arange(4.).flip(0)})
+    assert state_hash(a) != state_hash({**a, 'w': torch.arange(4.).double()})
+    assert state_hash(a) != state_hash({**a, 'w': torch.arange(4.).view(2, 2)})
+
+
+def _slow(root, out):
+    store = Store(root)
+    def make(work):
+        with open(out, 'a') as f: f.write('made\n')
+        time.sleep(1)
+        return {'x': torch.ones(1)}
+    store.tensors('s', {'a': 1}, make)
+
+
+def test_two_processes_make_a_stage_once(tmp_path):
+    ctx = multiprocessing.get_context('spawn')
+    ps = [ctx.Process(target=_slow, args=(tmp_path/'run', tmp_path/'log')) for _ in range(2)]
+    for p in ps: p.start()
+    for p in ps: p.join()
+    assert [p.exitcode for p in ps] == [0, 0] and (tmp_path/'log').read_text() == 'made\n'
+
+
+def _hang(root, out):
+    def make(work):
+        save_tensors(work/'checkpoint.safetensors', {'step': torch.tensor(3)})
+        Path(out).touch()
+        time.sleep(60)
+    Store(root).stage('s', {'a': 1}, make)
+
+
+def test_a_killed_stage_is_not_done_and_resumes_from_its_checkpoint(tmp_path):
+    p = multiprocessing.get_context('spawn').Process(target=_hang, args=(tmp_path/'run', tmp_path/'started'))
+    p.start()
+    for _ in range(600):
+        if (tmp_path/'started').exists(): break
+        time.sleep(.1)
+    os.kill(p.pid, signal.SIGKILL); p.join()
+    store = Store(tmp_path/'run')
+    assert not store.done('s', {'a': 1})
+    assert store.tensors('s', {'a': 1}, lambda work: load_tensors(work/'checkpoint.safetensors'))['step'] == 3
+    assert store.done('s', {'a': 1}) and store.seconds('s', {'a': 1}) >= 0
+
+
+def test_shards_make_each_row_once_whoever_asks(tmp_path):
+    asked = []
+    def make(rows): asked.extend(rows); return {'y': torch.tensor(rows).float()}
+    a, b = (Shards(Store(tmp_path), 'n', {'k': 1}) for _ in range(2))
+    assert a.get([4, 0, 4], make)['y'].tolist() == [4, 0, 4]
+    assert b.get([0, 1, 4], make, chunk=1)['y'].tolist() == [0, 1, 4]
+    assert a.get([1], make)['y'].tolist() == [1] and sorted(asked) == [0, 1, 4]
+    assert a.seconds([0, 4]) >= 0
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path/'file').write_text('')
+    with pytest.raises(StoreError, match='cannot be made a run directory'): Store(tmp_path/'file'/'run')
