@@ -148,16 +148,16 @@ class Staged:
     def raw_maps(self, t_hat: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         "l_map [N,1,h,w] and the layers of f_map [N,1,h_j,w_j] at T̂ [N], before calibration."
         m = self.model
-        z_hat: dict[int, Tensor] = {}
+        pairs = self._pairs(t_hat)
+        z_hat = dict(zip(pairs, self.z_hat(t_hat))) if self._maps.missing(pairs) else {}
         def make(pairs):
-            if not z_hat: z_hat.update(zip(self._pairs(t_hat), self.z_hat(t_hat)))
             out: list[dict[str, Tensor]] = []
             for b in _batches(len(pairs), m.config.batch, 'maps', self.progress):
                 rows, z = [pairs[k]//_PAIR for k in b], torch.stack([z_hat[pairs[k]] for k in b])
                 f = feature_maps({j: self.fx[j][rows] for j in m.config.fusion.layers}, m.look(m.decode(z)), m.config.fusion.layers)
                 out.append({'l': latent_map(self.z0[rows], z), **{f'f{j}': v for j, v in f.items()}})
             return {k: torch.cat([o[k] for o in out]) for k in out[0]}
-        got = self._maps.get(self._pairs(t_hat), make)
+        got = self._maps.get(pairs, make)
         return got['l'], {j: got[f'f{j}'] for j in m.config.fusion.layers}
 
     def maps(self, t_hat: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -181,7 +181,7 @@ class Staged:
         pairs = self._pairs(t_hat)
         out = {name: self.store.seconds(name, parts) for name, parts in self.touched.items()}
         out['reconstructions'] = self._reconstructions.seconds(pairs)
-        out['maps'] = max(0., self._maps.seconds(pairs) - out['reconstructions'])
+        out['maps'] = self._maps.seconds(pairs)
         return out
 
 # %% ../nbs/14_detector.ipynb #adc99077

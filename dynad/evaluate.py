@@ -27,7 +27,7 @@ from .store import atomic_write, replacing
 
 # %% auto #0
 __all__ = ['KEYS', 'MEASURED', 'all_metrics', 'Evaluation', 'untrained', 'baseline_maps', 'evaluate', 'write_result', 'save_maps',
-           'metrics_table']
+           'save_table', 'metrics_table']
 
 # %% ../nbs/15_evaluate.ipynb #4b6838fb
 KEYS = ('i_auroc', 'p_auroc', 'pro', 'i_ap', 'p_ap', 'i_f1_max', 'p_f1_max')
@@ -183,6 +183,14 @@ def save_maps(
         rows.append({'picture': s.name, 'label': s.label, 'score': float(e.scores[i]), 't_hat': int(e.t_hat[i]), 'mask': str(s.mask) if s.mask else '', 'map': name})
     atomic_write(folder/'index.csv', pd.DataFrame(rows).to_csv(index=False))
     return folder
+
+def save_table(
+    e: Evaluation,
+    path: str | Path
+) -> Path:
+    "One row per picture, as Parquet, atomically."
+    with replacing(path) as tmp: e.table().to_parquet(tmp)
+    return Path(path)
 
 def metrics_table(
     result: dict[str, Any] # from `evaluate`, or read from its JSON

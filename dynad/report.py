@@ -67,7 +67,7 @@ def marked(
 def scale_of_maps(
     maps: Tensor # [N,1,H,W] calibrated
 ) -> float:      # shown as the brightest colour
-    "One upper end for all pictures: the 0.998 quantile, at least 1, the upper end of good places."
+    "One upper end for all pictures: the 0.998 quantile, at least 1, where good places end."
     v = maps.flatten().float()
     return max(1., float(torch.quantile(v[::max(1, v.numel()//1_000_000)], .998)))
 
@@ -88,14 +88,14 @@ def pictures_of(
                   'A_map': colorize(e.maps[i], 0, ends['a']), 'mask': marked(x[k], e.maps[i] > threshold, MARKED, truth)}
     return out
 
-# %% ../nbs/15a_report.ipynb #2f645b06
-W, H, LEFT, BASE, TOP = 420, 210, 34, 168, 22 # of a chart, in SVG units
+# %% ../nbs/15a_report.ipynb #9cebded8
+W, H, LEFT, BASE, TOP = 420, 196, 34, 168, 22 # of a chart, in SVG units
 
-def _nice(top: float) -> float:
-    "A round number at or above `top`."
-    if not top > 0: return 1.
+def _nice(top: float, counts: bool) -> float:
+    "A round number at or above `top`; its half is whole for counts."
+    if not top > 0: return 2. if counts else 1.
     p = 10**np.floor(np.log10(top))
-    return float(next(m*p for m in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if m*p >= top*(1 - 1e-9)))
+    return float(next(m*p for m in (1, 2, 3, 4, 5, 6, 8, 10, 20) if m*p >= top*(1 - 1e-9) and not (counts and m*p % 2)))
 
 def bars(
     series: dict[str, Sequence[float]], # name -> height per slot
@@ -103,21 +103,23 @@ def bars(
     ticks: Sequence[tuple[float, str]] = (), # place in [0,1] and text under the axis
     above: Sequence[tuple[float, str]] = (), # place in [0,1] and text over the bars
     mark: tuple[float, str] | None = None,   # a dashed line with its text
-    percent: bool = False,
-    beside: bool = False                # series side by side in a slot; else one over the other
+    percent: bool = False,              # heights are shares, else counts
+    layout: str = 'over'                # in one slot: 'over' each other, 'beside' each other, or on a 'stack'
 ) -> dict[str, Any]:
     "Geometry of a bar chart for the page's template."
-    top = _nice(max((max(v, default=0) for v in series.values()), default=0))
+    high = np.array(list(series.values()), dtype=float)
+    top = _nice((high.sum(0) if layout == 'stack' else high).max(initial=0), counts=not percent)
     px = lambda u: round(LEFT + float(u)*(W - LEFT - 8), 2)
     py = lambda v: round(BASE - float(v)/top*(BASE - TOP), 2)
-    out, n = [], len(series)
-    for j, (name, values) in enumerate(series.items()):
-        for a, b, v in zip(xs[:-1], xs[1:], values):
-            if not v: continue
-            a, b = (a + (b - a)*j/n, a + (b - a)*(j + 1)/n) if beside else (a, b)
-            out.append(dict(x=px(a), y=py(v), w=max(.8, round(px(b) - px(a) - .6, 2)), h=round(BASE - py(v), 2), series=j, value=f'{v:.0%}' if percent else f'{v:g}', name=name))
     show = lambda v: f'{v:.0%}' if percent else f'{v:g}'
-    return dict(bars=out, names=list(series), ticks=[(px(u), t) for u, t in ticks], above=[(px(u), t) for u, t in above], mark=mark and (px(mark[0]), mark[1]),
+    out, n, under = [], len(series), np.zeros(len(xs) - 1)
+    for j, (name, values) in enumerate(series.items()):
+        for k, v in enumerate(values):
+            if not v: continue
+            a, b = (xs[k] + (xs[k+1] - xs[k])*i/n for i in ((j, j + 1) if layout == 'beside' else (0, n)))
+            out.append(dict(x=px(a), y=py(under[k] + v), w=max(.8, round(px(b) - px(a) - .6, 2)), h=round(py(0) - py(v), 2), series=j, value=show(v), name=name))
+            if layout == 'stack': under[k] += v
+    return dict(bars=out, over=layout == 'over', names=list(series), ticks=[(px(u), t) for u, t in ticks], above=[(px(u), t) for u, t in above], mark=mark and (px(mark[0]), mark[1]),
                 grid=[(py(v), show(v)) for v in (top/2, top)], w=W, h=H, left=LEFT, base=BASE, top=TOP)
 
 def bin_chart(
@@ -144,8 +146,8 @@ def t_hat_chart(
     "Pictures per T̂."
     levels = sorted(set(t_hat.tolist()))
     count = lambda y: [int(((t_hat == T) & (labels == y)).sum()) for T in levels]
-    borders, inner = np.linspace(0, 1, len(levels) + 1), []
-    c = bars({'good': count(0), 'defective': count(1)}, borders, [((a + b)/2, str(T)) for a, b, T in zip(borders, borders[1:], levels)], beside=True)
+    borders = np.linspace(0, 1, len(levels) + 1)
+    c = bars({'good': count(0), 'defective': count(1)}, borders, [((a + b)/2, str(T)) for a, b, T in zip(borders, borders[1:], levels)], layout='beside')
     for b in c['bars']: b['x'], b['w'] = round(b['x'] + .12*b['w'], 2), round(.76*b['w'], 2)
     return c
 
@@ -164,18 +166,19 @@ def score_chart(
     count = lambda m: np.histogram(f(s[m]), edges)[0].tolist()
     at = lambda v: float((f(v) - a)/(b - a))
     ends = [(at(v), f'{v:.3g}') for v in (s.min(), (np.sqrt(s.min()*s.max()) if log else (s.min() + s.max())/2), s.max())] if s.max() > s.min() else [(at(s[0]), f'{s[0]:.3g}')]
-    return bars({'good': count(~y), 'defective': count(y)}, (edges - a)/(b - a), ends, mark=(at(threshold), f'threshold {threshold:.3g}')) | {'log': log}
+    return bars({'good': count(~y), 'defective': count(y)}, (edges - a)/(b - a), ends, mark=(at(threshold), f'threshold {threshold:.3g}'), layout='stack') | {'log': log}
 
 # %% ../nbs/15a_report.ipynb #06744352
 STYLE = r'''
 :root{color-scheme:light dark;--bg:#f7f7f5;--card:#fff;--ink:#1c2026;--soft:#5d6570;--line:#e2e3e6;--blue:#0072b2;--orange:#e69f00;--good:#009e73;--bad:#d55e00;--wash:#f0f1f3;--warn:#fdf3d8;--warnink:#6b4a00}
 @media(prefers-color-scheme:dark){:root{--bg:#14161a;--card:#1c1f25;--ink:#e7e9ed;--soft:#9da5b1;--line:#30353d;--blue:#56b4e9;--orange:#f0b43c;--good:#2fc29a;--bad:#ff8b4d;--wash:#252931;--warn:#3a3018;--warnink:#f3d68a}}
 *{box-sizing:border-box}html{-webkit-text-size-adjust:100%}
-body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.55 -apple-system,"Segoe UI",Roboto,"Noto Sans","Helvetica Neue",Arial,"Liberation Sans","DejaVu Sans",sans-serif}
+body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans","Helvetica Neue",Arial,"Liberation Sans","DejaVu Sans",sans-serif}
 main{max-width:1240px;margin:0 auto;padding:36px 24px 64px}
 h1{font-size:30px;line-height:1.2;letter-spacing:-.015em;margin:2px 0 12px;overflow-wrap:anywhere}
 h2{font-size:19px;margin:44px 0 4px;letter-spacing:-.005em}h3{font-size:15px;margin:26px 0 8px}
-p{margin:.4em 0;max-width:78ch}.soft,.kicker{color:var(--soft)}.kicker{font-size:13px;letter-spacing:.06em}
+p{margin:.4em 0;max-width:92ch}.soft,.kicker{color:var(--soft)}.kicker{font-size:13px;letter-spacing:.06em}
+.three{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(300px,100%),1fr));gap:4px 36px}
 .chips{display:flex;flex-wrap:wrap;gap:6px;margin:0;padding:0;list-style:none}
 .chip{display:inline-block;padding:1px 10px;border:1px solid var(--line);border-radius:99px;background:var(--card);font-size:13px;white-space:nowrap}
 .chip.warn{background:var(--warn);border-color:transparent;color:var(--warnink);font-weight:600;white-space:normal}
@@ -190,7 +193,7 @@ th,td{text-align:left;padding:9px 12px;border-top:1px solid var(--line);vertical
 thead th{border-top:0;font-size:13px;color:var(--soft);font-weight:600}
 .metrics th[scope=row]{position:sticky;left:0;background:var(--card);font-weight:600;white-space:normal;min-width:150px;max-width:230px}
 .metrics th small{display:block;font-weight:400;color:var(--soft);line-height:1.35}
-.metrics td small{display:block;color:var(--soft);font-size:12px}.metrics tr.own td,.metrics tr.own th{background:color-mix(in srgb,var(--blue) 8%,var(--card))}
+.metrics td small{display:block;color:var(--soft);font-size:12px}.metrics tr.own .span{background:var(--line)}.metrics tr.own td,.metrics tr.own th{background:color-mix(in srgb,var(--blue) 8%,var(--card))}
 .span{display:block;position:relative;height:6px;width:92px;margin:5px 0 1px;border-radius:3px;background:var(--wash)}
 .span i{position:absolute;top:2px;height:2px;background:var(--soft);border-radius:1px}.span u{position:absolute;top:0;width:6px;height:6px;margin-left:-3px;border-radius:50%;background:var(--blue)}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(320px,100%),1fr));gap:12px;margin-top:10px}
@@ -218,11 +221,11 @@ a{color:var(--blue)}code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,
 # %% ../nbs/15a_report.ipynb #4b884131
 PAGE = r'''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<meta name="generator" content="dynad report"><title>{{ title }}</title><style>{{ style }}</style></head><body><main>
+<meta name="generator" content="dynad report"><title>{{ title }}</title><style>{{ style|safe }}</style></head><body><main>
 {%- macro chart(c, classes) %}
 <svg viewBox="0 0 {{ c.w }} {{ c.h }}" role="img">
 {%- for y, t in c.grid %}<line class="gridline" x1="{{ c.left }}" x2="{{ c.w }}" y1="{{ y }}" y2="{{ y }}"/><text x="{{ c.left - 5 }}" y="{{ y + 4 }}" text-anchor="end">{{ t }}</text>{% endfor %}
-{%- for b in c.bars %}<rect class="{{ classes[b.series] }} over" x="{{ b.x }}" y="{{ b.y }}" width="{{ b.w }}" height="{{ b.h }}"><title>{{ b.name }}: {{ b.value }}</title></rect>{% endfor %}
+{%- for b in c.bars %}<rect class="{{ classes[b.series] }}{{ ' over' if c.over }}" x="{{ b.x }}" y="{{ b.y }}" width="{{ b.w }}" height="{{ b.h }}"><title>{{ b.name }}: {{ b.value }}</title></rect>{% endfor %}
 <line class="axis" x1="{{ c.left }}" x2="{{ c.w }}" y1="{{ c.base }}" y2="{{ c.base }}"/>
 {%- for x, t in c.above %}<text x="{{ x }}" y="12" text-anchor="middle">{{ t }}</text>{% endfor %}
 {%- for x, t in c.ticks %}<text x="{{ x }}" y="{{ c.base + 17 }}" text-anchor="{{ 'end' if x > c.w - 22 else 'middle' }}">{{ t }}</text>{% endfor %}
@@ -233,13 +236,13 @@ PAGE = r'''<!doctype html>
 <ul class="chips">{% for c in warnings %}<li class="chip warn">{{ c }}</li>{% endfor %}{% for c in chips %}<li class="chip">{{ c }}</li>{% endfor %}</ul>
 <div class="tiles">{% for t in tiles %}<div class="tile"><span>{{ t.name }}</span><b>{{ t.value }}</b><span>{{ t.note }}</span></div>{% endfor %}</div></header>
 
-<h2>How to read this</h2>
-<p>A model that has seen good pictures only rebuilds each picture. What it cannot rebuild is suspected. How far a picture is pushed towards noise before it is rebuilt, T̂, is chosen for each picture from its distance to the good ones{{ push }}.</p>
-<p>Two maps compare input and reconstruction: <em>l_map</em> in the latents, <em>f_map</em> in the features of an ImageNet network. Both are put on one scale by good pictures that no training step has seen: 0 is an ordinary place, 1 the {{ quantile }} quantile of good places. <em>A_map</em> mixes them (λ = {{ lam }} on the latent map); its largest value is the picture's score.</p>
-<p>{{ n_good }} good and {{ n_bad }} defective pictures stand behind these figures. Every figure carries a 95 % interval over pictures; where two intervals overlap widely, the order of two rows may be chance.</p>
+<h2>How to read this</h2><div class="three">
+<p>A model that has seen good pictures only rebuilds each picture. What it cannot rebuild is suspected. How far a picture is pushed towards noise before it is rebuilt, T̂, is {{ severity }}{{ push }}.</p>
+<p>Two maps compare input and reconstruction: <em>l_map</em> in the latents, <em>f_map</em> in the features of an ImageNet network. {{ scale }} <em>A_map</em> mixes them (λ = {{ lam }} on the latent map); its largest value is the picture's score.</p>
+<p>{{ n_good }} good and {{ n_bad }} defective pictures stand behind these figures. Every figure carries a 95 % interval over pictures; where two intervals overlap widely, the order of two rows may be chance. F1-max takes the best threshold on the test pictures themselves and cannot be reached in use; what the learned threshold decides stands above.</p></div>
 
 <h2>Figures</h2>
-<p class="soft">The null models tell what is found without a trained diffusion; only what lies above them is its merit. F1-max takes the best threshold on the test pictures themselves and cannot be reached in use.</p>
+<p class="soft">The null models tell what is found without a trained diffusion; only what lies above them is its merit.</p>
 <div class="scroll"><table class="metrics"><thead><tr><th></th>{% for h in heads %}<th scope="col">{{ h }}</th>{% endfor %}</tr></thead><tbody>
 {%- for r in rows %}<tr{% if r.own %} class="own"{% endif %}><th scope="row">{{ r.name }}<small>{{ r.note }}</small></th>
 {%- for m in r.cells %}<td>{% if m %}{{ m.value }}<span class="span"><i style="left:{{ m.a }}%;width:{{ m.w }}%"></i><u style="left:{{ m.v }}%"></u></span><small>{{ m.low }} – {{ m.high }}</small>{% else %}<span class="soft">—</span>{% endif %}</td>{% endfor %}</tr>{% endfor %}
@@ -304,7 +307,7 @@ def _header(r: dict[str, Any]) -> dict[str, Any]:
     if p['settings_chosen_on_test']: warnings.append('settings chosen on the test set')
     chips = [f"preset {p['preset']}", f"seed {p['seed']}", f"{s['data']['image_size']} × {s['data']['image_size']} pixels", f"{p['training_pictures']} good pictures for training, {p['held_out_pictures']} held out"]
     if d.get('category'): chips.insert(0, f"category {d['category']}")
-    interval = lambda k: f"{m['low']} – {m['high']}" if (m := _cell(r.get(k))) else 'not defined for these pictures'
+    interval = lambda k: f"95 %: {m['low']} – {m['high']}" if (m := _cell(r.get(k))) else 'not defined for these pictures'
     tiles = [dict(name=h, value=(_cell(r.get(k)) or {'value': '—'})['value'], note=interval(k)) for k, h in (('i_auroc', 'I-AUROC'), ('p_auroc', 'P-AUROC'), ('pro', 'PRO'))]
     tiles.append(dict(name='decided by the learned threshold', value=f"{c['true_positives']} of {p['test_defective']}", note=f"found; {c['false_positives']} of {p['test_good']} good ones called defective"))
     return dict(warnings=warnings, chips=chips, tiles=tiles)
@@ -368,16 +371,19 @@ def _write(e: Evaluation, folder: Path, title: str, n: int):
             yield dict(name=column, src=src)
     def picture(i):
         hit, y = bool(e.scores[i] > limit), bool(labels[i])
-        return dict(name=e.samples[i].name, label=int(y), kind=e.samples[i].defect if y else 'good', wrong=hit != y, score=f'{float(e.scores[i]):.3g}', t_hat=int(e.t_hat[i]),
+        return dict(name=e.samples[i].name, label=int(y), kind=e.samples[i].defect if y else 'good', wrong=hit != y, score=f'{float(e.scores[i]):.3f}', t_hat=int(e.t_hat[i]),
                     decision={(True, True): 'found', (True, False): 'called defective, is good', (False, True): 'missed', (False, False): 'called good'}[hit, y], figures=list(figures(i)))
     titles = {'misjudged': 'Misjudged, the worst of them', 'found': 'Found, the surest of them', 'good': 'Good pictures, called good'}
     gallery = [dict(title=titles[k], pictures=[picture(i) for i in rows]) for k, rows in chosen.items() if rows]
     ends = ', '.join(f'{scale_of_maps(m):.2g} ({k})' for k, m in (('l_map', e.latent_maps), ('f_map', e.feature_maps), ('A_map', e.maps)))
-    omega = s['reconstruction']['omega']
+    omega, dynamic = s['reconstruction']['omega'], s['reconstruction']['severity'] == 'dynamic'
+    severity = 'chosen for each picture from its distance to the good ones' if dynamic else 'the same for all pictures (severity is static)'
+    scale = ('Both are put on one scale by the lowest and the highest value of the test pictures themselves.' if s['fusion']['calibration'] == 'test' else
+             f"Both are put on one scale by good pictures that no training step has seen: 0 is an ordinary place, 1 the {s['fusion']['quantile']:g} quantile of good places.")
     env = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     page = env.from_string(PAGE).render(
-        title=title, style=STYLE, heads=HEADS, rows=_rows(r), gallery=gallery, ends=ends, sections=_sections(r), lam=f"{s['fusion']['lam']:g}", quantile=f"{s['fusion']['quantile']:g}",
-        n_good=r['protocol']['test_good'], n_bad=r['protocol']['test_defective'], push='; the picture is only scaled down, no noise is added (ω = 0)' if omega == 0 else f'; a share ω = {omega:g} of the noise is added',
+        title=title, style=STYLE, heads=HEADS, rows=_rows(r), gallery=gallery, ends=ends, sections=_sections(r), lam=f"{s['fusion']['lam']:g}", severity=severity, scale=scale,
+        n_good=r['protocol']['test_good'], n_bad=r['protocol']['test_defective'], push='; the picture is only scaled down, no noise is added (ω\u00a0=\u00a00)' if omega == 0 else f'; a share ω = {omega:g} of the noise is added',
         bins=bin_chart(dic.train_distance, e.staged.severity['distance'], dic.edges), t_hats=t_hat_chart(e.t_hat, labels), score=score_chart(e.scores, labels, limit), **_header(r))
     write_result(r, folder/'result.json')
     atomic_write(folder/'index.html', page)

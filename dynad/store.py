@@ -166,17 +166,20 @@ class Shards:
                 self._cost[r] = seconds/len(index)
             self._read_files.add(f.name)
 
+    def missing(self, index: list[int]) -> list[int]:
+        "Those of the rows that would have to be made, rising."
+        if not all(i in self._rows for i in index): self._refresh()
+        return sorted({i for i in index if i not in self._rows})
+
     def get(self,
         index: list[int],                               # rows wanted
         make: Callable[[list[int]], dict[str, Tensor]], # missing rows -> tensors, first axis the rows in that order
         chunk: int = 512                                # rows per file: what a killed run can lose
     ) -> dict[str, Tensor]:                             # stacked in the order of `index`
         "The rows asked for, made where they are missing."
-        if not all(i in self._rows for i in index): self._refresh()
-        if not all(i in self._rows for i in index):
+        if self.missing(index):
             with self.store.lock(self.dir):
-                self._refresh()
-                missing = sorted({i for i in index if i not in self._rows})
+                missing = self.missing(index)
                 self.dir.mkdir(parents=True, exist_ok=True)
                 if missing and not (self.dir/'stage.json').exists(): _describe(self.dir, self.name, self.parts)
                 for a in range(0, len(missing), chunk):
@@ -190,4 +193,5 @@ class Shards:
 
     def seconds(self, index: list[int]) -> float:
         "What these rows cost when they were made."
+        self.missing(index)
         return sum(self._cost[i] for i in index)

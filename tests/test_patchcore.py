@@ -179,11 +179,11 @@ def test_on_the_shipped_backbone(tmp_path):
     from dynad.data import load_images, load_masks, open_dataset, to_float
     from dynad.features import load_features
     from dynad.synthetic import write_synthetic
-    ds = open_dataset(write_synthetic(tmp_path/'set', 'gear', n_train=12, n_good=6, n_defect=10, size=96))
+    ds = open_dataset(write_synthetic(tmp_path/'set', 'gear', n_train=12, n_good=6, n_defect=10, size=128))
     phi = load_features(FeatureSettings(backbone='efficientnet_lite0'))
-    with torch.no_grad(): train, test = (phi(to_float(load_images(s, 96))) for s in (ds.train, ds.test))
+    with torch.no_grad(): train, test = (phi(to_float(load_images(s, 128))) for s in (ds.train, ds.test))
     bank = PatchBank(n=3000).fit([train])
-    maps, scores = bank.score(test, 96, sigma=1.5)
-    got = pixel_metrics(maps, *load_masks(ds.test, 96), n_boot=0)
+    maps, scores = bank.score(test, 128, sigma=2)
+    got = pixel_metrics(maps, *load_masks(ds.test, 128), n_boot=0)
     assert got['p_auroc'].value > .75
-    assert bank.score(train, 96)[1].mean() < scores[[s.label == 1 for s in ds.test]].mean()
+    assert bank.score(train, 128)[1].mean() < scores[[s.label == 1 for s in ds.test]].mean()

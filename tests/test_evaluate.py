@@ -1,0 +1,66 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from dynad.evaluate import KEYS, evaluate, metrics_table, save_maps, save_table, write_result
+from dynad.metrics import pixel_metrics
+
+
+@pytest.fixture(scope='module')
+def evaluation(smoke, boards): return evaluate(smoke[0], boards, n_boot=50, progress=False)
+
+
+def test_the_json_has_what_it_promises(evaluation, tmp_path):
+    r = json.loads(write_result(evaluation.result, tmp_path/'r.json').read_text())
+    assert set(KEYS) | {'images', 'images_per_second', 'seconds_by_stage', 'peak_memory_mb', 'settings', 'protocol', 'versions', 'data', 'null_models', 'baseline'} <= set(r)
+    for row in (r, *r['null_models'].values(), *r['baseline'].values()):
+        for k in KEYS:
+            if row[k] is None: continue
+            assert set(row[k]) >= {'value', 'low', 'high'}
+            assert 0 <= row[k]['low'] <= row[k]['high'] <= 1 and 0 <= row[k]['value'] <= 1
+    assert set(r['null_models']) == {'t_hat_0', 'untrained_denoiser', 'neighbour_distance'} and r['null_models']['neighbour_distance']['pro'] is None
+    assert r['data']['synthetic'] is True and 'smoke preset' in r['protocol']['note'] and r['images_per_second'] > 0
+    assert set(r['seconds_by_stage']) >= {'latents', 'features', 'reconstructions', 'maps', 'metrics'}
+
+
+def test_its_figures_are_those_of_its_maps(evaluation):
+    e = evaluation
+    y = np.array([s.label for s in e.samples])
+    assert e.result['i_auroc']['value'] == pytest.approx(roc_auc_score(y, e.scores), abs=1e-6)
+    assert e.result['i_ap']['value'] == pytest.approx(average_precision_score(y, e.scores), abs=1e-6)
+    keep = e.has_mask.numpy()
+    assert e.result['p_auroc']['value'] == pytest.approx(roc_auc_score(e.masks.numpy()[keep].ravel(), e.maps.numpy()[keep].ravel()), abs=1e-5)
+    assert e.result['pro']['value'] == pytest.approx(pixel_metrics(e.maps, e.masks, e.has_mask, n_boot=0)['pro'].value, abs=1e-9)
+
+
+def test_raw_maps_and_index(evaluation, tmp_path):
+    folder = save_maps(evaluation, tmp_path/'maps')
+    index = pd.read_csv(folder/'index.csv')
+    assert list(index.columns) == ['picture', 'label', 'score', 't_hat', 'mask', 'map'] and len(index) == len(evaluation.samples)
+    for i, row in index.iterrows():
+        m = np.load(folder/row['map'], allow_pickle=False)
+        assert m.dtype == np.float32 and m.shape == (64, 64)
+        np.testing.assert_array_equal(m, evaluation.maps[i, 0].numpy())
+        assert m.max() == pytest.approx(row['score'], rel=1e-5)
+    save_table(evaluation, tmp_path/'t.parquet')
+    assert len(pd.read_parquet(tmp_path/'t.parquet')) == len(index)
+
+
+def test_the_null_model_without_a_walk_has_no_latent_residual(smoke, boards, evaluation):
+    l, _ = evaluation.staged.raw_maps(torch.zeros(len(boards.test), dtype=torch.long))
+    assert l.abs().max() == 0
+
+
+def test_the_table_names_every_row(evaluation):
+    t = metrics_table(evaluation.result)
+    assert list(t.index) == ['DynAD', 'null: t hat 0', 'null: untrained denoiser', 'null: neighbour distance', 'baseline: patchcore']
+    assert t.loc['null: neighbour distance', 'PRO'] == '—'
+
+
+def test_a_data_set_without_test_pictures(smoke, boards):
+    from dataclasses import replace
+    with pytest.raises(ValueError, match='no test picture; put some under test/good'): evaluate(smoke[0], replace(boards, samples=boards.train))

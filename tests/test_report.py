@@ -1,0 +1,176 @@
+"The results page: what it shows, what it escapes, what it refuses to overwrite."
+import copy, dataclasses, json, re
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from dynad.report import ReportError, bars, bin_chart, choose, is_report, marked, scale_of_maps, score_chart, t_hat_chart, write_report
+
+# the choice of pictures
+
+@given(st.lists(st.tuples(st.floats(-5, 5), st.booleans()), min_size=1, max_size=60), st.floats(-5, 5), st.integers(0, 20))
+@settings(deadline=None)
+def test_choice(pictures, threshold, n):
+    scores, labels = torch.tensor([p[0] for p in pictures], dtype=torch.float64), torch.tensor([int(p[1]) for p in pictures])
+    c = choose(scores, labels, threshold, n)
+    every = sum(c.values(), [])
+    assert len(every) == len(set(every)) == min(n, len(pictures))
+    for i in c['misjudged']: assert bool(scores[i] > threshold) != bool(labels[i])
+    for i in c['found']: assert scores[i] > threshold and labels[i] == 1
+    for i in c['good']: assert scores[i] <= threshold and labels[i] == 0
+    for rows in c.values(): assert [float(scores[i]) for i in rows] == sorted((float(scores[i]) for i in rows), reverse=True)
+
+def test_the_worst_mistakes_come_in_first():
+    scores = torch.tensor([0., .9, 1.1, 9., 2., 3.])
+    labels = torch.tensor([1, 1, 0, 0, 1, 1])
+    assert set(choose(scores, labels, 1., 6)['misjudged']) == {0, 1, 2, 3}
+    assert choose(scores, labels, 1., 3)['misjudged'] == [3]
+
+# charts
+
+def test_bars_are_as_high_as_their_values():
+    c = bars({'a': [1, 2], 'b': [0, 4]}, np.array([0, .5, 1]))
+    high = {(b['name'], b['value']): b['h'] for b in c['bars']}
+    assert high['a', '2'] == pytest.approx(2*high['a', '1'], abs=.02) and high['b', '4'] == pytest.approx(4*high['a', '1'], abs=.03)
+    assert len(c['bars']) == 3, "an empty slot has no bar"
+
+def test_a_stack_stands_on_itself():
+    a, b = bars({'a': [3], 'b': [1]}, np.array([0, 1]), layout='stack')['bars']
+    assert b['y'] + b['h'] == pytest.approx(a['y'], abs=.02)
+
+def test_no_picture_is_lost_from_a_chart():
+    "Values outside the training range have slots of their own."
+    g = torch.Generator().manual_seed(0)
+    train, test = torch.rand(40, generator=g) + 1, torch.rand(60, generator=g)*4
+    c = bin_chart(train, test, torch.linspace(float(train.min()), float(train.max()), 11))
+    unit = {}
+    for b in c['bars']: unit.setdefault(b['series'], []).append(b['h'])
+    top = c['base'] - c['grid'][-1][0]
+    share = float(c['grid'][-1][1].rstrip('%'))/100
+    for heights in unit.values(): assert sum(heights)/top*share == pytest.approx(1, abs=.02)
+    labels = torch.tensor([0, 1]*30)
+    s = score_chart(test, labels, 1.)
+    assert sum(float(b['value']) for b in s['bars']) == 60
+    assert sum(float(b['value']) for b in t_hat_chart(torch.tensor([20, 40, 60]*20), labels)['bars']) == 60
+
+@pytest.mark.parametrize('scores', [[1.]*4, [0., 0, 0, 5], [1e-3, 1, 10, 1000]])
+def test_score_chart_of_odd_scores(scores):
+    c = score_chart(torch.tensor(scores), torch.tensor([0, 0, 1, 1]), .5)
+    assert sum(float(b['value']) for b in c['bars']) == 4 and all(np.isfinite([b['x'], b['y'], b['w'], b['h']]).all() and b['w'] > 0 for b in c['bars'])
+    assert c['left'] <= c['mark'][0] <= c['w']
+
+def test_equal_distances(): bin_chart(torch.ones(5), torch.ones(3), torch.ones(11))
+
+def test_scale_is_at_least_one():
+    assert scale_of_maps(torch.zeros(2, 1, 8, 8)) == 1
+    assert scale_of_maps(torch.full((2, 1, 8, 8), 7.)) == 7
+
+def test_marked_places_differ():
+    x, m = torch.full((3, 16, 16), .5), torch.zeros(1, 16, 16, dtype=torch.bool)
+    m[:, 4:8, 4:8] = True
+    y = marked(x, m, (1., 0, 0))
+    assert (y[0][m[0]] > .8).all() and (y[:, ~m[0]] == y[:, 0, 0][:, None]).all()
+
+# the page
+
+@pytest.fixture(scope='module')
+def e(smoke, boards):
+    from dynad.evaluate import evaluate
+    return evaluate(smoke[0], boards, n_boot=20, progress=False)
+
+class Page(HTMLParser):
+    VOID = {'meta', 'img', 'br', 'link', 'rect', 'line'}
+    def __init__(self, path):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.links, self.words, self.open, self.wrong = [], [], [], [], []
+        self.feed(path.read_text(encoding='utf-8'))
+    def handle_startendtag(self, tag, attrs): self.tags.append(tag)
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [v for k, v in attrs if k in ('src', 'href')]
+        if tag not in self.VOID: self.open.append(tag)
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag: self.wrong.append(tag)
+    def handle_data(self, data):
+        if 'style' not in self.open: self.words.append(data)
+    @property
+    def text(self): return re.sub(r'\s+', ' ', ' '.join(self.words))
+
+def test_page(e, tmp_path):
+    path = write_report(e, tmp_path/'report', n=6)
+    page = Page(path)
+    assert path == tmp_path/'report'/'index.html' and is_report(path.parent)
+    assert not page.wrong and not page.open, "tags are not balanced"
+    assert page.tags.count('article') == 6 and page.tags.count('img') == 6*7 and page.tags.count('svg') == 3
+    for word in ('synthetic pictures', 'smoke preset: a test of the machinery, not a result', 'preset smoke', 'seed 0', 'null: untrained denoiser', 'baseline: PatchCore', 'How to read this'): assert word in page.text
+    for k in ('i_auroc', 'p_auroc', 'pro'): assert f"{e.result[k]['value']:.3f}" in page.text
+    assert all((path.parent/l).is_file() for l in page.links), "a link leads nowhere"
+    assert json.loads((path.parent/'result.json').read_text(encoding='utf-8')) == json.loads(json.dumps(e.result))
+
+def test_nothing_is_asked_of_a_server(e, tmp_path):
+    text = write_report(e, tmp_path/'report', n=3).read_text(encoding='utf-8')
+    assert not re.search(r'https?:|//[a-z]|@import|url\(|<script|<link', text.replace('<!doctype', ''))
+
+def test_pictures_are_those_of_the_evaluation(e, tmp_path):
+    from PIL import Image
+    from dynad.show import to_uint8
+    folder = write_report(e, tmp_path/'report', n=40).parent
+    for i in range(len(e.samples)):
+        assert (np.asarray(Image.open(folder/'pictures'/f'{i:05d}_input.png')) == to_uint8(e.staged.images[i])).all()
+
+def test_names_are_escaped(e, tmp_path):
+    evil = '<img src=x onerror=alert(1)>&"\''
+    samples = [dataclasses.replace(s, name=f'test/{evil}/{i}.png', defect=evil if s.label else s.defect) for i, s in enumerate(e.samples)]
+    page = Page(write_report(dataclasses.replace(e, samples=samples), tmp_path/'report', title=evil, n=4))
+    assert 'x' not in page.links and page.tags.count('img') == 4*7 and evil in page.text and not page.wrong
+
+def test_without_null_models_and_masks(e, tmp_path):
+    r = {k: v for k, v in e.result.items() if k not in ('null_models', 'baseline')} | {'p_auroc': None, 'pro': {'value': None, 'low': None, 'high': None}, 'images_per_second': None}
+    page = Page(write_report(dataclasses.replace(e, result=r, has_mask=torch.zeros_like(e.has_mask)), tmp_path/'report', n=3))
+    assert 'no mask shipped' in page.text and 'null:' not in page.text and 'not defined for these pictures' in page.text
+
+def test_what_leaks_is_said(e, tmp_path):
+    r = copy.deepcopy(e.result)
+    r['settings']['fusion']['calibration'] = 'test'
+    r['settings']['reconstruction'] |= {'severity': 'static', 'omega': 1.}
+    r['data']['synthetic'] = False
+    text = Page(write_report(dataclasses.replace(e, result=r), tmp_path/'report', n=0)).text
+    assert 'looks at what it judges' in text and 'the same for all pictures' in text and 'a share ω = 1 of the noise' in text
+    assert 'synthetic pictures' not in text and 'No picture was asked for' in text
+
+# where it is written
+
+def test_an_older_report_is_replaced(e, tmp_path):
+    write_report(e, tmp_path/'report', n=6)
+    path = write_report(e, tmp_path/'report', n=1)
+    assert len(list((path.parent/'pictures').iterdir())) == 7 and [p.name for p in tmp_path.iterdir()] == ['report']
+
+def test_an_empty_folder_is_used(e, tmp_path):
+    (tmp_path/'report').mkdir()
+    assert write_report(e, tmp_path/'report', n=0).exists()
+
+@pytest.mark.parametrize('where', ['notes.txt', 'report/notes.txt', 'report/pictures/mine.jpg'])
+def test_foreign_files_are_kept(e, tmp_path, where):
+    "A folder of the user's, and a report to which the user has added something."
+    if where.startswith('report'): write_report(e, tmp_path/'report', n=1)
+    target = tmp_path/('report' if where.startswith('report') else '.')
+    (tmp_path/where).write_text('mine')
+    with pytest.raises(ReportError, match='is not empty and holds something else than a report') as err: write_report(e, target)
+    assert str(target) in str(err.value) and 'choose a new folder' in str(err.value) and (tmp_path/where).read_text() == 'mine'
+
+def test_a_file_is_no_folder(e, tmp_path):
+    (tmp_path/'page').write_text('mine')
+    with pytest.raises(ReportError, match='is a file; name a folder'): write_report(e, tmp_path/'page')
+
+def test_a_failure_leaves_the_old_report(e, tmp_path):
+    "Whole or not at all: nothing half-written, nothing lost."
+    path = write_report(e, tmp_path/'report', n=1)
+    before = path.read_bytes()
+    def fail(*args, **kwargs): raise RuntimeError('cut off')
+    broken = dataclasses.replace(e, staged=SimpleNamespace(images=e.staged.images, reconstructions=fail, model=e.staged.model, severity=e.staged.severity))
+    with pytest.raises(RuntimeError, match='cut off'): write_report(broken, tmp_path/'report', n=2)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ['report']
