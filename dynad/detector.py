@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from .adaptation import adapt
 from .config import Config, ConfigError, content_key, dump_config, load_config, make_config, parse_config, _merge, _nest
 from .data import AnomalyDataset, Sample, load_images, read_image, to_float
-from .denoiser import load_denoiser, make_unet, save_denoiser, train_denoiser
+from .denoiser import CHECKPOINT, load_denoiser, make_unet, save_denoiser, train_denoiser
 from .dic import DIC, pooled, t_grid
 from .diffusion import make_schedule
 from .features import load_features
@@ -300,7 +300,8 @@ class DynAD:
         dataset: AnomalyDataset,
         run_dir: str | Path,
         progress: bool = True,
-        callback: Callable[[str, int, int, float], None] | None = None # (stage, step, steps, loss) while training
+        callback: Callable[[str, int, float], None] | None = None, # (stage, step, loss) while the denoiser trains
+        should_stop: Callable[[], bool] | None = None              # True: write a checkpoint and raise TrainingStopped
     ) -> DynAD:
         "Train every part on the good pictures, keeping all stages in `run_dir`; a second call finds what is done. Raises DataError for too few good pictures."
         c = self.config
@@ -316,7 +317,7 @@ class DynAD:
         phi0 = load_features(c.features).to(self.device)
         stages = {'autoencoder': self._fit_autoencoder(store, keys['fit'], phi0)}
         self._load_autoencoder(stages['autoencoder'])
-        stages['denoiser'] = self._fit_denoiser(store, callback)
+        stages['denoiser'] = self._fit_denoiser(store, callback, should_stop)
         self._load_denoiser(stages['denoiser'])
         stages['phi'] = self._fit_phi(store, phi0, progress)
         self._load_phi(stages['phi'])
@@ -336,14 +337,14 @@ class DynAD:
             return {'losses': torch.tensor(losses)}
         return store.stage('autoencoder', dict(pictures=key, settings=c.latents.model_dump(mode='json', exclude={'latent_sampling', 'weights'}), base=ae.weights_hash, phi=phi0.weights_hash, seed=c.seed), make)
 
-    def _fit_denoiser(self, store: Store, callback) -> Path:
+    def _fit_denoiser(self, store: Store, callback, should_stop) -> Path:
         c, z0 = self.config, self.good.z0
         def make(work):
-            torch.manual_seed(c.seed)
-            unet = make_unet(c.denoiser, z0.shape[1], z0.shape[-1])
+            unet = make_unet(c.denoiser, z0.shape[1], z0.shape[-1], seed=c.seed)
             log = train_denoiser(unet, z0, self.schedule, c.denoiser, c.seed, work, precision=c.precision, device=c.device, progress=self.good.progress,
-                                 callback=callback and (lambda step, steps, loss, *_: callback('denoiser', step, steps, loss)))
+                                 callback=callback and (lambda step, loss: callback('denoiser', step, loss)), should_stop=should_stop)
             save_denoiser(unet, work/'unet')
+            (work/CHECKPOINT).unlink(missing_ok=True)
             return {'losses': torch.tensor(log.losses)}
         settings = c.denoiser.model_dump(mode='json', exclude={'checkpoint_every', 'gradient_checkpointing'})
         return store.stage('denoiser', dict(z0=content_key(self.good._z_parts()), settings=settings, diffusion=c.diffusion.model_dump(mode='json'), seed=c.seed, precision=c.precision), make)

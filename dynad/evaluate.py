@@ -69,10 +69,8 @@ class Evaluation:
 
 def untrained(model: DynAD) -> DynAD:
     "The same detector with random weights in the denoiser: a null model."
-    with torch.random.fork_rng():
-        torch.manual_seed(model.config.seed + 1)
-        z = model.good.z0
-        return model.replaced(unet=make_unet(model.config.denoiser, z.shape[1], z.shape[-1]))
+    z = model.good.z0
+    return model.replaced(unet=make_unet(model.config.denoiser, z.shape[1], z.shape[-1], seed=model.config.seed))
 
 def baseline_maps(model: DynAD, staged: Staged) -> dict[str, Tensor]:
     "PatchCore's rule on the unadapted φ: maps [N,1,H,W] and scores [N]."

@@ -214,7 +214,7 @@ details{background:var(--card);border:1px solid var(--line);border-radius:10px;m
 details .cols{columns:3 300px;column-gap:28px;padding-bottom:12px}dl{margin:0 0 14px;break-inside:avoid;font-size:13px}dl>b{font-size:13px}
 dl div{display:flex;gap:12px;justify-content:space-between;border-top:1px solid var(--line);padding:3px 0}dt{color:var(--soft)}dd{margin:0;text-align:right;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
 a{color:var(--blue)}code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
-@media(max-width:720px){main{padding:22px 14px 48px}h1{font-size:24px}.seven{grid-template-columns:repeat(4,minmax(0,1fr));gap:6px}.tiles{grid-template-columns:1fr 1fr}.tile b{font-size:23px}.metrics th[scope=row]{min-width:118px;max-width:118px}.metrics th small{display:none}th,td{padding:8px 9px}}
+@media(max-width:720px){main{padding:22px 14px 48px}h1{font-size:24px}.seven{grid-template-columns:repeat(4,minmax(0,1fr));gap:6px}.seven figcaption{font-size:10.5px}.tiles{grid-template-columns:1fr 1fr}.tile b{font-size:23px}.metrics th[scope=row]{min-width:118px;max-width:118px}.metrics th small{display:none}th,td{padding:8px 9px}}
 @media print{body{background:#fff}.row,.tile,.card{border-color:#ccc}}
 '''
 
@@ -256,7 +256,7 @@ PAGE = r'''<!doctype html>
 </div>
 
 <h2>Pictures</h2>
-<p class="soft">Truth is blue, what the detector marks is orange. Maps: 0<span class="ramp"></span>{{ ends }}; one scale per column for all pictures. A click opens a picture alone.</p>
+<p class="soft">Truth is blue, what the detector marks is orange. Maps: 0<span class="ramp"></span>{{ ends }}; one scale per column for all pictures. Places and pictures have thresholds of their own: a picture that is called good may hold a marked place. A click opens a picture alone.</p>
 {%- for group in gallery %}<h3>{{ group.title }}</h3>
 {%- for p in group.pictures %}<article class="row"><div class="head"><code>{{ p.name }}</code><span class="chip {{ 'bad' if p.label else 'good' }}">{{ p.kind }}</span><span class="chip{{ ' wrong' if p.wrong }}">{{ p.decision }}</span>
 <span class="num">score <b>{{ p.score }}</b></span><span class="num">T̂ <b>{{ p.t_hat }}</b></span></div><div class="seven">

@@ -81,7 +81,7 @@ class Canvas:
         if gloss is not None: self.gloss[at] += cover*(gloss - self.gloss[at])
 
     def photograph(self,
-        noise: float = .010 # σ of the sensor at 256²; a pixel of a smaller picture gathers more light
+        noise: float = .009 # σ of the sensor at 256²; a pixel of a smaller picture gathers more light
     ) -> np.ndarray:        # [size,size,3] in [0,1]
         "Shade the surface, then lens and sensor."
         hy, hx = np.gradient(self.height, self.px)

@@ -24,10 +24,10 @@ __all__ = ['TEETH', 'BOLTS', 'LAYOUT', 'ROUTES', 'SILVER', 'GOLD', 'INK', 'BODY'
 
 # %% ../nbs/04_synthetic.ipynb #32c7bf19
 def weave(c: Canvas, rng: np.random.Generator, d: Defect | None):
-    "Plaid cloth of about 24 × 24 yarns."
+    "Plaid cloth of about 24 × 24 yarns in a holder."
     N, M = 24., 40
     at, x, y = c.local(0, 0, 1, 1)
-    mid = [float(m) for m in rng.uniform(19.4, 20.6, 2)]
+    mid = [float(m) for m in rng.uniform(19.6, 20.4, 2)]
     base = np.array([(.22, .38, .50), (.28, .52, .55)], np.float32)
     accent = np.array([(.80, .75, .63), (.76, .42, .28)], np.float32)
     colour, width = np.empty((2, M, 3), np.float32), np.empty((2, M, 1), np.float32)
@@ -38,11 +38,11 @@ def weave(c: Canvas, rng: np.random.Generator, d: Defect | None):
         width[k] = rng.normal(.49, .008, (M, 1))
     i, j = np.meshgrid(np.arange(M), np.arange(M), indexing='ij')
     up = ((i + j) % 4 < 2)*2. - 1
-    u, v = x*N + mid[0] + .05*c.field(1, 9, 6), y*N + mid[1] + .05*c.field(2, 6, 9)
+    u, v = x*N + mid[0] + .035*c.field(1, 9, 6), y*N + mid[1] + .035*c.field(2, 6, 9)
     # defects of the cloth: yarn cells around one place
-    wrong = np.zeros((2, M, M), np.float32)      # share of wrong colour per yarn and cell
+    cells, wrong = None, np.zeros((2, M, M), np.float32) # share of wrong colour per yarn and cell
     thin = np.zeros((2, M, M), np.float32)       # share of width that is lost
-    if d is not None:
+    if d is not None and d.kind in ('colour', 'missing', 'misweave'):
         r = d.rng
         side = int(r.integers(2))
         run, rows, q = max(1, round(d.scale*22)), max(1, round(d.scale*3)), max(1, round(d.scale*9))
@@ -57,29 +57,28 @@ def weave(c: Canvas, rng: np.random.Generator, d: Defect | None):
             up[p[0]:p[0]+q, p[1]:p[1]+q] = -up[p[0]:p[0]+q, p[1]:p[1]+q] if q < 3 else (1 if side else -1)
     tops, cols = [], []
     for k, (a, b) in enumerate(((u, v), (v, u))):
-        n = np.clip(np.floor(a), 0, M - 1).astype(np.int32)
-        f = a - n - .5
-        m = np.clip(np.floor(b - .5), 0, M - 2).astype(np.int32)
-        t = np.clip(b - .5 - m, 0, 1)
+        whole, below = np.clip(np.floor(a), 0, M - 1), np.clip(np.floor(b - .5), 0, M - 2)
+        n, m = whole.astype(np.int32), below.astype(np.int32)
+        f, t = a - whole - .5, np.clip(b - .5 - below, 0, 1)
         t = t*t*(3 - 2*t)
         table = (up if k == 0 else -up.T).astype(np.float32)
         crimp = table[n, m]*(1 - t) + table[n, m+1]*t
         w = width[k, n, 0]
-        cell = np.clip(np.floor(b), 0, M - 1).astype(np.int32)
-        w = w*(1 - thin[k][n, cell]) + 1e-3
+        if cells is not None:
+            cell = np.clip(np.floor(b), 0, M - 1).astype(np.int32)
+            w = np.maximum(w*(1 - thin[k][n, cell]), 1e-3)
         tops.append(np.sqrt(np.clip(1 - (f/w)**2, 0, 1))*.5 - .5 + .35*crimp - 9.*(np.abs(f) > w))
-        fibre = 1 + .09*np.sin(6.2832*(b*3.1 + f*1.7) + 1.5*c.field(3 + k, 60)) + .05*c.field(5 + k, *((c.size, 40) if k else (40, c.size)))
+        fibre = 1 + .07*np.sin(6.2832*(b*3.1 + f*1.7) + 1.5*c.field(3 + k, 60)) + .05*c.field(5 + k, *((c.size, 40) if k else (40, c.size)))
         col = colour[k, n]
-        bad = wrong[k][n, cell][..., None]
-        if bad.any(): col = col + bad*(np.float32([.75, .62, .2]) - col)
+        if cells is not None: col = col + wrong[k][n, cell][..., None]*(np.float32([.75, .62, .2]) - col)
         cols.append(col*fibre[..., None])
     warp = tops[0] >= tops[1]
     top = np.where(warp, tops[0], tops[1])
-    c.height[:] = np.clip(top, -1.2, 1)*.016
+    c.height[:] = np.clip(top, -1.2, 1)*.013
     shade = np.clip(.55 + .5*(top + .7), .12, 1.05)
     c.albedo[:] = np.where(warp[..., None], cols[0], cols[1])*shade[..., None]*(1 + .04*c.field(7, 5))[..., None]
     c.gloss[:] = .06
-    c.solid[:] = 1
+    c.solid[:] = box(c.gx, c.gy, .90, .90, .02) < 0
     if d is not None:
         r = np.random.default_rng([d.seed, 1])
         px, py = r.uniform(-.36, .36, 2)
@@ -87,6 +86,9 @@ def weave(c: Canvas, rng: np.random.Generator, d: Defect | None):
         if d.kind == 'stain': stain(c, d, px, py, (.42, .30, .22))
         if d.kind == 'hole':
             pit(c, d, px, py, (.035, .03, .03), .03, rough=.4)
+    holder = -box(c.gx, c.gy, .90, .90, .02)
+    c.height[:] *= np.clip(.5 + holder/c.px, 0, 1)
+    c.paint((slice(None), slice(None)), holder, (.30, .31, .33), rise=.022, bevel=.006, gloss=.08)
 
 # %% ../nbs/04_synthetic.ipynb #79bf07a3
 TEETH, BOLTS = 22, 5
@@ -97,7 +99,7 @@ def gear(c: Canvas, rng: np.random.Generator, d: Defect | None):
     turns, seats = rng.normal(0, .10, BOLTS), rng.normal(0, .0008, (BOLTS, 2))
     tones = rng.normal(1, .05, BOLTS)
     r0 = d.rng if d is not None else None
-    c.albedo[:] = np.float32([.20, .25, .30])*(1 + .10*c.field(1, c.size//2) + .06*c.field(2, 24))[..., None]
+    c.albedo[:] = np.float32([.20, .25, .30])*(1 + .012*c.field(1, 128) + .02*c.field(2, 8))[..., None]
     at, x, y = c.local(0, 0, 1, 1)
     r, a = np.hypot(x, y), np.arctan2(y, x)
     root, outer = .375, .435
@@ -139,7 +141,7 @@ def gear(c: Canvas, rng: np.random.Generator, d: Defect | None):
         if k == pick:
             if d.kind == 'missing': gone = min(1., .18 + .85*d.scale)
             if d.kind == 'displaced':
-                s, q = extent(d.scale, .055, 2.2/256), r0.uniform(0, 2*math.pi)
+                s, q = 2.2/256 + .048*d.scale, r0.uniform(0, 2*math.pi)
                 bx, by = bx + s*math.cos(q), by + s*math.sin(q)
                 turn += 1.2*d.scale
         if gone >= 1: continue
@@ -244,24 +246,21 @@ def component(c: Canvas, kind: str, x: float, y: float, w: float, h: float, angl
         s = s - (w*.14 if kind == 'can' else 0)
         if d is not None and d.kind == 'misprint':
             full = w*.8 if kind != 'res' else h*.55
-            wide = min(full, extent(d.scale, full, 7/256))
+            wide = min(full, extent(d.scale, full, 13/256))
             first = d.rng.uniform(-full/2, full/2 - wide)
             bad = (s > first) & (s < first + wide)
             letter(c, at, s, t, label, size, grey, alpha=.85*(1 - d.contrast*bad))
             letter(c, at, s + .010, t + .45*size, label[::-1], size, grey, alpha=.85*d.contrast*bad)
-            c.paint(at, box(s - first - wide/2, t - .004*np.sin(s*200), wide, size*.55, .003), grey, alpha=.7*d.contrast, soft=3)
+            c.paint(at, box(s - first - wide/2, t - .004*np.sin(s*200), wide, size*.8, .003), grey, alpha=.9*d.contrast, soft=3)
         else: letter(c, at, s, t, label, size, grey, alpha=.85*np.clip(.5 - keep/c.px, 0, 1))
 
 def board(c: Canvas, rng: np.random.Generator, d: Defect | None):
     "A populated circuit board."
     n = len(LAYOUT)
-    pose = np.stack([rng.normal(0, .0007, n), rng.normal(0, .0007, n), rng.normal(0, .006, n)], 1)
+    pose = np.stack([rng.normal(0, .0005, n), rng.normal(0, .0005, n), rng.normal(0, .005, n)], 1)
     tone, mask = rng.normal(1, .04, n), np.float32([.045, .26, .15])*np.float32(rng.uniform(.9, 1.1))
-    c.albedo[:] = np.float32([.30, .27, .25])*(1 + .03*c.field(1, 60))[..., None]
-    at, x, y = c.local(0, 0, 1, 1)
-    edge = box(x, y, .93, .93, .02)
-    c.solid[:] = np.clip(.5 - edge/c.px, 0, 1)
-    c.paint(at, edge, mask*(1 + .035*c.field(2, 6) + .02*c.field(3, c.size//2))[..., None], rise=.02, bevel=.003, gloss=.22)
+    c.albedo[:] = mask*(1 + .02*c.field(2, 6) + .015*c.field(3, 128))[..., None]
+    c.gloss[:], c.solid[:] = .22, 1
     for x0, y0, x1, y1 in ROUTES:
         length, angle = math.hypot(x1 - x0, y1 - y0), math.atan2(y1 - y0, x1 - x0)
         w, u, v = c.local((x0 + x1)/2, (y0 + y1)/2, length/2, .006, angle)
@@ -288,13 +287,13 @@ def board(c: Canvas, rng: np.random.Generator, d: Defect | None):
         c_tone = float(tone[k])
         if k == pick:
             mine, r = d, np.random.default_rng([d.seed, 2])
-            if d.kind == 'missing': gone = min(1., .24 + 1.2*d.scale)
+            if d.kind == 'missing': gone = min(1., .36 + 1.1*d.scale)
             if d.kind == 'displaced':
-                s, q = extent(d.scale, .11, 2.5/256), r.uniform(0, 2*math.pi)
+                s, q = 2.5/256 + .10*d.scale, r.uniform(0, 2*math.pi)
                 p = p[0] + s*math.cos(q), p[1] + s*math.sin(q), p[2] + r.choice([-1, 1])*(.06 + .5*d.scale)
             if d.kind == 'swapped':
                 if kind in ('res', 'cap', 'led'): kind, label = dict(res='cap', cap='res', led='res')[kind], '' if kind == 'res' else '000'
-                else: p, c_tone, label = (p[0], p[1], p[2] + math.pi), c_tone*1.35, 'ZK 5' + label[-1]
+                else: p, c_tone, label = (p[0], p[1], p[2] + math.pi), c_tone*2.4, 'ZK 5' + label[-1]
         component(c, kind, px, py, w, h, a, label, c_tone, p, gone, mine if mine is not None and d.kind in ('missing', 'misprint') else None)
     for k, (kind, px, py, w, h, angle, label) in enumerate(LAYOUT):
         if kind in ('res', 'cap', 'led'):
@@ -310,10 +309,10 @@ def board(c: Canvas, rng: np.random.Generator, d: Defect | None):
         if d.kind == 'stain': stain(c, d, px, py, *(((.4, .5, .3), (.36, .24, .05)) if r1.random() < .6 else ((.4, .3, .25), .02)))
         if d.kind == 'bridge':
             kind, x0, y0, w, h = LAYOUT[pick][:5]
-            long = extent(d.scale, w*.9, 7/256)
+            long = extent(d.scale, w*.9, 9/256)
             sx, sy = r1.uniform(-(w - long)/2, (w - long)/2), r1.choice([-1, 1])*(h/2 + .016)
             at2, u, v = c.local(x0 + sx, y0 + sy, long/2 + .02, .04)
-            c.paint(at2, box(u, v + .003*np.sin(u*150), long, .018 + .012*d.scale, .008)*.8, SILVER*1.08, rise=.010, bevel=.008, gloss=.7)
+            c.paint(at2, box(u, v + .003*np.sin(u*150), long, .026 + .012*d.scale, .008)*.8, SILVER*1.08, rise=.010, bevel=.008, gloss=.7)
 
 # %% ../nbs/04_synthetic.ipynb #9cc6a5a1
 PRODUCTS = ('weave', 'gear', 'board')
@@ -322,7 +321,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     'gear': ('scratch', 'rust', 'dent', 'tooth', 'missing', 'displaced', 'misprint'),
     'board': ('scratch', 'stain', 'missing', 'displaced', 'swapped', 'misprint', 'bridge')}
 PAINTERS = dict(weave=weave, gear=gear, board=board)
-POSE = dict(weave=dict(turn=2., shift=0., zoom=.03), gear=dict(turn=1.2, shift=.006, zoom=.008), board=dict(turn=.6, shift=.004, zoom=.004))
+POSE = dict(weave=dict(turn=.8, shift=0., zoom=.01), gear=dict(turn=1.2, shift=.006, zoom=.008), board=dict(turn=.45, shift=.004, zoom=.003))
 CHANGED = 8 # grey levels of 255: a pixel belongs to the mask when its strongest channel changes by at least this
 
 class SyntheticError(ValueError):
@@ -370,7 +369,7 @@ def add_defect(
     if kind not in KINDS[scene.product]: raise SyntheticError(f"kind = {kind!r} does not exist for {scene.product}; allowed: {', '.join(KINDS[scene.product])}")
     if not 0 < scale <= 1: raise SyntheticError(f"scale = {scale!r}; allowed: 0 < scale <= 1")
     good = scene.render() if good is None else good
-    contrast = float(rng.uniform(.6, 1.))
+    contrast = float(rng.uniform(.7, 1.))
     for attempt in range(40):
         defect = Defect(kind, float(scale), min(contrast*1.12**attempt, 1.), int(rng.integers(2**62)))
         bad = replace(scene, defect=defect)
@@ -395,13 +394,13 @@ def scale_of(
 
 def defective(
     product: str, index: int, size: int = 256, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray, Defect]: # picture, mask, defect
+) -> tuple[np.ndarray, np.ndarray, Defect, np.ndarray]: # picture, mask, defect, the same picture without it
     "Defective picture number `index` of a set: its kind goes round, its scale is stratified."
     rng = picture_rng(product, 'defect', index, seed)
-    scene = make_scene(product, rng, size)
-    kinds = KINDS[product]
-    image, mask, bad = add_defect(scene, kinds[index % len(kinds)], scale_of(index), rng)
-    return image, mask, bad.defect
+    scene, kinds = make_scene(product, rng, size), KINDS[product]
+    good = scene.render()
+    image, mask, bad = add_defect(scene, kinds[index % len(kinds)], scale_of(index), rng, good)
+    return image, mask, bad.defect, good
 
 def write_synthetic(
     root: str | Path,   # the folder of the set, made when missing
@@ -414,11 +413,15 @@ def write_synthetic(
     root = Path(root)
     settings = dict(version=VERSION, product=product, n_train=n_train, n_good=n_good, n_defect=n_defect, size=size, seed=seed)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        try: there = json.loads((root/'synthetic.json').read_text())['settings']
+        try:
+            note = json.loads((root/'synthetic.json').read_text())
+            there, names = note['settings'], [name for r in note['pictures'] for name in (r['image'], r['mask']) if name]
         except (OSError, ValueError, KeyError, TypeError): raise SyntheticError(f"{root}: exists and is not a whole synthetic set; remove it or choose another folder") from None
         if there != settings:
             differ = ', '.join(f"{k} is {there.get(k)!r}, wanted {v!r}" for k, v in settings.items() if there.get(k) != v)
             raise SyntheticError(f"{root}: holds a synthetic set with other settings ({differ}); remove it or choose another folder")
+        for name in names:
+            if not (root/name).is_file(): raise SyntheticError(f"{root/name}: is listed in synthetic.json and missing; remove the folder to have it written again")
         return root
     if min(n_train, n_good, n_defect) < 0 or n_train + n_good + n_defect == 0:
         raise SyntheticError(f"n_train = {n_train}, n_good = {n_good}, n_defect = {n_defect}; allowed: at least 0, together at least 1")
@@ -435,8 +438,7 @@ def write_synthetic(
                 save(nominal(product, picture_rng(product, part, i, seed), size), name := f'{part}/good/{i:03d}.png')
                 rows.append(dict(image=name, mask=None, kind='good', scale=0., area=0, contrast=0.))
         for i in range(n_defect):
-            good = make_scene(product, picture_rng(product, 'defect', i, seed), size).render()
-            image, mask, defect = defective(product, i, size, seed)
+            image, mask, defect, good = defective(product, i, size, seed)
             kind, k = defect.kind, i//len(KINDS[product])
             save(image, name := f'test/{kind}/{k:03d}.png')
             save(mask.astype(np.uint8)*255, truth := f'ground_truth/{kind}/{k:03d}_mask.png')

@@ -119,11 +119,11 @@ def test_the_same_seed_gives_the_same_result(smoke, boards, tmp_path):
 def test_a_fit_that_is_stopped_goes_on_and_ends_the_same(smoke, boards, tmp_path):
     model, _ = smoke
     class Stop(Exception): pass
-    def stop(stage, step, steps, loss):
+    def stop(stage, step, loss):
         if stage == 'denoiser' and step >= 25: raise Stop
     with pytest.raises(Stop): DynAD(make_config('smoke', SMOKE)).fit(boards, tmp_path/'run', progress=False, callback=stop)
     seen = []
-    again = DynAD(make_config('smoke', SMOKE)).fit(boards, tmp_path/'run', progress=False, callback=lambda stage, step, *_: seen.append(step))
+    again = DynAD(make_config('smoke', SMOKE)).fit(boards, tmp_path/'run', progress=False, callback=lambda stage, step, loss: seen.append(step))
     assert min(seen) > 10 and again.hashes == model.hashes
 
 
