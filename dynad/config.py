@@ -151,7 +151,7 @@ PRESETS: dict[str, dict] = {
         data=dict(image_size=128), features=dict(backbone='efficientnet_lite0'),
         latents=dict(kind='tiny', finetune_steps=240),
         denoiser=dict(widths=(64, 128, 128), attention=(2,), epochs=None, steps=800, batch=16, lr=4e-4, lr_schedule='one_cycle', ema=.995),
-        reconstruction=dict(t_max=160, eta=0.), adaptation=dict(t_max=160, eta=0.), fusion=dict(lam=.5, sigma=4.)),
+        reconstruction=dict(t_max=640, eta=0.), adaptation=dict(t_max=160, eta=0.)),
     'smoke': dict(
         data=dict(image_size=64), features=dict(backbone='efficientnet_lite0'),
         latents=dict(kind='tiny', finetune_steps=20),

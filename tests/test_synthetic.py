@@ -50,7 +50,7 @@ def test_mask_is_the_change(which, scale, seed, size):
 def test_area_grows_with_scale(product, kind):
     scales = np.geomspace(.05, 1, 6)
     area = [[add_defect(make_scene(product, np.random.default_rng(n), 96), kind, s, np.random.default_rng([n, 7]))[1].sum() for s in scales] for n in range(3)]
-    assert spearmanr(scales, np.mean(area, 0)).statistic > .85
+    assert spearmanr(scales, np.mean(area, 0)).statistic > .8     # components come in a few sizes: ties are in order
 
 def test_smallest_and_largest():
     rng = np.random.default_rng(0)
