@@ -200,7 +200,7 @@ def examine() -> list[dict[str, str]]:
     add('dynad', __version__); add('python', platform.python_version())
     for p in ('torch', 'torchvision', 'diffusers', 'timm', 'accelerate', 'jupyterlab', 'ipywidgets', 'papermill'):
         add(p, _version(p) or 'missing', '' if _version(p) else 'pip install -e .')
-    faiss = next((f'{p} {_version(p)}' for p in ('faiss-gpu-cu12', 'faiss-gpu', 'faiss-cpu') if _version(p)), None)
+    faiss = next((f'{p} {_version(p)}' for p in ('faiss-gpu', 'faiss-cpu') if _version(p)), None)
     add('faiss', faiss or 'missing: neighbours are searched with torch', '' if faiss else "pip install -e '.[faiss-cpu]' (or '.[faiss-gpu]'); same results")
     device = Accelerator().device
     add('device', f'{device}' + (f' {torch.cuda.get_device_name()}' if device.type == 'cuda' else f', {torch.get_num_threads()} threads'),

@@ -30,7 +30,7 @@ class DataSettings(Settings):
     image_size: int = Field(256, ge=32, le=1024, multiple_of=32)  # side of the square picture in pixels
     holdout: float = Field(.2, gt=0, lt=1)                        # share of the good training pictures
     min_holdout: int = Field(5, ge=1)                             # at least so many
-    max_calibration: int = Field(64, ge=2)                        # at most so many of them are reconstructed for calibration
+    max_calibration: int = Field(256, ge=2)                       # at most so many of them are reconstructed for calibration
 
 class FeatureSettings(Settings):
     "φ, the ImageNet backbone (Section 5: ResNet-34)."

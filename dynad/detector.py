@@ -63,13 +63,15 @@ class Staged:
         progress: bool = True
     ):
         self.model, self.store, self.pictures, self._load, self.progress = model, store, pictures, load, progress
-        self.touched: dict[str, dict] = {}
-
-    def _tensors(self, name: str, parts: dict, make) -> dict[str, Tensor]:
-        self.touched[name] = parts
-        return self.store.tensors(name, parts, lambda work: make())
 
     def _parts(self, **more) -> dict[str, Any]: return dict(pictures=self.pictures, precision=self.model.config.precision, **more)
+
+    def stage_parts(self, name: str) -> dict[str, Any]:
+        "What the stage 'latents', 'features' or 'bins' of these pictures depends on."
+        m, c = self.model, self.model.config
+        if name == 'latents': return self._parts(autoencoder=m.hashes['autoencoder'], sampling=c.latents.latent_sampling, seed=c.seed)
+        if name == 'features': return self._parts(phi=m.hashes['phi'], layers=m.layers)
+        return self._parts(phi=m.hashes['phi'], dic=c.dic.model_dump(mode='json'), bank=m.hashes['bank'])
 
     @cached_property
     def images(self) -> Tensor:
@@ -82,19 +84,19 @@ class Staged:
     def z0(self) -> Tensor:
         "[N,C,h,w] latents."
         m = self.model
-        def make():
+        def make(work):
             g = torch.Generator().manual_seed(m.config.seed)
             return {'z0': torch.cat([m.encode(to_float(self.images[r]), g) for r in _batches(len(self.images), m.config.batch, 'latents', self.progress)])}
-        return self._tensors('latents', self._parts(autoencoder=m.hashes['autoencoder'], sampling=m.config.latents.latent_sampling, seed=m.config.seed), make)['z0']
+        return self.store.tensors('latents', self.stage_parts('latents'), make)['z0']
 
     @cached_property
     def fx(self) -> dict[int, Tensor]:
         "φ_j(x_0) of the layers in use."
         m = self.model
-        def make():
+        def make(work):
             rows = [m.look(to_float(self.images[r])) for r in _batches(len(self.images), m.config.batch, 'features', self.progress)]
             return {str(j): torch.cat([f[j] for f in rows]) for j in rows[0]}
-        return {int(j): f for j, f in self._tensors('features', self._parts(phi=m.hashes['phi'], layers=m.layers), make).items()}
+        return {int(j): f for j, f in self.store.tensors('features', self.stage_parts('features'), make).items()}
 
     @property
     def y(self) -> Tensor:
@@ -106,10 +108,10 @@ class Staged:
     def severity(self) -> dict[str, Tensor]:
         "distance [N], bin [N], neighbours [N,K] (Algorithm 2)."
         m = self.model
-        def make():
+        def make(work):
             distance, b, rows = m.dic.severity(self.y)
             return {'distance': distance, 'bin': b, 'neighbours': rows}
-        return self._tensors('bins', self._parts(phi=m.hashes['phi'], dic=m.config.dic.model_dump(mode='json'), bank=m.hashes['bank']), make)
+        return self.store.tensors('bins', self.stage_parts('bins'), make)
 
     @property
     def t_hat(self) -> Tensor:
@@ -121,11 +123,7 @@ class Staged:
     @property
     def _reconstructions(self) -> Shards:
         m = self.model
-        return self._shards('reconstructions', self._parts(z0=content_key(self._z_parts()), denoiser=m.hashes['denoiser'], diffusion=m.config.diffusion.model_dump(mode='json'), **m.sampler_key))
-
-    def _z_parts(self) -> dict:
-        self.z0
-        return self.touched['latents']
+        return self._shards('reconstructions', self._parts(z0=content_key(self.stage_parts('latents')), denoiser=m.hashes['denoiser'], diffusion=m.config.diffusion.model_dump(mode='json'), **m.sampler_key))
 
     @property
     def _maps(self) -> Shards:
@@ -179,7 +177,7 @@ class Staged:
     def seconds(self, t_hat: Tensor) -> dict[str, float]:
         "What each stage of these pictures cost when it was made."
         pairs = self._pairs(t_hat)
-        out = {name: self.store.seconds(name, parts) for name, parts in self.touched.items()}
+        out = {name: self.store.seconds(name, self.stage_parts(name)) for name in ('latents', 'features', 'bins')}
         out['reconstructions'] = self._reconstructions.seconds(pairs)
         out['maps'] = self._maps.seconds(pairs)
         return out
@@ -282,11 +280,11 @@ class DynAD:
         "The calibration with all these T̂ in it; missing ones are measured on the held-out pictures when the run is at hand."
         missing = sorted(set(torch.as_tensor(t_hat).tolist()) - set(self.calibration.levels))
         if missing and self.held_out is not None:
-            n, size, held = min(len(self.held_out), self.config.data.max_calibration), self.config.data.image_size, self.held_out
+            size, held = self.config.data.image_size, self.held_out
             for T in missing:
                 t = torch.full((len(held),), T)
                 l, f = held.raw_maps(t)
-                self.calibration.levels[T] = Calibration.measure(upsample(l[:n], size), feature_map({j: v[:n] for j, v in f.items()}, size), self.config.fusion.quantile)
+                self.calibration.levels[T] = Calibration.measure(upsample(l, size), feature_map(f, size), self.config.fusion.quantile)
         return self.calibration
 
     def _learn_thresholds(self):
@@ -306,7 +304,7 @@ class DynAD:
         "Train every part on the good pictures, keeping all stages in `run_dir`; a second call finds what is done. Raises DataError for too few good pictures."
         c = self.config
         fit, held = dataset.holdout(c.data.holdout, c.data.min_holdout, c.seed)
-        held = held[:c.data.max_calibration]
+        held = held[::-(-len(held)//c.data.max_calibration)]
         store = Store(run_dir)
         atomic_write(store.root/'config.json', dump_config(c))
         info = {'data': {'name': dataset.name, 'layout': dataset.layout, 'category': dataset.category, 'fingerprint': dataset.fingerprint, 'root': str(dataset.root)},
@@ -347,7 +345,7 @@ class DynAD:
             (work/CHECKPOINT).unlink(missing_ok=True)
             return {'losses': torch.tensor(log.losses)}
         settings = c.denoiser.model_dump(mode='json', exclude={'checkpoint_every', 'gradient_checkpointing'})
-        return store.stage('denoiser', dict(z0=content_key(self.good._z_parts()), settings=settings, diffusion=c.diffusion.model_dump(mode='json'), seed=c.seed, precision=c.precision), make)
+        return store.stage('denoiser', dict(z0=content_key(self.good.stage_parts('latents')), settings=settings, diffusion=c.diffusion.model_dump(mode='json'), seed=c.seed, precision=c.precision), make)
 
     def _fit_phi(self, store: Store, phi0: nn.Module, progress: bool) -> Path:
         c, a = self.config, self.config.adaptation

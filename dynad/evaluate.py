@@ -75,7 +75,7 @@ def untrained(model: DynAD) -> DynAD:
 def baseline_maps(model: DynAD, staged: Staged) -> dict[str, Tensor]:
     "PatchCore's rule on the unadapted φ: maps [N,1,H,W] and scores [N]."
     bank, c = model.patch_bank, model.config
-    def make():
+    def make(work):
         phi = load_features(c.features).to(model.device)
         maps, scores = [], []
         with torch.no_grad():
@@ -84,11 +84,11 @@ def baseline_maps(model: DynAD, staged: Staged) -> dict[str, Tensor]:
                 m, s = bank.score({j: v.float().cpu() for j, v in f.items()}, c.data.image_size, c.fusion.sigma*c.data.image_size/256)
                 maps.append(m); scores.append(s)
         return {'maps': torch.cat(maps), 'scores': torch.cat(scores)}
-    return staged._tensors('baseline', dict(pictures=staged.pictures, bank=model.hashes['patch_bank'], sigma=c.fusion.sigma), make)
+    return staged.store.tensors('baseline', dict(pictures=staged.pictures, bank=model.hashes['patch_bank'], sigma=c.fusion.sigma), make)
 
 def _versions() -> dict[str, str]:
     out = {'dynad': __version__, 'python': platform.python_version()}
-    for p in ('torch', 'torchvision', 'diffusers', 'timm', 'accelerate', 'torchmetrics', 'numpy', 'scipy', 'faiss-cpu', 'faiss-gpu-cu12'):
+    for p in ('torch', 'torchvision', 'diffusers', 'timm', 'accelerate', 'numpy', 'scipy', 'faiss-cpu', 'faiss-gpu'):
         try: out[p] = version(p)
         except PackageNotFoundError: pass
     return out

@@ -304,7 +304,6 @@ def _header(r: dict[str, Any]) -> dict[str, Any]:
     p, d, s, c = r['protocol'], r['data'], r['settings'], r['decision']
     warnings = (['synthetic pictures'] if d['synthetic'] else []) + ([p['note']] if p.get('note') else [])
     if s['fusion']['calibration'] == 'test': warnings.append('calibrated on the test set: looks at what it judges')
-    if p['settings_chosen_on_test']: warnings.append('settings chosen on the test set')
     chips = [f"preset {p['preset']}", f"seed {p['seed']}", f"{s['data']['image_size']} × {s['data']['image_size']} pixels", f"{p['training_pictures']} good pictures for training, {p['held_out_pictures']} held out"]
     if d.get('category'): chips.insert(0, f"category {d['category']}")
     interval = lambda k: f"95 %: {m['low']} – {m['high']}" if (m := _cell(r.get(k))) else 'not defined for these pictures'
