@@ -384,7 +384,7 @@ class DynAD:
         self.unet = unet.to(self.device)
 
     def _load_phi(self, folder: Path):
-        phi = load_features(self.config.features.model_copy(update={'weights': None}) if self.config.features.backbone == 'efficientnet_lite0' else self.config.features)
+        phi = load_features(self.config.features, pretrained=False)
         phi.load_state_dict(load_tensors(folder/'phi.safetensors'))
         self.phi, self.hashes['phi'] = phi.to(self.device).eval(), phi.weights_hash
 

@@ -150,20 +150,21 @@ def _load_resnet(net: nn.Module, path: Path) -> None:
     if wrong: raise FeatureError(f"{path}: not the weights of this backbone: {len(wrong)} tensors are missing, unknown or of another shape, first {wrong[0]}")
     net.load_state_dict(state, strict=False)
 
-# %% ../nbs/05_features.ipynb #da6429fb
+# %% ../nbs/05_features.ipynb #18026c02
 def load_features(
     settings: FeatureSettings,
-    seed: int = 0              # unused by the backbones here: nothing of φ is random; kept for backbones that are
+    pretrained: bool = True    # False: the architecture alone, for weights that are loaded next
 ) -> FeatureExtractor:         # in eval mode
     "φ with its ImageNet weights. Raises `FeatureError` that names the file and the cure."
     if settings.backbone == 'efficientnet_lite0':
         net, stages = _lite0()
-        if settings.weights is None: net.load_state_dict(load_lite0().state_dict())
+        if not pretrained: pass
+        elif settings.weights is None: net.load_state_dict(load_lite0().state_dict())
         else: _load_named(net, Path(settings.weights))
         mean, std = net.pretrained_cfg['mean'], net.pretrained_cfg['std']
     else:
         net, stages = _resnet(settings.backbone)
-        _load_resnet(net, resnet_file(settings.backbone, settings.weights))
+        if pretrained: _load_resnet(net, resnet_file(settings.backbone, settings.weights))
         mean, std = (.485, .456, .406), (.229, .224, .225)
     return FeatureExtractor(stages, mean, std).eval().to(memory_format=torch.channels_last)
 

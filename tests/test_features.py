@@ -148,3 +148,11 @@ def test_state_dict_goes_round(tmp_path):
     assert other.weights_hash != phi.weights_hash
     other.load_state_dict(phi.state_dict())
     assert other.weights_hash == phi.weights_hash
+
+
+def test_the_architecture_alone_asks_for_no_weights(monkeypatch, tmp_path):
+    "What a saved detector needs: its own weights are loaded over it."
+    monkeypatch.setenv('DYNAD_WEIGHTS', str(tmp_path)); monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    phi = load_features(FeatureSettings(backbone='resnet34'), pretrained=False)
+    with torch.no_grad(): maps = phi(torch.rand(1, 3, 64, 64))
+    assert {j: tuple(m.shape) for j, m in maps.items()} == {1: (1, 64, 16, 16), 2: (1, 128, 8, 8), 3: (1, 256, 4, 4)}
