@@ -4,7 +4,7 @@
 
 # %% ../nbs/19_cli.ipynb #9b7e4dfa
 from __future__ import annotations
-import csv, importlib.util, io, json, os, platform, sys, time
+import csv, io, json, os, platform, time
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -191,10 +191,10 @@ def examine() -> list[dict[str, str]]:
     "What is installed, found and missing: rows of what, state, cure."
     import torch
     from accelerate import Accelerator
-    from dynad.config import FeatureSettings, LatentSettings, data_root, weights_root
+    from dynad.config import FeatureSettings, data_root, weights_root
     from dynad.data import DataError, open_dataset
     from dynad.features import FeatureError, load_features
-    from dynad.latents import LatentError, load_latents, shipped
+    from dynad.latents import shipped
     rows: list[dict[str, str]] = []
     add = lambda what, state, cure='': rows.append({'what': what, 'state': state, 'cure': cure})
     add('dynad', __version__); add('python', platform.python_version())

@@ -6,9 +6,9 @@
 from __future__ import annotations
 import hashlib, json, os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 # %% auto #0
 __all__ = ['PRESETS', 'ConfigError', 'Settings', 'DataSettings', 'FeatureSettings', 'LatentSettings', 'DiffusionSettings',

@@ -13,7 +13,6 @@ from typing import Any, Callable, Iterator
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 

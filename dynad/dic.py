@@ -4,7 +4,7 @@
 
 # %% ../nbs/10_dic.ipynb #be749886
 from __future__ import annotations
-import importlib.util, math, warnings
+import importlib.util, warnings
 from dataclasses import dataclass
 
 import numpy as np

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from . import __version__
-from .config import content_key
 from .data import AnomalyDataset, Sample, load_masks, to_float
 from .denoiser import make_unet
 from .detector import DynAD, Staged, _batches
@@ -150,8 +149,7 @@ ORIGIN = { # where the fixed settings of a preset come from
     'smoke': 'fixed preset for tests of the machinery', 'paper': 'as printed in the paper (η and γ within its printed ranges)', 'authors': "the public code's shipped configuration"}
 
 def _protocol(model, dataset, labels, has_mask, n_boot) -> dict[str, Any]:
-    c, r = model.config, model.config.reconstruction
-    y = labels.bool()
+    c, y = model.config, labels.bool()
     return {'preset': c.preset, 'note': {'small': 'small preset: not the scale of the paper', 'smoke': 'smoke preset: a test of the machinery, not a result'}.get(c.preset, ''),
             'training_pictures': len(model.good), 'held_out_pictures': len(model.held_out), 'test_good': int((~y).sum()), 'test_defective': int(y.sum()),
             'image_level_only': int((y & ~has_mask).sum()), 'settings_from': ORIGIN.get(c.preset, ''),
