@@ -5,10 +5,9 @@
 # %% ../nbs/08_denoiser.ipynb #21fa2e0b
 from __future__ import annotations
 import hashlib, json, math, time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 import torch
 from accelerate import Accelerator

@@ -145,7 +145,7 @@ def _decision(scores, labels, maps, masks, has_mask, model) -> dict[str, Any]:
     return out | {'p_f1': float(2*(m & t).sum()/max(1, int(m.sum() + t.sum())))}
 
 ORIGIN = { # where the fixed settings of a preset come from
-    'small': 'fixed preset; its T_max and λ were chosen while looking at the test pictures of cookies and of synthetic boards: a first figure for other data, a tuned one for those two',
+    'small': 'fixed preset; its T_max and λ were chosen while looking at the test pictures of cookies, of magnetic tile and of synthetic boards: a first figure for other data, a tuned one for those three',
     'smoke': 'fixed preset for tests of the machinery', 'paper': 'as printed in the paper (η and γ within its printed ranges)', 'authors': "the public code's shipped configuration"}
 
 def _protocol(model, dataset, labels, has_mask, n_boot) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .evaluate import KEYS, write_result
-from .show import TRUTH, colorize, save_png, to_uint8, _edges, _extend
+from .show import TRUTH, colorize, save_png, _edges, _extend
 from .store import atomic_write
 
 if TYPE_CHECKING: from dynad.evaluate import Evaluation
