@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 # %% auto #0
-__all__ = ['PRESETS', 'ConfigError', 'Settings', 'DataSettings', 'FeatureSettings', 'LatentSettings', 'DiffusionSettings',
+__all__ = ['HOW', 'PRESETS', 'ConfigError', 'Settings', 'DataSettings', 'FeatureSettings', 'LatentSettings', 'DiffusionSettings',
            'DenoiserSettings', 'DICSettings', 'ReconstructionSettings', 'AdaptationSettings', 'FusionSettings',
            'Config', 'make_config', 'parse_config', 'parse_overrides', 'dump_config', 'load_config', 'content_key',
            'data_root', 'weights_root']
@@ -22,7 +22,7 @@ class ConfigError(ValueError):
 
 class Settings(BaseModel):
     "Base of all groups: unknown keys are errors, values cannot be changed in place."
-    model_config = ConfigDict(extra='forbid', frozen=True, validate_default=True)
+    model_config = ConfigDict(extra='forbid', frozen=True, validate_default=True, allow_inf_nan=False)
 
 # %% ../nbs/00_config.ipynb #b0076b9e
 class DataSettings(Settings):
@@ -66,7 +66,10 @@ class DenoiserSettings(Settings):
     weight_decay: float = Field(.01, ge=0)
     ema: float = Field(.999, ge=0, lt=1)                          # decay of the weights' moving average
     checkpoint_every: int = Field(100, ge=1)                      # optimiser steps between checkpoints
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False                          # less memory, more time, the same gradients
+    compile: bool = False                                         # torch.compile, also at inference
+
+HOW = frozenset({'checkpoint_every', 'gradient_checkpointing', 'compile'}) # of the denoiser: how it is trained, not what comes out; in no stage's key
 
 class DICSettings(Settings):
     "Dynamic implicit conditioning (Section 4.1, Algorithm 2)."
@@ -118,6 +121,7 @@ class Config(Settings):
     seed: int = Field(0, ge=0)
     precision: Literal['no', 'bf16', 'fp16'] = 'no'               # accelerate's mixed precision
     device: Literal['auto', 'cpu'] = 'auto'                       # auto: whatever accelerate finds
+    trackers: tuple[Literal['tensorboard', 'mlflow', 'wandb'], ...] = () # where the losses of a training are logged
     batch: int = Field(32, ge=1)                                  # pictures per batch at inference
     data: DataSettings = DataSettings()
     features: FeatureSettings = FeatureSettings()
@@ -168,7 +172,9 @@ def _nest(
     for key, value in flat.items():
         node = out
         *groups, leaf = key.split('.')
-        for g in groups: node = node.setdefault(g, {})
+        for g in groups:
+            node = node.setdefault(g, {})
+            if not isinstance(node, dict): raise ConfigError(f"{key} = {value!r}: {g} = {node!r} is given as a whole beside it; give one of the two")
         node[leaf] = value
     return out
 
@@ -204,6 +210,7 @@ def parse_config(
     raw: dict # nested settings, as `Config.model_dump()` gives them
 ) -> Config:
     "Validate a nested dictionary. Raises `ConfigError` naming the key, the value and what is allowed."
+    if not isinstance(raw, dict): raise ConfigError(f"settings are {raw!r:.60}: expected an object with keys such as seed, data, denoiser")
     try: return Config(**raw)
     except ValidationError as e:
         lines = []

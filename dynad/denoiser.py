@@ -5,26 +5,27 @@
 # %% ../nbs/08_denoiser.ipynb #21fa2e0b
 from __future__ import annotations
 import hashlib, json, math, time
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .config import DenoiserSettings
+from .config import HOW, DenoiserSettings
 from .diffusion import Schedule, q_sample
+from .launch import accelerator, check_trackers, tracked
 from .store import atomic_write, load_tensors, save_tensors, state_hash
 
 # %% auto #0
-__all__ = ['CHECKPOINT', 'WEIGHTS', 'DenoiserError', 'Denoiser', 'make_unet', 'count_parameters', 'eps_loss', 'draw_batch',
-           'learning_rate', 'EMA', 'TrainLog', 'TrainingStopped', 'train_denoiser', 'save_denoiser', 'load_denoiser']
+__all__ = ['CHECKPOINT', 'WEIGHTS', 'DenoiserError', 'Denoiser', 'make_unet', 'set_compiled', 'compile_errors',
+           'count_parameters', 'eps_loss', 'draw_batch', 'learning_rate', 'EMA', 'TrainLog', 'TrainingStopped',
+           'train_denoiser', 'save_denoiser', 'load_denoiser']
 
 # %% ../nbs/08_denoiser.ipynb #456d4bbb
 class DenoiserError(RuntimeError):
@@ -91,11 +92,29 @@ def make_unet(
                            norm_num_groups=math.gcd(32, *w), attention_head_dim=w[-1] // settings.heads)
     return Denoiser(unet, settings.heads).eval()
 
+def set_compiled(
+    unet: Denoiser,
+    on: bool = True,
+    backend: str = 'inductor' # of torch.compile
+) -> Denoiser:
+    "Switch torch.compile on or off, in place: no weight is renamed. What is not compilable shows at the next call."
+    if on: unet.unet.compile(backend=backend)
+    else: unet.unet._compiled_call_impl = None
+    return unet
+
+@contextmanager
+def compile_errors() -> Iterator[None]:
+    "Name the cure when torch.compile cannot do its work on this machine."
+    try: yield
+    except torch._dynamo.exc.TorchDynamoException as e:
+        why = next((l.strip() for l in str(e).splitlines() if l.strip()), type(e).__name__)
+        raise DenoiserError(f"denoiser.compile = true, but torch.compile fails here ({why[:200]}): install what it names (on a CPU a C++ compiler, g++), or set denoiser.compile = false") from e
+
 def count_parameters(module: nn.Module) -> int:
     "Number of weights."
     return sum(p.numel() for p in module.parameters())
 
-# %% ../nbs/08_denoiser.ipynb #8ced19d7
+# %% ../nbs/08_denoiser.ipynb #db9cafa4
 def eps_loss(
     unet: nn.Module, # ε_θ
     z0: Tensor,      # [B,C,h,w] clean latents
@@ -106,7 +125,7 @@ def eps_loss(
     "The ε-objective, Eq. 6, before the mean over the batch."
     return (unet(q_sample(z0, t, abar, noise=noise), t.to(z0.device)) - noise).square().mean((1, 2, 3))
 
-# %% ../nbs/08_denoiser.ipynb #03d6e8d0
+# %% ../nbs/08_denoiser.ipynb #e99f2f4d
 def _generator(*key: Any) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], 'big'))
 
@@ -125,7 +144,7 @@ def draw_batch(
     g = _generator('step', seed, k)
     return index, torch.randint(0, T, (batch,), generator=g), torch.randn(batch, *shape[1:], generator=g)
 
-# %% ../nbs/08_denoiser.ipynb #bf85dd4b
+# %% ../nbs/08_denoiser.ipynb #90fdba60
 def learning_rate(
     k: int,     # optimiser step, from 0
     steps: int, # all of them
@@ -159,7 +178,7 @@ class EMA:
         "Set the network's weights to the average."
         for n, p in module.named_parameters(): p.copy_(self.shadow[n])
 
-# %% ../nbs/08_denoiser.ipynb #4fed88d5
+# %% ../nbs/08_denoiser.ipynb #021e1fb7
 CHECKPOINT = 'checkpoint.safetensors' # in the working folder
 
 @dataclass
@@ -175,7 +194,7 @@ class TrainingStopped(RuntimeError):
 
 def _identity(unet: Denoiser, latents: Tensor, schedule: Schedule, settings: DenoiserSettings, steps: int, seed: int, precision: str) -> dict[str, Any]:
     "Everything that the trained weights depend on."
-    kept = settings.model_dump(mode='json', exclude={'checkpoint_every', 'gradient_checkpointing', 'epochs', 'steps'})
+    kept = settings.model_dump(mode='json', exclude={*HOW, 'epochs', 'steps'})
     return {**kept, 'steps': steps, 'seed': seed, 'precision': precision, 'latent_channels': unet.latent_channels, 'latent_size': unet.latent_size,
             'schedule': state_hash({'betas': schedule.betas})[:16], 'latents': state_hash({'latents': latents})[:16]}
 
@@ -200,17 +219,7 @@ def _load_checkpoint(path: Path, unet: Denoiser, ema: EMA, optimizer: torch.opti
     if scaler and head['scaler']: scaler.load_state_dict(head['scaler'])
     return TrainLog(tensors['losses'].tolist(), head['steps'], head['seconds'], head['steps'])
 
-# %% ../nbs/08_denoiser.ipynb #5aec7b56
-def _accelerator(precision: str, device: str) -> Accelerator:
-    "An accelerator for this training, also when the process has used another precision or device before."
-    state = AcceleratorState._shared_state
-    if state and PartialState().num_processes == 1:
-        on_cpu = PartialState().device.type == 'cpu'
-        if state.get('_mixed_precision') != precision or on_cpu != (device == 'cpu' or not torch.cuda.is_available()): AcceleratorState._reset_state(reset_partial_state=True)
-    acc = Accelerator(mixed_precision=precision, cpu=device == 'cpu')
-    if precision == 'fp16' and acc.device.type == 'cpu': raise DenoiserError("precision = 'fp16' needs a GPU and this training runs on the CPU: use precision = 'no' or 'bf16'")
-    return acc
-
+# %% ../nbs/08_denoiser.ipynb #99a5d2c4
 def _check_latents(unet: Denoiser, latents: Tensor) -> None:
     c, s = unet.latent_channels, unet.latent_size
     if latents.ndim != 4 or not len(latents) or latents.shape[1:] != (c, s, s):
@@ -229,13 +238,18 @@ def train_denoiser(
     device: str = 'auto',        # 'auto' (accelerate's choice) or 'cpu'
     progress: bool = True,
     callback: Callable[[int, float], None] | None = None, # called with step and loss after each step
-    should_stop: Callable[[], bool] | None = None         # asked after each step; True: write a checkpoint, raise `TrainingStopped`
+    should_stop: Callable[[], bool] | None = None,        # asked after each step; True: write a checkpoint, raise `TrainingStopped`
+    trackers: tuple[str, ...] = (),                       # 'tensorboard', 'mlflow', 'wandb': loss and rate of each step
+    logs: Path | str | None = None                        # folder of their logs
 ) -> TrainLog:
     "Train ε_θ on Eq. 6; leaves the average of the weights in `unet`, in eval mode. Goes on exactly where a run in `workdir` was cut off."
     _check_latents(unet, latents)
     latents = latents.detach().float()
     steps = settings.steps or max(1, math.ceil(settings.epochs*len(latents)/settings.batch))
-    acc = _accelerator(precision, device)
+    check_trackers(trackers)
+    if trackers and logs is None: raise DenoiserError(f"trackers = {list(trackers)} need a folder: give logs")
+    acc = accelerator(precision, device, trackers, logs)
+    if precision == 'fp16' and acc.device.type == 'cpu': raise DenoiserError("precision = 'fp16' needs a GPU and this training runs on the CPU: use precision = 'no' or 'bf16'")
     rank, world = acc.process_index, acc.num_processes
     if settings.batch < world: raise DenoiserError(f"denoiser.batch = {settings.batch} is smaller than the number of processes, {world}")
     identity = _identity(unet, latents, schedule, settings, steps, seed, precision)
@@ -246,6 +260,7 @@ def train_denoiser(
     ema = EMA(unet, settings.ema)
     log = _load_checkpoint(path, unet, ema, raw, acc.scaler, identity) if path and path.exists() else TrainLog()
     if settings.gradient_checkpointing: unet.unet.enable_gradient_checkpointing()
+    set_compiled(unet, settings.compile)
     model, optimizer = acc.prepare(unet, raw)
     begin, before = time.monotonic(), log.seconds
 
@@ -260,7 +275,15 @@ def train_denoiser(
                              f"lower denoiser.lr = {settings.lr:.3g}{'' if precision == 'no' else ', or set precision = no'} ({kept})")
 
     bar = tqdm(total=steps, initial=log.steps, desc='denoiser', mininterval=1, disable=not progress or not acc.is_main_process)
-    try:
+    with ExitStack() as after:
+        @after.callback
+        def restore():
+            bar.close()
+            acc.unwrap_model(model, keep_fp32_wrapper=False)
+            if settings.gradient_checkpointing: unet.unet.disable_gradient_checkpointing()
+            unet.eval()
+        write = after.enter_context(tracked(acc, 'denoiser', identity))
+        if settings.compile: after.enter_context(compile_errors())
         for k in range(log.steps, steps):
             index, t, noise = (v[rank::world] for v in draw_batch(k, latents.shape, settings.batch, schedule.T, seed))
             for group in optimizer.param_groups: group['lr'] = learning_rate(k, steps, settings)
@@ -271,6 +294,7 @@ def train_denoiser(
             optimizer.step(); optimizer.zero_grad()
             ema.update(unet, k)
             log.losses.append(value); log.steps = k + 1
+            write({'loss': value, 'learning rate': optimizer.param_groups[0]['lr']}, k)
             bar.update(); bar.set_postfix(loss=f'{sum(log.losses[-20:])/len(log.losses[-20:]):.4f}', refresh=False)
             if (k + 1) % settings.checkpoint_every == 0 or k + 1 == steps: save()
             if callback: callback(k, value)
@@ -278,15 +302,10 @@ def train_denoiser(
                 save()
                 raise TrainingStopped(f"training of the denoiser stopped after step {k} of {steps}" + (f"; {path} lets the next run go on from there" if path else ''))
         ema.copy_to(unet)
-    finally:
-        bar.close()
-        acc.unwrap_model(model, keep_fp32_wrapper=False)
-        if settings.gradient_checkpointing: unet.unet.disable_gradient_checkpointing()
-        unet.eval()
     log.seconds = before + time.monotonic() - begin
     return log
 
-# %% ../nbs/08_denoiser.ipynb #e6d5549f
+# %% ../nbs/08_denoiser.ipynb #2d7ea47e
 WEIGHTS = 'diffusion_pytorch_model.safetensors'
 
 def save_denoiser(

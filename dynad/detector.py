@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .adaptation import adapt
-from .config import Config, ConfigError, content_key, dump_config, load_config, make_config, parse_config, _merge, _nest
+from .config import HOW, Config, ConfigError, content_key, dump_config, load_config, make_config, parse_config, _merge, _nest
 from .data import AnomalyDataset, Sample, load_images, read_image, to_float
-from .denoiser import CHECKPOINT, load_denoiser, make_unet, save_denoiser, train_denoiser
+from .denoiser import CHECKPOINT, load_denoiser, make_unet, save_denoiser, set_compiled, train_denoiser
 from .dic import DIC, pooled, t_grid
 from .diffusion import make_schedule
 from .features import load_features
 from .fusion import Calibration, anomaly_map, feature_map, feature_maps, latent_map, score, upsample
 from .latents import finetune, load_latents
 from .reconstruction import noise_for, overshoots, reconstruct
+from .launch import check_trackers, processes, together
 from .patchcore import PatchBank
 from .store import Shards, Store, StoreError, atomic_write, load_tensors, save_tensors, state_hash
 
@@ -176,6 +176,8 @@ class Staged:
     def seconds(self, t_hat: Tensor) -> dict[str, float]:
         "What each stage of these pictures cost when it was made."
         pairs = self._pairs(t_hat)
+        for name, part in (('latents', 'z0'), ('features', 'fx'), ('bins', 'severity')):
+            if not self.store.done(name, self.stage_parts(name)): getattr(self, part) # its folder was deleted, and nothing else asked for it
         out = {name: self.store.seconds(name, self.stage_parts(name)) for name in ('latents', 'features', 'bins')}
         out['reconstructions'] = self._reconstructions.seconds(pairs)
         out['maps'] = self._maps.seconds(pairs)
@@ -184,6 +186,11 @@ class Staged:
 # %% ../nbs/14_detector.ipynb #adc99077
 TRAINED = ('seed', 'precision', 'data', 'features', 'latents', 'diffusion', 'denoiser', 'adaptation') # changing one of these means fitting again
 
+def _trained(c: Config) -> dict[str, Any]:
+    "The settings that fitting depends on, and no switch of mere speed."
+    raw = c.model_dump(mode='json')
+    return {k: {s: v for s, v in raw[k].items() if s != 'compile'} if k == 'denoiser' else raw[k] for k in TRAINED}
+
 class DynAD:
     "Dynamic addition of noise for anomaly detection: the paper's system, as fitted parts and the walk through them."
     def __init__(self,
@@ -191,7 +198,7 @@ class DynAD:
     ):
         self.config = config or make_config('small')
         self.schedule = make_schedule(self.config.diffusion)
-        self.device = Accelerator(cpu=self.config.device == 'cpu').device
+        self.device = processes(self.config.device).device
         self.ae = self.unet = self.phi = self.dic = None
         self.hashes: dict[str, str] = {}
         self.calibration, self.threshold, self.image_threshold = Calibration({}), None, None
@@ -304,25 +311,32 @@ class DynAD:
         c = self.config
         fit, held = dataset.holdout(c.data.holdout, c.data.min_holdout, c.seed)
         held = held[::-(-len(held)//c.data.max_calibration)]
-        store = Store(run_dir)
-        atomic_write(store.root/'config.json', dump_config(c))
+        check_trackers(c.trackers)
+        state, store = processes(c.device), Store(run_dir)
+        progress = progress and state.is_main_process
+        if state.is_main_process: atomic_write(store.root/'config.json', dump_config(c))
         info = {'data': {'name': dataset.name, 'layout': dataset.layout, 'category': dataset.category, 'fingerprint': dataset.fingerprint, 'root': str(dataset.root)},
                 'fit': [s.name for s in fit], 'held_out': [s.name for s in held]}
         keys = {part: content_key(dict(data=dataset.fingerprint, names=info[part], size=c.data.image_size)) for part in ('fit', 'held_out')}
         read = lambda samples: lambda: load_images(samples, c.data.image_size, progress=progress)
         self.good, self.held_out = Staged(self, store, keys['fit'], read(fit), progress), Staged(self, store, keys['held_out'], read(held), progress)
+        if not (store.root/'run.json').exists(): self.good.images, self.held_out.images # a picture that cannot be read ends it now, not after hours of training
         phi0 = load_features(c.features).to(self.device)
-        stages = {'autoencoder': self._fit_autoencoder(store, keys['fit'], phi0)}
-        self._load_autoencoder(stages['autoencoder'])
+        stages = {}
+        with state.main_process_first(): # the others find what the first has made
+            stages['autoencoder'] = self._fit_autoencoder(store, keys['fit'], phi0)
+            self._load_autoencoder(stages['autoencoder'])
+            self.good.z0
         stages['denoiser'] = self._fit_denoiser(store, callback, should_stop)
         self._load_denoiser(stages['denoiser'])
-        stages['phi'] = self._fit_phi(store, phi0, progress)
-        self._load_phi(stages['phi'])
-        stages['patch_bank'] = self._fit_patch_bank(store, phi0)
-        self._load_patch_bank(stages['patch_bank'])
-        info |= {'keys': keys, 'stages': {k: str(p.relative_to(store.root)) for k, p in stages.items()}, 'trained': content_key({k: c.model_dump(mode='json')[k] for k in TRAINED})}
-        self._finish()
-        atomic_write(store.root/'run.json', json.dumps(info, indent=1, ensure_ascii=False))
+        with state.main_process_first():
+            stages['phi'] = self._fit_phi(store, phi0, progress)
+            self._load_phi(stages['phi'])
+            stages['patch_bank'] = self._fit_patch_bank(store, phi0)
+            self._load_patch_bank(stages['patch_bank'])
+            self._finish()
+        info |= {'keys': keys, 'stages': {k: str(p.relative_to(store.root)) for k, p in stages.items()}, 'trained': content_key(_trained(c))}
+        if state.is_main_process: atomic_write(store.root/'run.json', json.dumps(info, indent=1, ensure_ascii=False))
         return self
 
     def _fit_autoencoder(self, store: Store, key: str, phi0: nn.Module) -> Path:
@@ -339,18 +353,20 @@ class DynAD:
         def make(work):
             unet = make_unet(c.denoiser, z0.shape[1], z0.shape[-1], seed=c.seed)
             log = train_denoiser(unet, z0, self.schedule, c.denoiser, c.seed, work, precision=c.precision, device=c.device, progress=self.good.progress,
-                                 callback=callback and (lambda step, loss: callback('denoiser', step, loss)), should_stop=should_stop)
+                                 callback=callback and (lambda step, loss: callback('denoiser', step, loss)), should_stop=should_stop,
+                                 trackers=c.trackers, logs=store.root/'logs')
+            if not processes(c.device).is_main_process: return None
             save_denoiser(unet, work/'unet')
             (work/CHECKPOINT).unlink(missing_ok=True)
             return {'losses': torch.tensor(log.losses)}
-        settings = c.denoiser.model_dump(mode='json', exclude={'checkpoint_every', 'gradient_checkpointing'})
-        return store.stage('denoiser', dict(z0=content_key(self.good.stage_parts('latents')), settings=settings, diffusion=c.diffusion.model_dump(mode='json'), seed=c.seed, precision=c.precision), make)
+        settings = c.denoiser.model_dump(mode='json', exclude=set(HOW))
+        return together(store, 'denoiser', dict(z0=content_key(self.good.stage_parts('latents')), settings=settings, diffusion=c.diffusion.model_dump(mode='json'), seed=c.seed, precision=c.precision), make)
 
     def _fit_phi(self, store: Store, phi0: nn.Module, progress: bool) -> Path:
         c, a = self.config, self.config.adaptation
         @torch.no_grad()
         def rebuild(x0, rows, T):
-            z0 = self.ae.encode(x0)
+            z0 = self.good.z0[rows].to(self.device)
             noise = noise_for(rows, tuple(z0.shape[1:]), c.seed).to(z0.device) if a.omega > 0 else None
             return self.ae.decode(reconstruct(self.unet, z0, T, self.schedule, S=c.reconstruction.S, eta=a.eta, omega=a.omega, noise=noise).z_hat)
         def make(work):
@@ -380,7 +396,7 @@ class DynAD:
     def _load_denoiser(self, folder: Path):
         unet = load_denoiser(folder/'unet')
         self.hashes['denoiser'] = state_hash(unet.state_dict())
-        self.unet = unet.to(self.device)
+        self.unet = set_compiled(unet.to(self.device), self.config.denoiser.compile)
 
     def _load_phi(self, folder: Path):
         phi = load_features(self.config.features, pretrained=False)
@@ -408,12 +424,12 @@ class DynAD:
         root = Path(run_dir)
         base = load_config(root/'config.json')
         config = parse_config(_merge(base.model_dump(), _nest(overrides or {})))
-        changed = [k for k in TRAINED if getattr(config, k) != getattr(base, k)]
+        changed = [k for k in TRAINED if _trained(config)[k] != _trained(base)[k]]
         if changed: raise ConfigError(f"{', '.join(changed)}: cannot be changed on a fitted run; fit again with --set, the stages that do not depend on it are kept")
         if not (root/'run.json').exists(): raise StoreError(f"{root/'run.json'}: no such file, the run is not finished; run `dynad fit` with the same --out again, it goes on where it stopped")
         info = json.loads((root/'run.json').read_text(encoding='utf-8'))
         self, store = cls(config), Store(root)
-        if content_key({k: config.model_dump(mode='json')[k] for k in TRAINED}) != info['trained']:
+        if content_key(_trained(config)) != info['trained']:
             raise ConfigError(f"{root/'config.json'}: not the settings this run was fitted with; run `dynad fit` with the same --out again")
         self.info = info
         def gone(): raise StoreError(f"{root}: a stage is missing and its pictures are not at hand; run `dynad fit` with the same --out again")

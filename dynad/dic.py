@@ -27,14 +27,20 @@ def pooled(
     return F.adaptive_avg_pool2d(feature, side).flatten(1)
 
 # %% ../nbs/10_dic.ipynb #18d82372
-def _knn_torch(query: Tensor, bank: Tensor, K: int, chunk: int = 64) -> tuple[Tensor, Tensor]:
-    parts = [torch.cdist(q, bank, p=1).topk(K, largest=False) for q in query.split(chunk)]
-    return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
+def _nearest(query: Tensor, bank: Tensor, K: int, l1, width: int, chunk: int = 64) -> tuple[Tensor, Tensor]:
+    "In blocks of features that stay in the processor's cache, summed in float64; among equals the first row of the bank."
+    blocks, out = [b.contiguous() for b in bank.split(width, 1)], []
+    for q in query.split(chunk):
+        d = sum(l1(x.contiguous(), b).double() for x, b in zip(q.split(width, 1), blocks))
+        out.append([v[:, :K] for v in d.sort(dim=1, stable=True)])
+    return torch.cat([d for d, _ in out]).float(), torch.cat([i for _, i in out])
+
+def _knn_torch(query: Tensor, bank: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    return _nearest(query, bank, K, lambda a, b: torch.cdist(a, b, p=1), 512)
 
 def _knn_faiss(query: Tensor, bank: Tensor, K: int) -> tuple[Tensor, Tensor]:
     import faiss
-    d, i = faiss.knn(query.numpy(), bank.numpy(), K, metric=faiss.METRIC_L1)
-    return torch.from_numpy(d), torch.from_numpy(i)
+    return _nearest(query, bank, K, lambda a, b: torch.from_numpy(faiss.pairwise_distances(a.numpy(), b.numpy(), faiss.METRIC_L1)), 1024)
 
 def neighbours(
     query: Tensor,         # [M,D] float32

@@ -198,6 +198,7 @@ def metrics_table(
     "The result as a table of value [low, high]."
     rows = {'DynAD': result, **{f"null: {k.replace('_', ' ')}": v for k, v in result.get('null_models', {}).items()},
             **{f'baseline: {k}': v for k, v in result.get('baseline', {}).items()}}
-    show = lambda m: '—' if not m or m['value'] is None else f"{m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}]"
+    interval = lambda m: '' if m['low'] is None else f" [{m['low']:.3f}, {m['high']:.3f}]"
+    show = lambda m: '—' if not m or m['value'] is None else f"{m['value']:.3f}{interval(m)}"
     heads = dict(zip(KEYS, ('I-AUROC', 'P-AUROC', 'PRO', 'I-AP', 'P-AP', 'I-F1-max', 'P-F1-max')))
     return pd.DataFrame({heads[k]: {n: show(r.get(k)) for n, r in rows.items()} for k in KEYS})

@@ -293,7 +293,10 @@ def load_training(
         head, _, rest = k.partition('.')
         if head == 'extra': extra[rest] = v
         elif head == 'opt': i, name = rest.split('.'); opt_state.setdefault(int(i), {})[name] = v
-    net.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith('net.')})
+    weights, want = {k[4:]: v for k, v in state.items() if k.startswith('net.')}, net.state_dict()
+    if weights.keys() != want.keys() or any(weights[k].shape != v.shape for k, v in want.items()) or 'losses' not in extra:
+        raise LatentError(f"{path}: no checkpoint of this network's training; delete it and run again")
+    net.load_state_dict(weights)
     opt.load_state_dict({'state': opt_state, 'param_groups': opt.state_dict()['param_groups']})
     return extra
 

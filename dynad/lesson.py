@@ -48,7 +48,7 @@ def lesson_model(
     ae, phi, schedule = load_latents(cfg.latents, size), load_features(cfg.features), make_schedule(cfg.diffusion)
     train, test = to_float(load_images(data.train, size)), to_float(load_images(data.test, size))
     with torch.no_grad(): z_train, z_test = ae.encode(train), ae.encode(test)
-    parts = dict(settings=cfg.denoiser.model_dump(mode='json'), data=data.fingerprint, ae=ae.weights_hash, seed=cfg.seed)
+    parts = dict(settings=cfg.denoiser.model_dump(mode='json', exclude={'compile'}), data=data.fingerprint, ae=ae.weights_hash, seed=cfg.seed)
 
     def make(work: Path):
         unet = make_unet(cfg.denoiser, ae.latent_channels, z_train.shape[-1], seed=cfg.seed)

@@ -166,7 +166,7 @@ def pretrain_tiny(
     progress: bool = True
 ) -> dict:                   # the log: settings, loss per step, PSNR on held-out procedural pictures, seconds
     "Train `TinyAE` on procedural pictures; leaves tiny_ae.safetensors, tiny_ae.json and log.json in `out_dir`."
-    out, started = Path(out_dir), time.time()
+    out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     cache = out/f'pictures-{seed}-{n_pictures}.safetensors'
     if not cache.exists(): save_tensors(cache, {'x': pictures(n_pictures, 96, seed, progress=progress), 'held_out': pictures(128, 96, seed + 10_000)})

@@ -133,7 +133,7 @@ def gear(c: Canvas, rng: np.random.Generator, d: Defect | None):
     pick = int(r0.integers(BOLTS)) if d is not None else -1
     for k in range(BOLTS):
         b = 2*math.pi*k/BOLTS - math.pi/2
-        bx, by, turn, tone, gone, tilt = .226*math.cos(b), .226*math.sin(b), turns[k], tones[k], 0., 0.
+        bx, by, turn, tone, gone = .226*math.cos(b), .226*math.sin(b), turns[k], tones[k], 0.
         h, u, v = c.local(bx, by, .06, .06)
         c.paint(h, disc(u, v, .022), (.09, .09, .10), rise=-.012, bevel=.004, gloss=.1)
         bx, by = bx + seats[k, 0], by + seats[k, 1]

@@ -64,3 +64,8 @@ def test_the_table_names_every_row(evaluation):
 def test_a_data_set_without_test_pictures(smoke, boards):
     from dataclasses import replace
     with pytest.raises(ValueError, match='no test picture; put some under test/good'): evaluate(smoke[0], replace(boards, samples=boards.train))
+
+def test_table_without_intervals(smoke, boards):
+    "n_boot = 0 gives values and no brackets."
+    e = evaluate(smoke[0], boards, n_boot=0, null_models=False, baseline=False, progress=False)
+    assert e.result['i_auroc']['low'] is None and metrics_table(e.result).loc['DynAD', 'I-AUROC'] == f"{e.result['i_auroc']['value']:.3f}"

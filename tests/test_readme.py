@@ -34,7 +34,7 @@ def test_pictures_are_described(text): assert '![](' not in text and '![png]' no
 
 def test_every_room_is_listed(text):
     rooms = {p.relative_to(ROOT).as_posix() for p in (ROOT/'nbs').glob('[0-9]*.ipynb')}
-    assert rooms == set(re.findall(r'\]\((nbs/[^)]+\.ipynb)\)', text))
+    assert rooms == set(re.findall(r'\]\((nbs/[^/)]+\.ipynb)\)', text))
 
 def test_nothing_is_left_of_the_notebook(text):
     "No directive, no empty code block, no style sheet."

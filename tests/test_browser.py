@@ -1,0 +1,148 @@
+"The apps in a real JupyterLab (and explore in Voila), looked at by a real browser: run all, drag by mouse and keyboard, click, upload. Test names contain `browser`."
+import os
+from pathlib import Path
+
+import pytest
+
+from browser import BYTES, FLAGS, WATCH, View, chromium, demo, server, with_parameters
+
+playwright = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
+if chromium() is None: pytest.skip('no chromium on this machine', allow_module_level=True)
+
+WAIT = 240 # seconds, for a machine that does other work
+SHOTS = os.environ.get('DYNAD_SCREENSHOTS') # a folder to keep them in
+
+@pytest.fixture(scope='module')
+def chrome():
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium(), args=FLAGS)
+        yield browser
+        browser.close()
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory): return tmp_path_factory.mktemp('lab')
+
+@pytest.fixture(scope='module')
+def lab(folder):
+    with server('jupyterlab', folder) as url: yield url
+
+@pytest.fixture
+def view(chrome, folder, request):
+    page = chrome.new_page(viewport=dict(width=1280, height=1000))
+    v = View(page)
+    yield v
+    shots = Path(SHOTS) if SHOTS else folder
+    page.screenshot(path=shots/f'{request.node.name}_last.png')
+    page.close()
+
+def shot(view, name, folder):
+    "The app's output at 1280 and at 1920 pixels."
+    for width in (1920, 1280):
+        view.page.set_viewport_size(dict(width=width, height=2200)) # high, so that nothing is scrolled away
+        view.page.wait_for_timeout(400)
+        view.page.locator('.dynad-x').first.screenshot(path=Path(SHOTS or folder)/f'{name}_{width}.png')
+    view.page.set_viewport_size(dict(width=1280, height=1000))
+
+def drag(view, name, by):
+    "The handle of a slider, by so many pixels, in steps."
+    box = view.slider(name).bounding_box()
+    x, y = box['x'] + box['width']/2, box['y'] + box['height']/2
+    view.page.mouse.move(x, y); view.page.mouse.down()
+    for k in range(1, 6): view.page.mouse.move(x + by*k/5, y)
+    view.page.mouse.up()
+
+def ready(view, timeout=WAIT):
+    view.page.wait_for_selector('.dynad-panel img', timeout=timeout*1000)
+    view.until(lambda: 'A_map =' in view.page.locator('.dynad-x').first.inner_text() and not view.page.locator('.dynad-panel img.dynad-stale, .dynad-stale .dynad-panel').count(), timeout, 'the picture')
+
+def test_browser_explore(view, lab, folder, capsys):
+    with_parameters('explore', folder, run=str(demo()), setting={'t_max': 160, 'lam': .5})
+    view.open_in_lab(lab, 'explore.ipynb', WAIT)
+    ready(view)
+    img = view.panel('A_map =').locator('img')
+    view.until(lambda: 'being' not in view.page.locator('.dynad-x').inner_text() and 'reconstructing' not in view.page.locator('.dynad-x').inner_text(), WAIT, 'the T_max grid')
+    shot(view, 'explore', folder)
+
+    before = img.evaluate(BYTES)                            # by mouse
+    drag(view, 'λ', -20)
+    view.until(lambda: img.evaluate(BYTES) != before and f"A_map = {view.readout('λ')}·l" in view.panel('A_map =').inner_text().replace('\xa0', ' '), 30, 'A_map and its label follow λ')
+    before, old = view.bytes('reconstruction'), view.readout('T_max')
+    drag(view, 'T_max', 40)
+    view.until(lambda: view.readout('T_max') != old and view.bytes('reconstruction') != before, 60, 'the reconstruction follows T_max')
+
+    img.element_handle().evaluate(WATCH)                    # by keyboard
+    view.slider('λ').focus()
+    for k in range(50):
+        n = view.page.evaluate('window.moves.length')
+        view.page.keyboard.press('ArrowRight' if k % 20 < 10 else 'ArrowLeft')
+        view.until(lambda: view.page.evaluate('window.moves.length') > n, 30, f'key {k}')
+    moves = sorted(view.page.evaluate('window.moves'))
+    assert f"A_map = {view.readout('λ')}·l" in view.panel('A_map =').inner_text()
+    old = view.readout('T_max')
+    view.slider('T_max').focus(); view.page.keyboard.press('ArrowLeft')
+    view.until(lambda: view.readout('T_max') != old, 30, 'T_max by key')
+    with capsys.disabled(): print(f'\nbrowser, milliseconds from a key to a new picture, 128², λ: median {moves[len(moves)//2]:.0f}, worst {moves[-1]:.0f} of {len(moves)}')
+    assert moves[len(moves)//2] < 1500
+
+    assert view.page.locator('.dynad-x input[type=checkbox]').first.is_checked() # the threshold is still the learned one
+    name, before = view.page.locator('.dynad-big', has_text='test/'), view.bytes('input')
+    old = name.inner_text()
+    view.page.locator('.dynad-thumb').nth(5).click()        # another picture
+    view.until(lambda: name.inner_text() != old and view.bytes('input') != before, 60, 'another picture')
+    assert not view.page.locator('.dynad-error').count() and view.unexpected() == []
+
+def test_browser_narrow_panel(view, lab, folder):
+    "As in a side panel: nothing runs out of the picture."
+    with_parameters('trajectory', folder, run=str(demo()))
+    view.open_in_lab(lab, 'trajectory.ipynb', WAIT)
+    view.page.wait_for_selector('.dynad-panel img', timeout=WAIT*1000)
+    view.until(lambda: 't = 160' in view.page.locator('.dynad-x').inner_text(), WAIT, 'the walk')
+    before = view.bytes('z_t decoded')
+    view.slider('step').focus()
+    for _ in range(3): view.page.keyboard.press('ArrowRight')
+    view.until(lambda: view.bytes('z_t decoded') != before and view.readout('step') == '3' and 't = 112' in view.page.locator('.dynad-x').inner_text(), 30, 'the step')
+    shot(view, 'trajectory', folder)
+    view.page.set_viewport_size(dict(width=760, height=900))
+    view.page.wait_for_timeout(400)
+    wide = view.page.locator('.dynad-x').evaluate('(e) => [e.scrollWidth, e.clientWidth]')
+    assert wide[0] <= wide[1] + 8, wide
+    assert not view.page.locator('.dynad-error').count() and view.unexpected() == []
+
+def test_browser_sweep(view, lab, folder):
+    with_parameters('sweep', folder, runs=[str(demo())], t_maxes=[80, 160], fill=True)
+    view.open_in_lab(lab, 'sweep.ipynb', WAIT)
+    cell = view.page.locator('button[title^="PRO"][title*="T_max 80, λ 0.15"]')
+    cell.wait_for(timeout=WAIT*1000)
+    ready(view)
+    shot(view, 'sweep', folder)
+    before = view.bytes('A_map =')
+    cell.click()
+    view.until(lambda: view.readout('T_max') == '80' and 'A_map = 0.15·l' in view.panel('A_map =').inner_text() and view.bytes('A_map =') != before, 60, 'the cell is in the Explorer')
+    assert not view.page.locator('.dynad-error').count() and view.unexpected() == []
+
+def test_browser_upload(view, lab, folder, boards):
+    with_parameters('your_pictures', folder, folder=str(folder/'mine'), preset='smoke')
+    view.open_in_lab(lab, 'your_pictures.ipynb', WAIT)
+    view.page.wait_for_selector('.dynad-x input[type=file]', state='attached', timeout=WAIT*1000)
+    view.page.locator('.dynad-x input[type=file]').first.set_input_files([str(s.image) for s in boards.train[:6]])
+    view.until(lambda: '6 dropped so far' in view.page.locator('.dynad-x').inner_text(), WAIT, 'the upload')
+    assert len(list((folder/'mine'/'good').iterdir())) == 6
+    bad = folder/'notes.png'
+    bad.write_bytes(b'not a picture')
+    view.page.locator('.dynad-x input[type=file]').first.set_input_files([str(bad)])
+    view.until(lambda: 'notes.png: not a picture that can be read' in view.page.locator('.dynad-x').inner_text(), 60, 'the error')
+    shot(view, 'your_pictures', folder)
+    assert view.unexpected() == []
+
+def test_browser_voila(view, tmp_path):
+    "For people without JupyterLab."
+    pytest.importorskip('voila', reason='voila is not installed')
+    path = with_parameters('explore', tmp_path, run=str(demo()), setting={'t_max': 160, 'lam': .5})
+    with server('voila', tmp_path, path) as url:
+        view.page.goto(url, timeout=WAIT*1000)
+        ready(view)
+        before = view.bytes('A_map =')
+        view.slider('λ').focus(); view.page.keyboard.press('ArrowRight')
+        view.until(lambda: view.bytes('A_map =') != before and f"A_map = {view.readout('λ')}·l" in view.panel('A_map =').inner_text(), 60, 'A_map follows λ')
+        shot(view, 'voila', tmp_path)
+        assert view.unexpected() == []

@@ -1,0 +1,103 @@
+"The notebooks of nbs/papers as they are committed: parameters, executed without errors, honest about their data. They are executed elsewhere."
+import ast, re
+from pathlib import Path
+
+import nbformat
+import pytest
+from bs4 import BeautifulSoup
+
+PAPERS = Path(__file__).parent.parent/'nbs'/'papers'
+TABLES = ('table1', 'table2', 'table3', 'table4', 'table5', 'table6', 'table8', 'table9', 'scale', 'spaces', 'sensitivity')
+BOOKS = sorted(p for p in PAPERS.glob('*.ipynb') if p.stem in TABLES or p.stem.startswith('fig') or p.stem == 'attribution')
+COMMON = {'data': 'auto', 'preset': 'smoke', 'seeds': [0], 'n_boot': 200, 'out': ''}
+NULLS = ('T̂ = 0', 'untrained denoiser', 'neighbour distance only')
+each = pytest.mark.parametrize('path', BOOKS, ids=lambda p: p.stem)
+tables = pytest.mark.parametrize('path', [p for p in BOOKS if p.stem in TABLES], ids=lambda p: p.stem)
+
+def read(path): return nbformat.read(path, as_version=4)
+
+def code(nb): return [c for c in nb.cells if c.cell_type == 'code']
+
+def parameters(nb):
+    "name -> (default, annotation, comment) of the tagged cell."
+    [cell] = [c for c in nb.cells if 'parameters' in c.metadata.get('tags', [])]
+    out, lines = {}, cell.source.splitlines()
+    for node in ast.parse(cell.source).body:
+        assert isinstance(node, ast.AnnAssign), f"only typed settings belong here: {ast.unparse(node)}"
+        out[node.target.id] = ast.literal_eval(node.value), ast.unparse(node.annotation), lines[node.lineno - 1].partition('#')[2].strip()
+    return out
+
+def texts(nb):
+    "Every text that a reader sees in the outputs."
+    for c in code(nb):
+        for o in c.outputs:
+            if o.output_type == 'stream': yield o.text
+            yield from (v for k, v in o.get('data', {}).items() if k.startswith('text/'))
+
+def test_all_tables_are_there():
+    assert {p.stem for p in BOOKS} >= set(TABLES)
+    assert (PAPERS/'.notest').exists()
+
+@each
+def test_common_parameters(path):
+    found = parameters(read(path))
+    assert {k: v[0] for k, v in found.items() if k in COMMON} == COMMON
+    assert {k: v[1] for k, v in found.items() if k in COMMON} == dict(data='str', preset='str', seeds='list', n_boot='int', out='str')
+
+@tables
+def test_plain_papermill_knows_every_parameter(path):
+    from papermill import inspect_notebook
+    assert set(inspect_notebook(str(path))) == set(parameters(read(path))) # its pattern loses a parameter whose comment holds an equals sign
+
+@tables
+def test_own_parameters_are_commented_and_recorded(path):
+    nb = read(path)
+    source = '\n'.join(c.source for c in code(nb))
+    kept = re.search(r"Record\('(\w+)', out, dict\((.*?)\)\)", source, re.S)
+    assert kept and kept[1] == path.stem
+    names = set(re.findall(r'(\w+)=', kept[2]))
+    assert names == set(parameters(nb)) - {'out'}
+
+@each
+def test_executed_without_errors(path):
+    nb = read(path)
+    shown = [c for c in code(nb) if c.source.strip() and isinstance(ast.parse(c.source).body[-1], ast.Expr)]
+    assert [c.source for c in shown if not c.outputs] == [] and code(nb)[-1] in shown
+    assert not [o for c in code(nb) for o in c.outputs if o.output_type == 'error']
+    assert not [o.text for c in code(nb) for o in c.outputs if o.output_type == 'stream' and o.name == 'stderr']
+
+@each
+def test_stand_in_data_are_named(path):
+    assert any('synthetic board (stand-in)' in t for t in texts(read(path)))
+
+@tables
+def test_no_printed_number_beside_stand_in_data(path):
+    last = code(read(path))[-1]
+    assert last.source.strip() == 'record.save(); record.comparison()'
+    [html] = [o.data['text/html'] for o in last.outputs if 'text/html' in o.get('data', {})]
+    page = BeautifulSoup(html, 'html.parser')
+    heads = [h.text for h in page.thead.tr.find_all('th') if h.text]
+    rows = [dict(zip(heads, (d.text for d in r.find_all('td')), strict=True)) for r in page.tbody.find_all('tr')]
+    assert len(rows) > 5
+    for r in rows:
+        assert 'stand-in' in r['data'] and 'smoke' in r['data']
+        assert r['paper'] == r['difference'] == '—' and r['ours'] != '—'
+
+@tables
+def test_null_rows(path):
+    html = ''.join(t for t in texts(read(path)))
+    assert all(n in html for n in NULLS)
+
+@each
+def test_size_and_shape(path):
+    nb = read(path)
+    assert path.stat().st_size < 1_000_000
+    head = nb.cells[0].source
+    assert head.startswith('# ') and re.search(r'^> \S', head, re.M)
+    assert not [c for c in code(nb) if 'ipywidgets' in c.source or '#| export' in c.source]
+    assert any('image/png' in o.get('data', {}) for c in code(nb) for o in c.outputs)
+
+@each
+def test_nothing_of_the_workplace(path):
+    text = path.read_text(encoding='utf-8')
+    assert str(PAPERS.parent.parent) not in text and str(Path.home()) not in text, 'an absolute path of this machine'

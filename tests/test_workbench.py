@@ -1,0 +1,360 @@
+"The widgets in this process: values in, PNG bytes and labels out."
+import copy, io, json, time
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from browser import demo
+from dynad.bench import Bench, QuickMetrics, Setting, spread
+from dynad.config import ConfigError
+from dynad.detector import DynAD
+from dynad.fusion import score, smooth, upsample
+from dynad.live import Background, outline, png, shade
+from dynad.metrics import image_metrics, pixel_metrics
+from dynad.sweep import Sweep, best_settings
+from dynad.trajectory import Trajectory, walk
+from dynad.workbench import STATE, Explorer, t_max_grid
+
+GRID = (80, 160, 320)
+
+@pytest.fixture(scope='module')
+def bench(): return Bench(demo())
+
+@pytest.fixture
+def explorer(bench):
+    (bench.run/STATE).unlink(missing_ok=True)
+    x = Explorer(bench, t_maxes=GRID, setting=Setting.of(bench.model.config), prefetch=True).wait(300)
+    yield x
+    x.close()
+
+def size(data): return Image.open(io.BytesIO(data)).size
+
+# the bench
+
+def test_blur_matrix_is_upsampling_and_filter():
+    m = torch.rand(2, 16, 16, generator=torch.Generator().manual_seed(0))
+    for s in (0., .5, 4., 11.75): torch.testing.assert_close(spread(m, 64, s), smooth(upsample(m[:, None], 64), s)[:, 0], atol=2e-5, rtol=1e-4)
+
+@pytest.mark.parametrize('severity,t_max,lam,sigma', [('dynamic', 160, .5, 4.), ('static', 80, .9, 1.5), ('dynamic', 320, 0., 0.)])
+def test_bench_says_what_the_detector_says(bench, severity, t_max, lam, sigma):
+    s = Setting(t_max, severity, lam, sigma)
+    cut = bench.cut(s)
+    m = DynAD.open(bench.run, s.overrides, progress=False)
+    A = m.stage(bench.samples, bench.dataset.fingerprint, progress=False).maps()[0]
+    torch.testing.assert_close(torch.from_numpy(bench.all_maps(s)), A[:, 0], atol=2e-4, rtol=1e-3)
+    assert cut.thresholds(lam, sigma) == pytest.approx((m.threshold, m.image_threshold), rel=1e-4)
+    got, exact = bench.metrics(s)[0], pixel_metrics(A, bench.masks, bench.has_mask, n_boot=0)
+    assert got['i_auroc'] == pytest.approx(image_metrics(score(A), bench.labels, n_boot=0)['i_auroc'].value)
+    assert [got['p_auroc'], got['pro']] == pytest.approx([exact['p_auroc'].value, exact['pro'].value], abs=2e-4)
+
+def test_quick_metrics_on_ties_and_missing_classes():
+    masks = torch.zeros(4, 1, 8, 8, dtype=torch.bool); masks[2:, :, 2:4, 2:4] = True
+    y, every = torch.tensor([0, 0, 1, 1]), torch.ones(4, dtype=torch.bool)
+    flat = np.ones((4, 8, 8), np.float32)
+    q = QuickMetrics(y, masks, every)(flat, flat.max((1, 2)))
+    exact = pixel_metrics(torch.from_numpy(flat)[:, None], masks, n_boot=0)
+    assert q == {'i_auroc': .5, 'p_auroc': exact['p_auroc'].value, 'pro': pytest.approx(exact['pro'].value)}
+    assert QuickMetrics(y*0, masks & False, every)(flat, flat.max((1, 2))) == {'i_auroc': None, 'p_auroc': None, 'pro': None}
+    assert QuickMetrics(y, masks, torch.tensor([True, True, True, False]))(flat, flat.max((1, 2)))['p_auroc'] == .5
+    assert QuickMetrics(y, masks, every)(flat, flat.max((1, 2)), alive=lambda: False) is None
+
+def test_a_cut_is_made_in_slices_and_stored(bench):
+    s = Setting(80, 'static', eta=2.)
+    missing = bench.missing(s)
+    steps = list(bench.make(s, slice=7))
+    assert missing > 0 and steps[-1] == (missing, missing) and all(0 < b[0] - a[0] <= 7 for a, b in zip(steps, steps[1:]))
+    assert Bench(bench.run).missing(s) == 0
+
+def test_bench_asks_for_what_it_lacks(bench):
+    fresh = copy.copy(bench.model)
+    del fresh.info # as after `fit` in the same session
+    with pytest.raises(ValueError, match='give data='): Bench(fresh)
+    with pytest.raises(ValueError, match="severity = 'both'; allowed: dynamic, static"): Setting(80, 'both')
+
+def test_drawing():
+    m = np.zeros((9, 9), bool); m[2:7, 2:7] = True
+    assert outline(m).sum() == 16 and not outline(m)[4, 4] and outline(np.ones((4, 4), bool)).sum() == 12
+    assert shade(np.array([[-1., 0., 2., 9.]]), 2.).tolist() == [[0, 0, 255, 255]]
+    assert size(png(np.zeros((5, 7), np.uint8))) == (7, 5) == size(png(np.zeros((5, 7, 3), np.uint8)))
+
+def test_background_shows_its_errors_and_goes_on():
+    said, done = [], []
+    def step():
+        done.append(1)
+        if len(done) == 1: raise RuntimeError('first')
+        return len(done) < 3
+    w = Background(step, said.append); w.poke()
+    assert w.wait(10) and [str(e) for e in said] == ['first']
+    w.poke()
+    assert w.wait(10) and len(done) == 3
+    w.close()
+
+# the Explorer
+
+def test_lambda_moves_the_picture_and_its_label(explorer):
+    before = {k: w.value for k, w in explorer.images.items()}
+    explorer.lam.value = .1
+    changed = {k for k, w in explorer.images.items() if w.value != before[k]}
+    assert {'A_map', 'overlay'} <= changed <= {'A_map', 'overlay', 'mask'}
+    assert explorer.captions['A_map'].value.startswith('<b>A_map</b> = 0.10·l + 0.90·f, σ = 4')
+    explorer.lam.value = .5
+    assert explorer.images['A_map'].value == before['A_map']
+
+def test_what_is_drawn_is_the_blend(explorer):
+    explorer.lam.value, explorer.sigma.value = .35, 2.
+    s, cut = explorer.setting, explorer.bench.cuts[explorer.setting.cut]
+    A = explorer.bench.all_maps(s)[explorer.i]
+    top = .35*cut.top[0] + .65*cut.top[1]
+    assert np.abs(np.asarray(Image.open(io.BytesIO(explorer.images['A_map'].value))).astype(int) - shade(A, top)).max() <= 1
+    limit = cut.thresholds(.35, 2.)[0]
+    assert f'{(A > limit).mean():.1%} of the pixels' in explorer.captions['mask'].value
+
+def test_t_max_severity_and_picture(explorer):
+    explorer.t_max.value = 320
+    T = int(explorer.bench.cuts[explorer.setting.cut].t_hat[explorer.i])
+    assert f'T̂ = {T}' in explorer.captions['reconstruction'].value
+    before = explorer.images['reconstruction'].value
+    explorer.severity.value = 'static'
+    assert 'T̂ = 320' in explorer.captions['reconstruction'].value and explorer.images['reconstruction'].value != before
+    before = explorer.images['input'].value
+    explorer.picture.value = (explorer.i + 1) % len(explorer.bench)
+    explorer.wait()
+    assert explorer.images['input'].value != before and explorer.bench.samples[explorer.i].name in explorer.facts.value
+
+def test_a_drag_calls_no_model(explorer):
+    calls = []
+    m = explorer.bench.model
+    hooks = [k.register_forward_pre_hook(lambda *_: calls.append(1)) for part in (m.unet, m.ae, m.phi) for k in part.modules()]
+    try:
+        for v in (.2, .4): explorer.lam.value = v
+        for v in (0., 8.): explorer.sigma.value = v
+        explorer.threshold.value = 1.
+        for v in GRID: explorer.t_max.value = v
+        explorer.severity.value = 'static'
+        assert 'T_max 320' not in explorer.captions['A_map'].value
+        explorer.wait()
+        assert calls == []
+        explorer.omega.value = .5
+        explorer.wait(300)
+        assert calls
+    finally:
+        for h in hooks: h.remove()
+
+def test_omega_is_stored_and_shown(explorer):
+    explorer.omega.value = 1.
+    assert 'being reconstructed' in explorer.captions['A_map'].value or explorer.setting.cut in explorer.bench.cuts
+    explorer.wait(300)
+    assert explorer.captions['A_map'].value.startswith('<b>A_map</b> = ') and 'dynad-stale' not in explorer._panels._dom_classes
+    assert Bench(explorer.bench.run).missing(explorer.setting) == 0 and explorer.progress.layout.visibility == 'hidden'
+
+def test_threshold_learned_or_by_hand(explorer):
+    learned = explorer.bench.cuts[explorer.setting.cut].thresholds(explorer.lam.value, explorer.sigma.value)[0]
+    assert explorer.learned.value and explorer.threshold.value == pytest.approx(learned, abs=.005) and explorer.setting.threshold is None
+    explorer.threshold.value = round(learned, 2) + .004 # as a browser answers, rounded
+    assert explorer.learned.value
+    before = explorer.images['mask'].value
+    explorer.threshold.value = .3
+    assert not explorer.learned.value and explorer.images['mask'].value != before and 'A_map &gt; 0.30' in explorer.captions['mask'].value
+    explorer.lam.value = .9
+    assert explorer.threshold.value == .3
+    explorer.learned.value = True
+    assert explorer.images['mask'].value != before or explorer.threshold.value != .3
+
+def test_figures_follow_the_last_move(explorer):
+    for v in (.1, .6, .3): explorer.lam.value = v
+    assert 'dynad-stale' in explorer.metrics._dom_classes
+    explorer.wait()
+    want = explorer.bench.metrics(explorer.setting)[0]
+    assert f"I-AUROC <b>{want['i_auroc']:.3f}" in explorer.metrics.value and f"PRO <b>{want['pro']:.3f}" in explorer.metrics.value
+    assert 'dynad-stale' not in explorer.metrics._dom_classes
+
+def test_an_answer_that_comes_late_is_dropped(explorer):
+    real = explorer.bench.quick
+    def slow(maps, scores, alive=lambda: True):
+        time.sleep(.6)
+        return real(maps, scores, alive)
+    explorer.bench.quick = slow
+    try:
+        explorer.lam.value = .05
+        time.sleep(.5) # its figures are being computed
+        explorer.lam.value = .95
+        explorer.wait()
+    finally: explorer.bench.quick = real
+    want = explorer.bench.metrics(replace(explorer.setting, lam=.95))[0]
+    assert f"P-AUROC <b>{want['p_auroc']:.3f}" in explorer.metrics.value
+
+def test_the_view_comes_back(explorer):
+    explorer.load({'t_max': 320, 'lam': .25, 'threshold': .7}, 3)
+    explorer.order.value = 'low'
+    explorer.lam.value = .2
+    explorer.wait()
+    again = Explorer(explorer.bench, t_maxes=GRID)
+    assert again.setting == explorer.setting and again.i == 3 and again.order.value == 'low'
+    again.wait()
+    assert {k: w.value for k, w in again.images.items()} == {k: w.value for k, w in explorer.images.items()}
+    again.close()
+
+@pytest.mark.parametrize('text', ['{', '[]', '{"setting": {"t_max": 99999}}', '{"setting": {"speed": 3}}', '{"setting": {"t_max": "a"}}'])
+def test_a_broken_state_is_named_and_passed_over(bench, text):
+    (bench.run/STATE).write_text(text)
+    x = Explorer(bench, t_maxes=GRID)
+    assert STATE in x.message.value and x.setting.t_max == 160
+    x.close()
+    (bench.run/STATE).unlink(missing_ok=True)
+
+def test_errors_show_in_the_widget(explorer):
+    def wrong(setting): raise RuntimeError('from an observer')
+    explorer.observe(wrong)
+    explorer.lam.value = .77
+    assert 'from an observer' in explorer.message.value
+    explorer._observers.clear()
+    explorer.lam.value = .78
+    assert explorer.message.value == ''
+    i = next(k for k in range(len(explorer.bench)) if k not in explorer._near)
+    path = explorer.bench.fit[int(explorer.bench.staged.severity['neighbours'][i][0])].image
+    hidden = path.rename(path.with_suffix('.hidden'))
+    try:
+        explorer.picture.value = i
+        explorer._worker.wait(60)
+        assert path.name in explorer.message.value and 'no such file' in explorer.message.value
+    finally: hidden.rename(path)
+
+def test_what_cannot_be_loaded(explorer):
+    for raw, text in (({'t_max': 5000}, 't_max = 5000; allowed: 10 … 1000'), ({'lam': 2}, 'lam = 2; allowed: 0 … 1'), ({'speed': 1}, "'speed' does not exist; allowed: eta, lam"), ({'severity': 'x'}, "severity = 'x'")):
+        with pytest.raises(ConfigError, match=text): explorer.load(raw)
+    with pytest.raises(ConfigError, match="picture = 'none.png' is not among the 22 test pictures"): explorer.load({}, 'none.png')
+
+def test_gallery(explorer):
+    scores = [explorer.scores[k] for k in explorer._order]
+    assert scores == sorted(scores, reverse=True)
+    explorer.kind.value = 'good'
+    assert {explorer.bench.samples[k].label for k in explorer._order} == {0}
+    explorer._pick(1)
+    assert explorer.i == explorer._order[1]
+    explorer.kind.value = 'all'; explorer.order.value = 'wrong'
+    wrong = explorer._wrong()
+    assert [bool(wrong[k]) for k in explorer._order] == sorted((bool(v) for v in wrong), reverse=True)
+    assert sum(t.layout.display != 'none' for t in explorer.thumbs) == min(len(explorer.bench), len(explorer.thumbs))
+
+def test_the_setting_as_text(explorer):
+    explorer.load({'t_max': 80, 'lam': .3})
+    raw = json.loads(explorer.copied('JSON'))
+    assert raw.pop('threshold') is None and DynAD.open(explorer.bench.run, raw, progress=False).config.fusion.lam == .3
+    text = explorer.copied('papermill')
+    assert json.loads(text.removeprefix("-y '").removesuffix("'"))['setting'] == asdict(explorer.setting)
+    compile(explorer.copied('Python'), 'copied', 'exec')
+    explorer.copy_button.click()
+    assert explorer.copy_text.layout.display is None and explorer.copy_text.value == explorer.copied('JSON')
+
+def test_overshoot_is_marked(explorer):
+    explorer.severity.value = 'static'
+    explorer.wait()
+    assert 'overshoots:' not in explorer.overshoot.value
+    explorer.eta.value = 8.
+    explorer.wait(300)
+    m = explorer.bench.model
+    want = 8*(1 - float(m.schedule.abar[explorer.t_max.value - 1]))
+    assert f'= {want:.2f}' in explorer.overshoot.value and ('⚠' in explorer.overshoot.value) == (want > 1)
+
+def test_t_max_grid(): assert t_max_grid(640, 10, 1000) == [160, 320, 480, 640, 960] and t_max_grid(10, 10, 1000) == [10, 20, 30]
+
+def test_fifty_moves_at_256(bench, capsys):
+    "Times are printed; the bounds leave room for a machine that does other work."
+    b = copy.copy(bench)
+    b.size, b.images = 256, F.interpolate(bench.images.float(), 256).to(torch.uint8)
+    b.masks = F.interpolate(bench.masks.float(), 256) > .5
+    b.quick = QuickMetrics(b.labels, b.masks, b.has_mask)
+    grow = lambda parts: [F.interpolate(p[:, None], scale_factor=2)[:, 0].contiguous() for p in parts] # as a picture of 256² has them
+    settings = [Setting(t, s, .5) for t in GRID for s in ('dynamic', 'static')]
+    b.cuts = {s.cut: replace(bench.cut(s), size=256, maps=grow(bench.cut(s).maps), held=grow(bench.cut(s).held), _held={}) for s in settings}
+    x = Explorer(b, t_maxes=GRID, setting=settings[0], prefetch=False).wait(300)
+    rows, cpu = {}, {}
+    for name, values in (('lam', [round(.013*k, 3) for k in range(1, 51)]), ('threshold', [.02*k for k in range(1, 51)]), ('sigma', [.24*k for k in range(1, 51)]), ('t_max', [GRID[k % 3] for k in range(1, 51)])):
+        spent, own = [], []
+        for v in values:
+            start, begin = time.perf_counter(), time.thread_time()
+            getattr(x, name).value = v
+            spent.append(time.perf_counter() - start); own.append(time.thread_time() - begin)
+        rows[name], cpu[name] = sorted(spent), sorted(own)
+        x.wait()
+    assert size(x.images['A_map'].value) == (256, 256)
+    x.close()
+    with capsys.disabled(): print('\n256², seconds from a value to new bytes (median, worst of 50): ' + ', '.join(f'{k} {v[25]:.3f} {v[-1]:.3f} (of this thread {cpu[k][25]:.3f} {cpu[k][-1]:.3f})' for k, v in rows.items()))
+    assert all(cpu[k][25] < most for k, most in (('lam', .05), ('threshold', .05), ('sigma', .05), ('t_max', .1)))
+    assert all(v[25] < .5 for v in rows.values())
+
+def test_600_pictures_at_128(bench, capsys):
+    s = Setting.of(bench.model.config)
+    k = torch.arange(600) % len(bench)
+    b = copy.copy(bench)
+    b.samples, b.quick = [bench.samples[j] for j in k], QuickMetrics(bench.labels[k], bench.masks[k], bench.has_mask[k])
+    b.cuts = {s.cut: replace(bench.cut(s), t_hat=bench.cut(s).t_hat[k], maps=[m[k] for m in bench.cut(s).maps], _held={})}
+    start = time.perf_counter()
+    b.metrics(s)
+    spent = time.perf_counter() - start
+    with capsys.disabled(): print(f'\n600 pictures at 128²: figures in {spent:.2f} s')
+    assert spent < 6
+
+# sweep
+
+def test_sweep(bench):
+    x = Explorer(bench, t_maxes=GRID, prefetch=False)
+    s = Sweep(x, t_maxes=GRID).fill().wait(300)
+    assert len(s.table) == len(GRID)*len(s.lams) and s.message.value == ''
+    row = s.table.iloc[4]
+    assert row.pro == bench.metrics(Setting(int(row.t_max), 'dynamic', row.lam))[0]['pro']
+    cell = s.cells['pro', 320, .15] # below .9995, where the text is 1.00
+    assert cell.description == f"{bench.metrics(Setting(320, 'dynamic', .15))[0]['pro']:.3f}".lstrip('0') and not cell.disabled
+    cell.click()
+    assert (x.t_max.value, x.lam.value) == (320, .15) and 'T_max 320, λ 0.15' in s.picked.value
+    assert all(k in s.best.value for k in ('own setting', 'best fixed', 'oracle', 'not results'))
+    before = s.curves.value
+    s.lam.value = 1.
+    assert size(s.curves.value) and s.curves.value != before
+    s.severity.value = 'static'
+    s.wait(300)
+    assert set(s.table.severity) >= {'dynamic'} and s.chosen.severity == 'dynamic'
+    s.close()
+
+def test_sweep_of_two_runs(bench):
+    s = Sweep([bench, Bench(bench.run)], t_maxes=(80, 160), lams=(.5,)).fill().wait(300)
+    assert s.table.run.nunique() == 2 and s.run.options[0][0] == 'mean of all runs' and 'all runs' in s.best.value
+    s.pick(80, .5)
+    assert s.chosen == Setting(80, 'dynamic', .5)
+    s.close()
+    with pytest.raises(ConfigError, match='no run was given'): Sweep([])
+
+def test_best_settings():
+    import pandas as pd
+    t = pd.DataFrame([dict(run=r, t_max=m, lam=.5, pro=v) for r, m, v in (('a', 80, .9), ('a', 160, .7), ('b', 80, .6), ('b', 160, .7))])
+    assert best_settings(t, 'pro') == {'fixed': {'t_max': 80, 'lam': .5}, 'fixed_value': pytest.approx(.75), 'oracle': {'a': {'t_max': 80, 'lam': .5}, 'b': {'t_max': 160, 'lam': .5}}, 'oracle_value': pytest.approx(.8)}
+    assert best_settings(t.iloc[:0], 'pro') == {}
+
+# trajectory
+
+def test_the_walk_ends_where_the_detector_does(bench):
+    m, z0 = bench.model, bench.staged.z0[3:4]
+    w = walk(m, z0, 160, 0., 0., row=3)
+    x = m.decode(m.rebuild_latents(z0, torch.tensor([160]), [3]))
+    assert w.t == [159, 143, 127, 111, 95, 79, 63, 47, 31, 15] and len(w.x0) == 11
+    assert np.abs(w.z_t[-1].astype(float)/255 - x[0].permute(1, 2, 0).numpy()).max() < .01
+    assert walk(m, z0, 80, 8., 0.).pulls[0] == pytest.approx(8*(1 - float(m.schedule.abar[79])))
+    with pytest.raises(ValueError, match='T̂ = 0: there is no step'): walk(m, z0, 0, 0., 0.)
+
+def test_trajectory(bench):
+    t = Trajectory(bench, picture=bench.samples[9].name, t_hat=160, points=5).wait(120)
+    before = {k: w.value for k, w in t.images.items()}
+    t.step.value = 4
+    changed = {k for k, w in t.images.items() if w.value != before[k]}
+    assert changed == {('z_t', 0.), ('x0', 0.), ('z_t', 1.), ('x0', 1.)} and 't = 96' in t.captions['z_t', 0.].value
+    t.out.value = t.ts[-1]
+    assert t.images['out', 1.].value != before['out', 1.] and 't = 1000' in t.captions['out', 0.].value
+    t.eta.value = 8.
+    t.wait(120)
+    assert t.walks[0.].pulls[0] > 1 and t.message.value == ''
+    t.close()
+    with pytest.raises(ValueError, match="picture = 'x' is not among"): Trajectory(bench, picture='x')
