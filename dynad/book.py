@@ -107,7 +107,8 @@ def headline(
         own = [l for l in own if l['row'] == row and l['data'] == next(x['data'] for x in own if x['row'] == row)]
         return sorted(own, key=lambda l: wanted.index(l['metric']))
     first = [l for l in lines if l['metric'] in KEYS] or lines
-    return [l for l in first if (l['row'], l['column'], l['data']) == tuple(first[0][k] for k in ('row', 'column', 'data'))][:3] if first else []
+    same = ('row', 'column', 'data') if first and first[0]['metric'] in KEYS else ('metric', 'column', 'data') # several metrics of one row, or one measure of several rows
+    return [l for l in first if all(l[k] == first[0][k] for k in same)][:3]
 
 # %% ../nbs/18b_book.ipynb #b5372067
 STYLE = """
@@ -124,7 +125,7 @@ thead th { color:var(--soft); font-weight:600; white-space:nowrap; border-bottom
 .state.reproduced b, b.reproduced { color:var(--good) } .state.stand b, b.stand { color:var(--stand) } .state.not b, b.not { color:var(--no) } .state b { font-weight:600 }
 nav { display:flex; gap:1.2rem; flex-wrap:wrap; font-size:.9rem; padding:.6rem 0; border-bottom:1px solid var(--line) } nav .right { margin-left:auto }
 .box { background:var(--pale); border:1px solid var(--line); border-radius:6px; padding:.7rem 1rem; margin:1rem 0 } .box p { margin:.3rem 0 } details { margin:.6rem 0 } summary { cursor:pointer; color:var(--blue) }
-.cell { margin:.5rem 0 } .prompt, .prompt_container { display:none } .failed .input .prompt { display:block; float:left; width:4.5rem; color:var(--soft); font-size:.8rem } .anchor-link { display:none } table.dataframe thead th { text-align:left !important } .output_subarea td { white-space:nowrap } .input_area { background:var(--pale); border:1px solid var(--line); border-radius:5px; padding:.45rem .8rem; overflow-x:auto } .input_area pre, .highlight pre { margin:0 } .highlight { background:none !important }
+.cell { margin:.5rem 0 } .prompt, .prompt_container { display:none } .failed .input .prompt { display:block; float:left; width:4.5rem; color:var(--soft); font-size:.8rem } .anchor-link { display:none } table.dataframe thead th { text-align:left !important } .output_subarea td, table.dataframe td { white-space:nowrap } .input_area { background:var(--pale); border:1px solid var(--line); border-radius:5px; padding:.45rem .8rem; overflow-x:auto } .input_area pre, .highlight pre { margin:0 } .highlight { background:none !important }
 .output_area { overflow-x:auto; margin:.4rem 0 } .output_area pre { margin:.2rem 0; white-space:pre-wrap } .output_png img, .output_svg img, .output_jpeg img { max-width:100%; height:auto } .output_stderr { color:var(--soft) } .output_subarea table { margin:.3rem 0 } .output_subarea th { white-space:nowrap }
 img.tex { display:inline-block } div.display { margin:.8rem 0 .8rem 1.5rem } code.tex { color:#444 } .rendered_html img { max-width:100% } .ansi-red-fg { color:#a3333d } .ansi-green-fg { color:#2a7a3b } .ansi-cyan-fg { color:#23717f } .ansi-bold { font-weight:600 }
 @media print { nav, details { display:none } main { max-width:none } } @media (max-width:720px) { main { padding:.6rem .8rem 3rem } .front td.thumb, .front th.thumb { display:none } }
@@ -138,7 +139,7 @@ FRONT = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name
 <p><b class="not">not run: …</b> with the reason.</p></div>
 {% for s in sections %}<h2 id="{{ s.name }}">Profile {{ s.name }} <small class="meta">{{ s.what }}</small></h2>
 {% if s.note %}<p class="meta">{{ s.note[0] }} <code>{{ s.note[1] }}</code>{{ s.note[2] }}</p>{% endif %}<div class="wide"><table class="front"><thead><tr><th class="thumb"></th><th>target</th><th>the paper prints</th><th>ours, on the paper's data</th><th>difference</th><th>ours, on stand-in data</th><th>status</th></tr></thead><tbody>
-{% for r in s.rows %}<tr id="{{ s.name }}-{{ r.name }}"><td class="thumb">{% if r.thumb %}<img src="{{ r.thumb }}" alt="" loading="lazy">{% endif %}</td><td><span class="title">{% if r.link %}<a href="{{ r.link }}">{{ r.title }}</a>{% else %}{{ r.title }}{% endif %}</span><br><small>{{ r.name }}{% if r.data %} · {{ r.data }}{% endif %}{% if r.minutes %} · {{ r.minutes }} min{% endif %}</small></td>
+{% for r in s.rows %}<tr id="{{ s.name }}-{{ r.name }}"><td class="thumb">{% if r.thumb %}<img src="{{ r.thumb }}" alt="">{% endif %}</td><td><span class="title">{% if r.link %}<a href="{{ r.link }}">{{ r.title }}</a>{% else %}{{ r.title }}{% endif %}</span><br><small>{{ r.name }}{% if r.data %} · {{ r.data }}{% endif %}{% if r.minutes %} · {{ r.minutes }} min{% endif %}</small></td>
 <td class="num">{% for t in r.paper %}{{ t }}<br>{% else %}<span class="dash">—</span>{% endfor %}</td><td class="num">{% for t in r.ours %}{{ t }}<br>{% else %}<span class="dash">—</span>{% endfor %}</td><td class="num">{% for t in r.difference %}{{ t }}<br>{% else %}<span class="dash">—</span>{% endfor %}</td>
 <td class="std">{% if r.standin %}{% if r.of %}<small>{{ r.of }}</small><br>{% endif %}{% for t in r.standin %}{{ t }}<br>{% endfor %}{% else %}<span class="dash">—</span>{% endif %}</td><td class="state {{ r.kind }}"><b>{{ r.head }}</b>{{ r.rest }}</td></tr>
 {% endfor %}</tbody></table></div>{% endfor %}
@@ -180,7 +181,9 @@ def _row(job: Job, result: dict | None, failure: dict | None) -> dict[str, Any]:
              standin=[] if real else [_figure(l['ours'], l['metric']) for l in shown], of='', link='', thumb='')
     if shown and not real:
         preset = result['parameters'].get('preset')
-        r['of'] = ' · '.join(x for x in (shown[0]['row'] if shown[0]['row'] != shown[0]['data'] else '', shown[0]['column'] if shown[0]['column'] != 'Ours' else '', f'{preset} preset' if preset not in ('paper', None) else '') if x)
+        several = len({l['row'] for l in shown}) > 1
+        if several: r['standin'] = [f"{l['row']}: {_text(l['ours'], l['metric'])}" for l in shown]
+        r['of'] = ' · '.join(x for x in (shown[0]['metric'] if several else shown[0]['row'] if shown[0]['row'] != shown[0]['data'] else '', shown[0]['column'] if shown[0]['column'] != 'Ours' else '', f'{preset} preset' if preset not in ('paper', None) else '') if x)
     return r
 
 def _jobs(root: Path, profile: str) -> list[Job]:

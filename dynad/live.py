@@ -104,8 +104,8 @@ def histogram_svg(
     for color, s, name in zip((TRAIN, TEST), share, ('good training', 'test')):
         parts += [f'<rect x="{px(a):.1f}" y="{py(v):.1f}" width="{max(.5, px(b) - px(a) - .6):.1f}" height="{112 - py(v):.1f}" fill="{color}" opacity=".6"><title>{name}: {v:.0%}</title></rect>'
                   for a, b, v in zip(wide, wide[1:], s) if v]
-    step = max(1, len(edges)//6)
-    parts += [f'<text x="{px((a + b)/2):.1f}" y="14" text-anchor="middle" opacity=".7">{k + 1}</text>' for k, (a, b) in enumerate(zip(edges, edges[1:])) if k % step == 0 or k == len(edges) - 2]
+    step = max(1, len(edges)//6, int(np.ceil(14/max(px(edges[1]) - px(edges[0]), .1))))
+    parts += [f'<text x="{px((a + b)/2):.1f}" y="14" text-anchor="middle" opacity=".7">{k + 1}</text>' for k, (a, b) in enumerate(zip(edges, edges[1:])) if k % step == 0]
     parts += [f'<text x="{px(v):.1f}" y="126" text-anchor="{a}">{v:.4g}</text>' for v, a in ((wide[0], 'start'), (wide_max, 'end'))]
     parts += [f'<line x1="{px(place):.1f}" x2="{px(place):.1f}" y1="18" y2="112" stroke="currentColor" stroke-width="1.6" stroke-dasharray="4 3"/>',
               '<text x="213" y="138" text-anchor="middle">mean L1 distance to the K nearest good pictures (features of φ)</text>',
@@ -176,6 +176,7 @@ CSS = '''<style>
 .dynad-grid{display:grid!important;grid-template-columns:repeat(auto-fill,minmax(145px,1fr));gap:4px 10px;overflow:visible} .dynad-grid.dynad-few{grid-template-columns:repeat(auto-fill,minmax(130px,190px))}
 .dynad-panel{margin:0;min-width:0;overflow:visible} .dynad-panel>:first-child{min-height:60px;justify-content:flex-end;display:flex;flex-direction:column;margin:0 0 2px;height:auto}
 .dynad-panel img{width:100%;height:auto;border-radius:3px;margin:0}
+.dynad-wait{display:none!important}
 .dynad-stale{opacity:.3;transition:opacity .15s}
 .dynad-thumb{background-size:cover!important;border:2px solid transparent!important;border-radius:4px!important;padding:0!important;margin:2px!important;color:#fff!important;text-shadow:0 0 3px #000,0 0 3px #000;text-align:right!important;line-height:16px!important}
 .dynad-thumb:focus-visible{outline:3px solid var(--jp-brand-color1,#0072B2)!important}

@@ -154,11 +154,11 @@ class OwnPictures:
         self.files: list[Path] = []
         self.losses: list[float] = []
         wide = lambda text, value, tip: W.Text(description=text, value=str(value or ''), placeholder=tip, style={'description_width': '110px'}, layout=W.Layout(width='100%', max_width='560px'))
-        self.good_upload = W.FileUpload(multiple=True, accept='image/*', description='drop good pictures')
+        self.good_upload = W.FileUpload(multiple=True, accept='image/*', description='drop good pictures', layout=W.Layout(width='auto', max_width='260px'))
         self.good_folder = wide('or a folder', good, 'a folder of good pictures, or one with train/good')
-        self.judge_upload = W.FileUpload(multiple=True, accept='image/*', description='drop pictures to judge')
+        self.judge_upload = W.FileUpload(multiple=True, accept='image/*', description='drop pictures to judge', layout=W.Layout(width='auto', max_width='260px'))
         self.judge_folder = wide('or a folder', judge, 'a folder of new pictures')
-        self.preset = W.Dropdown(description='preset', options=[('small (minutes)', 'small'), ('smoke (a test of the machinery)', 'smoke'), ('paper (a GPU and hours)', 'paper')], value=preset, style={'description_width': '110px'})
+        self.preset = W.Dropdown(description='preset', options=[('small (minutes)', 'small'), ('smoke (a test)', 'smoke'), ('paper (a GPU and hours)', 'paper')], value=preset, style={'description_width': '110px'})
         button = lambda text, icon, **k: W.Button(description=text, icon=icon, layout=W.Layout(width='auto'), **k)
         self.fit_button, self.stop_button = button('fit', 'play'), button('stop (can be resumed)', 'pause', disabled=True)
         self.judge_button, self.export_button = button('judge', 'search', disabled=True), button('export', 'save', disabled=True)
@@ -185,7 +185,7 @@ class OwnPictures:
 
     def _count(self):
         n = len(_pictures(self.folder/'good')) if (self.folder/'good').is_dir() else 0
-        self.good_text.value = f'<span class="dynad-soft">{n} dropped so far, kept in {html.escape(str(self.folder/"good"))}. Many pictures: name a folder, a drop of more than some 10 MB at once may be refused by the server.</span>'
+        self.good_text.value = f'<span class="dynad-soft">{n} dropped so far, kept in {html.escape(self.folder.name)}/good. Many pictures: name a folder, a drop of more than some 10 MB at once may be refused by the server.</span>'
 
     @guarded
     def _good_dropped(self, change):

@@ -73,7 +73,8 @@ class Sweep:
         self.lam = W.SelectionSlider(description='curves at λ', options=[(f'{v:.2f}', v) for v in self.lams], value=c.fusion.lam, style={'description_width': '90px'}, layout=W.Layout(width='340px'))
         self.start, self.stop = W.Button(description='fill the grid', icon='play', tooltip='make what the store lacks'), W.Button(description='stop', icon='stop', disabled=True)
         self.progress, self.progress_text, self.message, self.best, self.picked = W.IntProgress(min=0, layout=W.Layout(width='340px', visibility='hidden')), W.HTML(), W.HTML(), W.HTML(), W.HTML('<span class="dynad-soft">Click a cell to load it into the Explorer.</span>')
-        self.curves = W.Image(value=BLANK, format='png', layout=W.Layout(width='100%', max_width='980px', max_height='300px', object_fit='contain'))
+        self.curves = W.Image(value=BLANK, format='png', layout=W.Layout(width='100%', max_width='980px'))
+        self.curves.add_class('dynad-wait')
         self.cells: dict[tuple[str, int, float], W.Button] = {}
         self._wanted, self._makers = False, {}
         self.ui = self._layout()
@@ -215,6 +216,7 @@ class Sweep:
         fig.suptitle(f'mean of {n} runs, band from lowest to highest' if n > 1 else 'one run: no band', fontsize=8, y=.02, va='top')
         fig.tight_layout()
         self.curves.value = figure_png(fig, colors=None)
+        self.curves.remove_class('dynad-wait')
 
     @guarded
     def pick(self, t_max: int, lam: float) -> None:

@@ -248,7 +248,7 @@ class Explorer:
         self._say(told(e))
 
     def _failed_work(self, e: Exception):
-        self._broken.add(self._doing)
+        self._broken.add(self._doing); self._makers.pop(self._doing, None)
         self.progress.layout.visibility = 'hidden'
         self.failed(e)
         self._worker.poke()
@@ -257,6 +257,7 @@ class Explorer:
         "Draw what the sliders say, and ask for what is missing."
         self._version += 1
         self._touched = time.perf_counter()
+        self._broken.clear()
         self._draw()
         if self._measured != self._version: self.metrics.add_class('dynad-stale')
         self._worker.poke(); self._rest.poke()
@@ -428,11 +429,10 @@ class Explorer:
     def _work(self) -> bool:
         "One step of what is missing, the most urgent first."
         s, i, b = self.setting, self.i, self.bench
-        self._doing = s.cut
-        if s.cut not in b.cuts and s.cut not in self._broken: return self._advance(s, True)
+        if s.cut not in b.cuts and self._try(s.cut): return self._advance(s, True)
         cut = b.cuts.get(s.cut)
         if cut is not None and self._rebuild(i, s, [int(cut.t_hat[i]), 0]): return True
-        if i not in self._near:
+        if i not in self._near and self._try(('near', i)):
             x = [read_image(self.bench.fit[k].image, 56) for k in b.staged.severity['neighbours'][i].tolist()]
             rows = [torch.cat([*x[a:a+8], *[torch.ones(3, 56, 56)]*(8 - len(x[a:a+8]))], 2) for a in range(0, len(x), 8)]
             self._near[i] = png((torch.cat(rows, 1)*255).byte().permute(1, 2, 0).contiguous().numpy())
@@ -442,11 +442,14 @@ class Explorer:
         for severity in ('dynamic', 'static'):
             for t in self.t_maxes:
                 ahead = replace(s, t_max=t, severity=severity)
-                if ahead.cut in b.cuts or ahead.cut in self._broken or not (self.prefetch or b.missing(ahead) == 0): continue
-                self._doing = ahead.cut
-                return self._advance(ahead, False)
+                if ahead.cut not in b.cuts and (self.prefetch or b.missing(ahead) == 0) and self._try(ahead.cut): return self._advance(ahead, False)
         self._report('')
         return False
+
+    def _try(self, job: Any) -> bool:
+        "Whether a job may be begun: what has failed waits for the next move of a slider."
+        self._doing = job
+        return job not in self._broken
 
     def _advance(self, s: Setting, now: bool) -> bool:
         "One slice of a cut."
@@ -466,7 +469,7 @@ class Explorer:
     def _rebuild(self, i: int, s: Setting, t_hats: list[int]) -> bool:
         "The reconstructions of a picture that are not at hand; whether there were any."
         todo = sorted({T for T in t_hats if (i, s.eta, s.omega, T) not in self._rebuilt})
-        if not todo: return False
+        if not todo or not self._try(('rebuild', i, s.cut)): return False
         for T, x in self.bench.rebuilt(i, s, todo).items(): self._rebuilt[i, s.eta, s.omega, T] = x
         while len(self._rebuilt) > 400: self._rebuilt.popitem(last=False)
         self._draw()

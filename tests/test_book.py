@@ -80,7 +80,8 @@ def test_every_page_opens_without_a_network(tmp_path):
     before = index.stat().st_mtime_ns
     assert write_book(tmp_path) == index and index.stat().st_mtime_ns > before and not [p for p in tmp_path.iterdir() if p.name.startswith('.')]
 
-def test_variants_and_own_notebooks_have_rows(tmp_path):
+def test_variants_and_own_notebooks_have_rows(tmp_path, monkeypatch):
+    monkeypatch.delenv('DYNAD_DATA', raising=False) # with it, the profile small plans one row per real set
     result(tmp_path, 'table5', [line('DIC', 'pro', 70., 'cookies (stand-in)')], preset='small', profile='small', name='table5-cookies')
     result(tmp_path, 'mine', [line('a', 'pro', 70., 'cookies (stand-in)', column='x')], preset='small', profile='small')
     rows = {k: v for k, v in Table(write_book(tmp_path).read_text()).rows.items() if k}
@@ -98,6 +99,11 @@ def test_headlines():
     assert [p['metric'] for p in paper_prints('table9')] == ['fps', 'seconds']
     lines = [line('neither', 'pro', 1., 'd'), line('ds+da', 'pro', 2., 'd'), line('ds+da', 'pro', 3., 'e'), line('ds+da', 'pro', 9., 'd', null=True)]
     assert [l['ours'] for l in headline('table6', lines)] == [2.] and headline('table6', []) == []
+
+def test_a_figure_shows_one_measure_of_several_rows(tmp_path):
+    result(tmp_path, 'fig1', [line('test, good', 'mean T̂', 55., 'd', column='DIC'), line('test, defective', 'mean T̂', 100.3333, 'd', column='DIC'), line('other', 'bin', 3., 'd', column='DIC')])
+    rows = Table(write_book(tmp_path).read_text()).rows
+    assert rows['smoke-fig1'][STANDIN].strip() == 'mean T̂ · DIC · smoke preset test, good: 55.0 test, defective: 100.3'
 
 def test_formulas():
     assert formula(r'\hat T').startswith('<img class="tex" alt="\\hat T"') and 'data:image/svg+xml' in formula(r'\frac{a}{b}', True)

@@ -114,6 +114,7 @@ def test_browser_sweep(view, lab, folder):
     cell = view.page.locator('button[title^="PRO"][title*="T_max 80, λ 0.15"]')
     cell.wait_for(timeout=WAIT*1000)
     ready(view)
+    view.until(lambda: not view.page.locator('.dynad-x img.dynad-wait').count(), WAIT, 'the curves')
     shot(view, 'sweep', folder)
     before = view.bytes('A_map =')
     cell.click()
@@ -123,15 +124,19 @@ def test_browser_sweep(view, lab, folder):
 def test_browser_upload(view, lab, folder, boards):
     with_parameters('your_pictures', folder, folder=str(folder/'mine'), preset='smoke')
     view.open_in_lab(lab, 'your_pictures.ipynb', WAIT)
-    view.page.wait_for_selector('.dynad-x input[type=file]', state='attached', timeout=WAIT*1000)
-    view.page.locator('.dynad-x input[type=file]').first.set_input_files([str(s.image) for s in boards.train[:6]])
+    button = view.page.locator('.dynad-x .widget-upload').first
+    button.wait_for(timeout=WAIT*1000)
+    def drop(files):
+        with view.page.expect_file_chooser() as chooser: button.click()
+        chooser.value.set_files([str(f) for f in files])
+    drop(s.image for s in boards.train[:6])
     view.until(lambda: '6 dropped so far' in view.page.locator('.dynad-x').inner_text(), WAIT, 'the upload')
     assert len(list((folder/'mine'/'good').iterdir())) == 6
+    shot(view, 'your_pictures', folder)
     bad = folder/'notes.png'
     bad.write_bytes(b'not a picture')
-    view.page.locator('.dynad-x input[type=file]').first.set_input_files([str(bad)])
-    view.until(lambda: 'notes.png: not a picture that can be read' in view.page.locator('.dynad-x').inner_text(), 60, 'the error')
-    shot(view, 'your_pictures', folder)
+    drop([bad])
+    view.until(lambda: 'notes.png: not a picture that can be read' in view.page.locator('.dynad-x').inner_text(), WAIT, 'the error')
     assert view.unexpected() == []
 
 def test_browser_voila(view, tmp_path):

@@ -1,5 +1,6 @@
 "A person's own pictures: dropped, fitted, stopped, resumed, judged, written."
 import csv, io
+from datetime import datetime, timezone
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from dynad.pictures import DataError
 
 FAST = {'latents.finetune_steps': 2, 'denoiser.steps': 24, 'denoiser.checkpoint_every': 4, 'adaptation.gamma': 0}
 
-def upload(path, name=None): return dict(name=name or path.name, type='image/png', size=path.stat().st_size, content=memoryview(path.read_bytes()), last_modified=None)
+def upload(path, name=None): return dict(name=name or path.name, type='image/png', size=path.stat().st_size, content=memoryview(path.read_bytes()), last_modified=datetime.now(timezone.utc))
 
 def test_heap(tmp_path, boards):
     with pytest.raises(DataError, match='no such folder; name the folder that holds your good pictures'): heap(tmp_path/'none')

@@ -219,9 +219,12 @@ def test_errors_show_in_the_widget(explorer):
     hidden = path.rename(path.with_suffix('.hidden'))
     try:
         explorer.picture.value = i
-        explorer._worker.wait(60)
+        assert explorer._worker.wait(60), 'a failed job is tried again and again'
         assert path.name in explorer.message.value and 'no such file' in explorer.message.value
     finally: hidden.rename(path)
+    explorer.lam.value = .6                     # the next move tries again
+    explorer.wait()
+    assert explorer.message.value == '' and i in explorer._near
 
 def test_what_cannot_be_loaded(explorer):
     for raw, text in (({'t_max': 5000}, 't_max = 5000; allowed: 10 … 1000'), ({'lam': 2}, 'lam = 2; allowed: 0 … 1'), ({'speed': 1}, "'speed' does not exist; allowed: eta, lam"), ({'severity': 'x'}, "severity = 'x'")):
