@@ -1,6 +1,4 @@
 "The apps' notebooks from top to bottom without a browser, each in a kernel of its own, with a timeout."
-import os
-from pathlib import Path
 
 import nbformat
 import pytest

@@ -1,6 +1,5 @@
 "The book: exact words, no stand-in number beside a printed one, no network."
 import html.parser, json, re
-from pathlib import Path
 
 import nbformat
 import pytest

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dynad.config import ConfigError, make_config
-from dynad.data import DataError, load_images, open_dataset, to_float
+from dynad.data import DataError, load_images, to_float
 from dynad.detector import DynAD
 from dynad.evaluate import MEASURED, evaluate
 from dynad.fusion import score

@@ -24,7 +24,7 @@ from PIL import Image
 
 import dynad
 from dynad.config import PRESETS, Config, ConfigError, load_config, make_config, parse_config, parse_overrides
-from dynad.data import DataError, load_images, load_masks, open_dataset, read_image, read_mask
+from dynad.data import DataError, load_images, open_dataset, read_image, read_mask
 from dynad.denoiser import CHECKPOINT, DenoiserError
 from dynad.detector import DynAD
 from dynad.evaluate import MEASURED, evaluate

@@ -18,7 +18,7 @@ from dynad.features import FeatureError, load_features
 from dynad.fusion import Calibration
 from dynad.latents import LatentError, load_latents
 from dynad.speed import KLF8_CONFIG
-from dynad.store import load_tensors, save_tensors
+from dynad.store import save_tensors
 
 slow = pytest.mark.skipif(os.environ.get('DYNAD_SLOW') != '1', reason='minutes and more than 6 GB of memory; DYNAD_SLOW=1 runs it')
 

@@ -1,6 +1,5 @@
 """Room 06: the four kinds behind one interface, fine-tuning, its determinism and resume, and errors by text."""
 import json, math
-from pathlib import Path
 
 import pytest, torch
 from hypothesis import given, settings as hsettings, strategies as st

@@ -9,12 +9,11 @@ import pytest
 import torch
 from accelerate.state import PartialState
 
-from conftest import SMOKE
 from dynad.config import ConfigError, DenoiserSettings, DiffusionSettings, make_config
 from dynad.denoiser import DenoiserError, make_unet, set_compiled, train_denoiser
 from dynad.detector import DynAD, _trained
 from dynad.diffusion import make_schedule
-from dynad.launch import accelerator, check_trackers, processes, together, tracked
+from dynad.launch import accelerator, check_trackers, processes, together
 from dynad.store import Store, load_tensors
 
 TINY = DenoiserSettings(widths=(16,), attention=(), heads=4, layers_per_block=1, epochs=None, steps=3, batch=4, lr=2e-3, ema=.9)

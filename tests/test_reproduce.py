@@ -1,6 +1,5 @@
 "What the notebooks of nbs/papers share: subjects, one pool, and a record in which nothing on stand-in data meets a printed number."
 import json, os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ from PIL import Image
 
 from dynad.config import ConfigError
 from dynad.datasets import PUBLISHED
-from dynad.reproduce import NULLS, SETS, Record, Subject, _opened, at, compared, find_set, fitted, measure, null_rows, paired, printed, subjects
+from dynad.reproduce import NULLS, Record, _opened, at, compared, find_set, fitted, measure, null_rows, paired, subjects
 from dynad.show import curve
 
 QUICK = {'denoiser.steps': 10, 'latents.finetune_steps': 2, 'denoiser.checkpoint_every': 10}

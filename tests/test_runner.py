@@ -1,5 +1,5 @@
 "The runner on small notebooks of its own: real kernels, real kills, a real dask scheduler."
-import json, os, signal, socket, subprocess, sys, time
+import json, signal, socket, subprocess, sys, time
 from pathlib import Path
 
 import nbformat
@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dynad.cli import app
-from dynad.runner import PROFILES, TARGETS, RunnerError, find_target, listing, notebook_parameters, plan, run_job, run_jobs, source_hash, variants
+from dynad.runner import PROFILES, TARGETS, RunnerError, find_target, notebook_parameters, plan, run_job, run_jobs, source_hash, variants
 
 FIVE = """data: str = 'synthetic:board'  # pictures
 preset: str = 'smoke'          # settings

@@ -1,8 +1,5 @@
 "Timing, counting and estimating."
 import json
-import os
-import subprocess
-import sys
 import time
 
 import pytest

@@ -9,7 +9,7 @@ from PIL import Image
 from scipy.stats import spearmanr
 
 from dynad.config import FeatureSettings
-from dynad.data import load_images, load_masks, open_dataset, to_float
+from dynad.data import load_masks, open_dataset, to_float
 from dynad.features import load_features
 from dynad.patchcore import PatchBank
 from dynad.synthetic import (CHANGED, KINDS, PRODUCTS, SMALLEST, SyntheticError, add_defect, defective, make_scene, nominal, nominal_batch, picture_rng,
