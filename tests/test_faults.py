@@ -209,15 +209,16 @@ def stage_file(run, pattern): return sorted((run/'stages').glob(pattern))[0]
 @pytest.mark.parametrize('harm', ['cut', 'gone', 'pickle'])
 def test_a_damaged_stage_is_named_and_deleting_its_folder_heals_the_run(fitted, gears, tmp_path, pattern, harm):
     if harm == 'gone' and pattern.startswith('maps'): pytest.skip('rows that are gone are made again')
-    f = stage_file(fitted[1], pattern)
-    rel, old = f.relative_to(fitted[1]), f.read_bytes()
+    files = {f: f.read_bytes() for f in (fitted[1]/'stages').glob(pattern)} # all of them: which one is read first is the run's affair
     try:
-        if harm == 'cut': f.write_bytes(old[:len(old)//2])
-        if harm == 'gone': f.unlink()
-        if harm == 'pickle': f.write_bytes(pickle.dumps({'x': 1}))
-        with pytest.raises((StoreError, LatentError), match=rf'{f.name}: (no such file|not a whole safetensors file).*run again|{f.name}: no such file') as e: judge(DynAD.open(fitted[1], progress=False), gears)
-        assert str(rel) in str(e.value)
-    finally: f.write_bytes(old)
+        for f, old in files.items():
+            if harm == 'cut': f.write_bytes(old[:len(old)//2])
+            if harm == 'gone': f.unlink()
+            if harm == 'pickle': f.write_bytes(pickle.dumps({'x': 1}))
+        with pytest.raises((StoreError, LatentError), match=r'(no such file|not a whole safetensors file).*run again|no such file') as e: judge(DynAD.open(fitted[1], progress=False), gears)
+        assert any(str(f.relative_to(fitted[1])) in str(e.value) for f in files)
+    finally:
+        for f, old in files.items(): f.write_bytes(old)
 
 def test_what_the_error_advises_heals_the_run(fitted, run, gears):
     for pattern in ('phi/*/phi.safetensors', 'features/*/data.safetensors'):
