@@ -157,6 +157,7 @@ def launch(tmp_path, boards, cut=-1, precision='no'):
     done = subprocess.run([*command, str(tmp_path/'job.py'), str(boards.root), str(tmp_path/'run'), str(cut), precision], capture_output=True, text=True, env=env, timeout=600)
     return done
 
+@slow
 def test_accelerate_launch_fits_as_one_process_does_and_resumes(tmp_path, boards, smoke):
     cut = launch(tmp_path, boards, cut=24)
     assert cut.returncode != 0 and not (tmp_path/'run'/'run.json').exists() and not (tmp_path/'rank0.txt').exists(), cut.stderr[-4000:]

@@ -1,5 +1,6 @@
 "Timing, counting and estimating."
 import json
+import os
 import time
 
 import pytest
@@ -97,6 +98,7 @@ def test_a_line_through_two_batches():
     assert S._line([1, 2], [3., 5.], 30) == 61 and S._line([2], [4.], 30) == 60 and S._line([1, 2], [5., 4.], 10) == 5
     assert S._sizes(30, 2) == [1, 2] and S._sizes(1, 2) == [1] and S._sizes(16, 8) == [4, 8]
 
+@pytest.mark.skipif(os.environ.get('DYNAD_SLOW') != '1', reason='takes most of a minute; DYNAD_SLOW=1 runs it')
 def test_an_estimate_adds_up():
     e = S.estimate('smoke', {**TINY, 'denoiser.steps': None, 'denoiser.epochs': 20}, pictures=50, test=10, steps=1, most=2)
     assert json.loads(json.dumps(e)) == e
