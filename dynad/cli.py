@@ -204,7 +204,7 @@ def _minutes(job: dict) -> str: return '—' if job['minutes'] is None else f"{'
 
 @app.command(cls=_Pairs)
 def reproduce(
-    names: Annotated[list[str], typer.Argument(metavar='NAME…', help='table1 … table9, fig1 … fig15, scale, spaces, sensitivity, attribution, severity, speed, all; a notebook file; or book')],
+    names: Annotated[list[str], typer.Argument(metavar='NAME…', help='table1 … table9, fig1 … fig15, scale, spaces, sensitivity, attribution, severity, speed, parity, all; a notebook file; or book')],
     profile: Annotated[str, typer.Option(help='smoke (minutes, a test of the machinery), small, or paper')] = 'smoke',
     parameter: Annotated[Optional[list[str]], typer.Option('-p', '--parameter', metavar='NAME VALUE', help='a parameter of the notebooks; may be repeated')] = None,
     out: Annotated[Optional[Path], typer.Option(help='folder of the results; default nbs/_runs')] = None,

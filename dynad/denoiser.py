@@ -194,7 +194,7 @@ class TrainingStopped(RuntimeError):
 
 def _identity(unet: Denoiser, latents: Tensor, schedule: Schedule, settings: DenoiserSettings, steps: int, seed: int, precision: str) -> dict[str, Any]:
     "Everything that the trained weights depend on."
-    kept = settings.model_dump(mode='json', exclude={*HOW, 'epochs', 'steps'})
+    kept = settings.model_dump(mode='json', exclude={*HOW, 'epochs', 'steps', 'min_epochs'})
     return {**kept, 'steps': steps, 'seed': seed, 'precision': precision, 'latent_channels': unet.latent_channels, 'latent_size': unet.latent_size,
             'schedule': state_hash({'betas': schedule.betas})[:16], 'latents': state_hash({'latents': latents})[:16]}
 
@@ -245,7 +245,7 @@ def train_denoiser(
     "Train ε_θ on Eq. 6; leaves the average of the weights in `unet`, in eval mode. Goes on exactly where a run in `workdir` was cut off."
     _check_latents(unet, latents)
     latents = latents.detach().float()
-    steps = settings.steps or max(1, math.ceil(settings.epochs*len(latents)/settings.batch))
+    steps = settings.total_steps(len(latents))
     check_trackers(trackers)
     if trackers and logs is None: raise DenoiserError(f"trackers = {list(trackers)} need a folder: give logs")
     acc = accelerator(precision, device, trackers, logs)

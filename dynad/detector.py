@@ -9,7 +9,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from operator import index
+from typing import Any, Callable, Iterator, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from .patchcore import PatchBank
 from .store import Shards, Store, StoreError, atomic_write, load_tensors, save_tensors, state_hash
 
 # %% auto #0
-__all__ = ['TRAINED', 'Prediction', 'Staged', 'DynAD']
+__all__ = ['TRAINED', 'Prediction', 'FeatureRows', 'Staged', 'DynAD']
 
 # %% ../nbs/14_detector.ipynb #f229bcaa
 @dataclass
@@ -52,8 +53,24 @@ def _batches(n: int, size: int, what: str, progress: bool) -> Iterator[list[int]
 
 _PAIR = 100_000 # a row of a shard is picture · _PAIR + T̂
 
+class FeatureRows:
+    "φ_j(x_0) of a set's pictures on disk: `rows[i]`, `rows[[3, 1]]` and `rows[2:5]` read only what they name."
+    def __init__(self, shards: Shards, layer: int, n: int): self.shards, self.layer, self.n = shards, layer, n
+
+    def __len__(self): return self.n
+
+    def __getitem__(self, rows: int | slice | list[int] | Tensor) -> Tensor: # [C,h,w] of one, [B,C,h,w] of several
+        if isinstance(rows, slice): rows = list(range(self.n))[rows]
+        elif isinstance(rows, Tensor): rows = rows.tolist()
+        one = isinstance(rows, SupportsIndex)
+        got = self.shards.read([index(rows) % self.n] if one else rows)[str(self.layer)]
+        return got[0] if one else got
+
+    @property
+    def shape(self) -> torch.Size: return torch.Size((self.n, *self[0].shape))
+
 class Staged:
-    "A set of pictures on its way through the parts of a `DynAD`, every step kept in the store."
+    "A set of pictures on its way through the parts of a `DynAD`, every step kept in the store; in memory stay the pictures as bytes, latents and raw maps."
     def __init__(self,
         model: 'DynAD',
         store: Store,
@@ -89,19 +106,22 @@ class Staged:
         return self.store.tensors('latents', self.stage_parts('latents'), make)['z0']
 
     @cached_property
-    def fx(self) -> dict[int, Tensor]:
-        "φ_j(x_0) of the layers in use."
-        m = self.model
-        def make(work):
-            rows = [m.look(to_float(self.images[r])) for r in _batches(len(self.images), m.config.batch, 'features', self.progress)]
-            return {str(j): torch.cat([f[j] for f in rows]) for j in rows[0]}
-        return {int(j): f for j, f in self.store.tensors('features', self.stage_parts('features'), make).items()}
+    def fx(self) -> dict[int, FeatureRows]:
+        "φ_j(x_0) of the layers in use: [N,C_j,h_j,w_j] each, on disk."
+        m, shards, size = self.model, self._features, self.model.config.batch
+        def make(rows):
+            out = [m.look(to_float(self.images[[rows[k] for k in b]])) for b in _batches(len(rows), size, 'features', False)]
+            return {str(j): torch.cat([f[j] for f in out]) for j in out[0]}
+        n = len(self)
+        if shards.missing(list(range(n))):
+            for b in _batches(n, -(-64//size)*size, 'features', self.progress): shards.fill(b, make)
+        return {j: FeatureRows(shards, j, n) for j in m.layers}
 
     @property
     def y(self) -> Tensor:
         "[N,D] what DIC compares."
         d = self.model.config.dic
-        return pooled(self.fx[d.layer], d.pool)
+        return torch.cat([pooled(self.fx[d.layer][b], d.pool) for b in _batches(len(self), 64, 'pooling', False)])
 
     @cached_property
     def severity(self) -> dict[str, Tensor]:
@@ -120,6 +140,9 @@ class Staged:
     def _pairs(self, t_hat: Tensor) -> list[int]: return [i*_PAIR + int(T) for i, T in enumerate(t_hat.tolist())]
 
     @property
+    def _features(self) -> Shards: return self._shards('features', self.stage_parts('features'), hold=False)
+
+    @property
     def _reconstructions(self) -> Shards:
         m = self.model
         return self._shards('reconstructions', self._parts(z0=content_key(self.stage_parts('latents')), denoiser=m.hashes['denoiser'], diffusion=m.config.diffusion.model_dump(mode='json'), **m.sampler_key))
@@ -129,9 +152,9 @@ class Staged:
         m, r = self.model, self._reconstructions
         return self._shards('maps', dict(reconstructions=content_key(r.parts), phi=m.hashes['phi'], layers=m.config.fusion.layers))
 
-    def _shards(self, name: str, parts: dict) -> Shards:
+    def _shards(self, name: str, parts: dict, hold: bool = True) -> Shards:
         key = content_key(parts)
-        if key not in self.__dict__.setdefault('_open', {}): self._open[key] = Shards(self.store, name, parts)
+        if key not in self.__dict__.setdefault('_open', {}): self._open[key] = Shards(self.store, name, parts, hold)
         return self._open[key]
 
     def z_hat(self, t_hat: Tensor) -> Tensor:
@@ -157,15 +180,25 @@ class Staged:
         got = self._maps.get(pairs, make)
         return got['l'], {j: got[f'f{j}'] for j in m.config.fusion.layers}
 
-    def maps(self, t_hat: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        "A_map, calibrated l_map and f_map, each [N,1,H,W], at T̂ [N] (default: by the settings)."
+    def map_batches(self,
+        t_hat: Tensor | None = None,     # [N] T̂ (default: by the settings)
+        rows: list[int] | None = None    # of these pictures only (default: all)
+    ) -> Iterator[tuple[list[int], tuple[Tensor, Tensor, Tensor]]]: # rows; A_map, calibrated l_map and f_map, each [B,1,H,W]
+        "The finished maps in batches, for sets whose maps would not fit into memory together."
         m, t_hat = self.model, self.t_hat if t_hat is None else t_hat
-        l, f = self.raw_maps(t_hat)
-        size = m.config.data.image_size
-        if m.config.fusion.calibration == 'test': calibration = Calibration.of_test_set(upsample(l, size), feature_map(f, size))
+        size, (l, f) = m.config.data.image_size, self.raw_maps(t_hat)
+        if m.config.fusion.calibration == 'test':
+            ends = torch.tensor([Calibration.of_test_set(upsample(l[b], size), feature_map({j: v[b] for j, v in f.items()}, size)).levels[-1] for b in _batches(len(l), 64, 'calibration', False)])
+            calibration = Calibration({-1: tuple(torch.where(torch.tensor([True, False, True, False]), ends.amin(0), ends.amax(0)).tolist())})
         else: calibration = m.calibrated(t_hat)
-        parts = [anomaly_map(l[r], {j: v[r] for j, v in f.items()}, t_hat[r], calibration, m.config.fusion, size) for r in _batches(len(l), 64, 'fusion', False)]
-        return tuple(torch.cat(p) for p in zip(*parts))
+        rows = list(range(len(l))) if rows is None else rows
+        for b in _batches(len(rows), 64, 'fusion', False):
+            r = [rows[k] for k in b]
+            yield r, anomaly_map(l[r], {j: v[r] for j, v in f.items()}, t_hat[r], calibration, m.config.fusion, size)
+
+    def maps(self, t_hat: Tensor | None = None, rows: list[int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        "A_map, calibrated l_map and f_map, each [N,1,H,W], at T̂ [N] (default: by the settings)."
+        return tuple(torch.cat(p) for p in zip(*(maps for _, maps in self.map_batches(t_hat, rows))))
 
     def reconstructions(self, t_hat: Tensor | None = None, rows: list[int] | None = None) -> Tensor:
         "[len(rows),3,H,W] x̂_0 in [0,1]."
@@ -176,9 +209,11 @@ class Staged:
     def seconds(self, t_hat: Tensor) -> dict[str, float]:
         "What each stage of these pictures cost when it was made."
         pairs = self._pairs(t_hat)
-        for name, part in (('latents', 'z0'), ('features', 'fx'), ('bins', 'severity')):
+        for name, part in (('latents', 'z0'), ('bins', 'severity')):
             if not self.store.done(name, self.stage_parts(name)): getattr(self, part) # its folder was deleted, and nothing else asked for it
-        out = {name: self.store.seconds(name, self.stage_parts(name)) for name in ('latents', 'features', 'bins')}
+        self.fx
+        out = {name: self.store.seconds(name, self.stage_parts(name)) for name in ('latents', 'bins')}
+        out['features'] = self._features.seconds(list(range(len(self))))
         out['reconstructions'] = self._reconstructions.seconds(pairs)
         out['maps'] = self._maps.seconds(pairs)
         return out
@@ -334,6 +369,7 @@ class DynAD:
             self._load_phi(stages['phi'])
             stages['patch_bank'] = self._fit_patch_bank(store, phi0)
             self._load_patch_bank(stages['patch_bank'])
+            self.held_out.fx # other settings of an opened run find them, without the pictures
             self._finish()
         info |= {'keys': keys, 'stages': {k: str(p.relative_to(store.root)) for k, p in stages.items()}, 'trained': content_key(_trained(c))}
         if state.is_main_process: atomic_write(store.root/'run.json', json.dumps(info, indent=1, ensure_ascii=False))
@@ -359,7 +395,7 @@ class DynAD:
             save_denoiser(unet, work/'unet')
             (work/CHECKPOINT).unlink(missing_ok=True)
             return {'losses': torch.tensor(log.losses)}
-        settings = c.denoiser.model_dump(mode='json', exclude=set(HOW))
+        settings = c.denoiser.model_dump(mode='json', exclude={*HOW, 'min_epochs'}) | dict(epochs=None, steps=c.denoiser.total_steps(len(z0))) # however the number of steps was asked for
         return together(store, 'denoiser', dict(z0=content_key(self.good.stage_parts('latents')), settings=settings, diffusion=c.diffusion.model_dump(mode='json'), seed=c.seed, precision=c.precision), make)
 
     def _fit_phi(self, store: Store, phi0: nn.Module, progress: bool) -> Path:

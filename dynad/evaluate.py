@@ -6,9 +6,10 @@
 from __future__ import annotations
 import hashlib, json, platform, resource, time
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterable, Iterator
 
 import numpy as np
 import pandas as pd
@@ -21,15 +22,18 @@ from .denoiser import make_unet
 from .detector import DynAD, Staged, _batches
 from .features import load_features
 from .fusion import score
-from .metrics import image_metrics, pixel_metrics
+from .metrics import Metric, StreamingPixelMetrics, image_metrics, pixel_metrics
+from .patchcore import distance_map
 from .store import atomic_write, replacing
 
 # %% auto #0
-__all__ = ['KEYS', 'ORIGIN', 'MEASURED', 'all_metrics', 'Evaluation', 'untrained', 'baseline_maps', 'evaluate', 'write_result',
-           'save_maps', 'save_table', 'metrics_table']
+__all__ = ['KEYS', 'EXACT', 'ORIGIN', 'MEASURED', 'all_metrics', 'Judge', 'Evaluation', 'untrained', 'baseline_batches',
+           'baseline_maps', 'evaluate', 'write_result', 'save_maps', 'save_table', 'metrics_table']
 
 # %% ../nbs/15_evaluate.ipynb #4b6838fb
 KEYS = ('i_auroc', 'p_auroc', 'pro', 'i_ap', 'p_ap', 'i_f1_max', 'p_f1_max')
+
+def _named(metrics: dict[str, Metric]) -> dict[str, dict]: return {k: metrics[k].to_json() if k in metrics else None for k in KEYS}
 
 def all_metrics(
     scores: Tensor,            # [N]
@@ -41,24 +45,62 @@ def all_metrics(
     seed: int = 0
 ) -> dict[str, dict]:          # KEYS -> value, low, high
     "Every metric of SPEC §8 with its interval; null where it is not defined."
-    out = dict(image_metrics(scores, labels, n_boot=n_boot, seed=seed))
-    if maps is not None: out |= pixel_metrics(maps, masks, has_mask, n_boot=n_boot, seed=seed)
-    return {k: out[k].to_json() if k in out else None for k in KEYS}
+    pixels = pixel_metrics(maps, masks, has_mask, n_boot=n_boot, seed=seed) if maps is not None else {}
+    return _named(image_metrics(scores, labels, n_boot=n_boot, seed=seed) | pixels)
 
-# %% ../nbs/15_evaluate.ipynb #29fc3fd3
+EXACT = 40_000_000 # pixels up to which all maps are held for exact pixel metrics: 2441 pictures at 128², 610 at 256²
+
+@dataclass
+class Judge:
+    "One method's maps as they come, batch by batch: metrics without holding them beyond `EXACT` pixels."
+    labels: Tensor             # [N]
+    masks: Tensor              # [N,1,H,W] bool
+    has_mask: Tensor           # [N]
+    n_boot: int = 1000
+    seed: int = 0
+    threshold: float | None = None     # of the map, for `hits`
+    exact: bool | None = None          # None: by `EXACT`
+    hits: tuple[int, int] = (0, 0)     # pixels above the threshold and defective; above or defective, counted once each
+
+    def __call__(self,
+        batches: Iterable[tuple[list[int], Tensor, Tensor]] # rows, maps [B,1,H,W], scores [B]
+    ) -> tuple[Tensor, dict[str, dict]]: # scores [N]; as `all_metrics`
+        "Take them all in."
+        if self.exact is None: self.exact = self.masks.numel() <= EXACT
+        scores = torch.empty(len(self.labels))
+        kept, stream, both, either = torch.empty(self.masks.shape) if self.exact else None, StreamingPixelMetrics(), 0, 0
+        for rows, maps, s in batches:
+            scores[rows] = s.float()
+            if self.exact: kept[rows] = maps
+            else: stream.update(maps, self.masks[rows], self.has_mask[rows])
+            if self.threshold is not None:
+                ok = self.has_mask[rows]
+                m, t = maps[ok] > self.threshold, self.masks[rows][ok]
+                both, either = both + int((m & t).sum()), either + int(m.sum() + t.sum())
+        self.hits = both, either
+        if self.exact: return scores, all_metrics(scores, self.labels, kept, self.masks, self.has_mask, self.n_boot, self.seed)
+        return scores, _named(image_metrics(scores, self.labels, n_boot=self.n_boot, seed=self.seed) | stream.bootstrap(self.n_boot, self.seed))
+
+# %% ../nbs/15_evaluate.ipynb #4fb3095b
 @dataclass
 class Evaluation:
-    "A result and what it was made of."
+    "A result and what it was made of; maps are made when they are asked for."
     result: dict[str, Any]          # the JSON
     samples: list[Sample]
     scores: Tensor                  # [N]
-    maps: Tensor                    # [N,1,H,W]
-    latent_maps: Tensor             # [N,1,H,W] calibrated
-    feature_maps: Tensor            # [N,1,H,W] calibrated
     t_hat: Tensor                   # [N]
     masks: Tensor                   # [N,1,H,W] bool
     has_mask: Tensor                # [N]
     staged: Staged = field(repr=False)
+
+    def maps_of(self, rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        "A_map, calibrated l_map and f_map of some pictures, each [B,1,H,W]."
+        return self.staged.maps(self.t_hat, rows)
+
+    @cached_property
+    def maps(self) -> Tensor:
+        "[N,1,H,W] A_map of every picture, held from then on."
+        return self.staged.maps(self.t_hat)[0]
 
     def table(self) -> pd.DataFrame:
         "One row per picture."
@@ -71,19 +113,23 @@ def untrained(model: DynAD) -> DynAD:
     z = model.good.z0
     return model.replaced(unet=make_unet(model.config.denoiser, z.shape[1], z.shape[-1], seed=model.config.seed))
 
-def baseline_maps(model: DynAD, staged: Staged) -> dict[str, Tensor]:
-    "PatchCore's rule on the unadapted φ: maps [N,1,H,W] and scores [N]."
+def baseline_batches(model: DynAD, staged: Staged) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    "PatchCore's rule on the unadapted φ: rows, maps [B,1,H,W], scores [B]."
     bank, c = model.patch_bank, model.config
     def make(work):
         phi = load_features(c.features).to(model.device)
-        maps, scores = [], []
         with torch.no_grad():
-            for r in _batches(len(staged.images), c.batch, 'baseline', staged.progress):
-                f = phi(to_float(staged.images[r]).to(model.device))
-                m, s = bank.score({j: v.float().cpu() for j, v in f.items()}, c.data.image_size, c.fusion.sigma*c.data.image_size/256)
-                maps.append(m); scores.append(s)
-        return {'maps': torch.cat(maps), 'scores': torch.cat(scores)}
-    return staged.store.tensors('baseline', dict(pictures=staged.pictures, bank=model.hashes['patch_bank'], sigma=c.fusion.sigma), make)
+            d = [bank.distances({j: v.float().cpu() for j, v in phi(to_float(staged.images[r]).to(model.device)).items()})
+                 for r in _batches(len(staged.images), c.batch, 'baseline', staged.progress)]
+        return {'distances': torch.cat(d)}
+    d = staged.store.tensors('patch_distances', dict(pictures=staged.pictures, bank=model.hashes['patch_bank']), make)['distances']
+    for r in _batches(len(d), 64, 'baseline maps', False):
+        yield r, distance_map(d[r], c.data.image_size, c.fusion.sigma*c.data.image_size/256), d[r].flatten(1).amax(1)
+
+def baseline_maps(model: DynAD, staged: Staged) -> dict[str, Tensor]:
+    "All of `baseline_batches`: maps [N,1,H,W] and scores [N]."
+    _, maps, scores = zip(*baseline_batches(model, staged))
+    return {'maps': torch.cat(maps), 'scores': torch.cat(scores)}
 
 def _versions() -> dict[str, str]:
     out = {'dynad': __version__, 'python': platform.python_version()}
@@ -107,55 +153,49 @@ def evaluate(
     labels = torch.tensor([s.label for s in samples])
     masks, has_mask = load_masks(samples, c.data.image_size)
     T = staged.t_hat
-    A, lc, fc = staged.maps()
-    scores = score(A)
-    measure = lambda s, m: all_metrics(s, labels, m, masks, has_mask, n_boot, c.seed)
+    staged.raw_maps(T)
+    judge = Judge(labels, masks, has_mask, n_boot, c.seed, model.threshold)
+    own = lambda s, t=None: ((r, A, score(A)) for r, (A, _, _) in s.map_batches(t))
     start = time.perf_counter()
-    result: dict[str, Any] = measure(scores, A)
+    scores, result = judge(own(staged, T))
     seconds = staged.seconds(T) | {'metrics': time.perf_counter() - start}
     inference = sum(v for k, v in seconds.items() if k in ('latents', 'features', 'bins', 'reconstructions', 'maps'))
     result |= {'images': len(samples), 'images_per_second': len(samples)/inference if inference else None, 'seconds_by_stage': seconds,
-               'decision': _decision(scores, labels, A, masks, has_mask, model)}
+               'decision': _decision(scores, labels, judge.hits, model)}
     if null_models:
-        zero = staged.maps(torch.zeros(len(samples), dtype=torch.long))[0]
+        _, zero = judge(own(staged, torch.zeros(len(samples), dtype=torch.long)))
         random = untrained(model)
         noise = random.stage(samples, dataset.fingerprint, progress)
         noise._load = lambda: staged.images
-        blind = noise.maps()[0]
-        result['null_models'] = {'t_hat_0': measure(score(zero), zero), 'untrained_denoiser': measure(score(blind), blind),
-                                 'neighbour_distance': measure(staged.severity['distance'], None)}
-    if baseline:
-        b = baseline_maps(model, staged)
-        result['baseline'] = {'patchcore': measure(b['scores'], b['maps'])}
+        result['null_models'] = {'t_hat_0': zero, 'untrained_denoiser': judge(own(noise))[1],
+                                 'neighbour_distance': all_metrics(staged.severity['distance'], labels, None, masks, has_mask, n_boot, c.seed)}
+    if baseline: result['baseline'] = {'patchcore': judge(baseline_batches(model, staged))[1]}
     result |= {'peak_memory_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024, 'settings': c.model_dump(mode='json'),
-               'protocol': _protocol(model, dataset, labels, has_mask, n_boot), 'versions': _versions(),
+               'protocol': _protocol(model, dataset, judge), 'versions': _versions(),
                'data': {'name': dataset.name, 'layout': dataset.layout, 'category': dataset.category, 'fingerprint': dataset.fingerprint,
                         'synthetic': (Path(dataset.root)/'synthetic.json').exists()}}
-    return Evaluation(result, samples, scores, A, lc, fc, T, masks, has_mask, staged)
+    return Evaluation(result, samples, scores, T, masks, has_mask, staged)
 
-# %% ../nbs/15_evaluate.ipynb #b907d71a
-def _decision(scores, labels, maps, masks, has_mask, model) -> dict[str, Any]:
+# %% ../nbs/15_evaluate.ipynb #3c8d2410
+def _decision(scores: Tensor, labels: Tensor, hits: tuple[int, int], model: DynAD) -> dict[str, Any]:
     "What the thresholds learned on held-out good pictures decide; a threshold chosen on the test set would reach F1-max."
-    hit = scores > model.image_threshold
-    y = labels.bool()
+    hit, y = scores > model.image_threshold, labels.bool()
     tp, fp, fn = int((hit & y).sum()), int((hit & ~y).sum()), int((~hit & y).sum())
-    out = {'image_threshold': model.image_threshold, 'threshold': model.threshold, 'true_positives': tp, 'false_positives': fp, 'false_negatives': fn,
-           'i_f1': 2*tp/max(1, 2*tp + fp + fn)}
-    m, t = maps[has_mask] > model.threshold, masks[has_mask]
-    return out | {'p_f1': float(2*(m & t).sum()/max(1, int(m.sum() + t.sum())))}
+    return {'image_threshold': model.image_threshold, 'threshold': model.threshold, 'true_positives': tp, 'false_positives': fp, 'false_negatives': fn,
+            'i_f1': 2*tp/max(1, 2*tp + fp + fn), 'p_f1': 2*hits[0]/max(1, hits[1])}
 
 ORIGIN = { # where the fixed settings of a preset come from
-    'small': 'fixed preset; its T_max and λ were chosen while looking at the test pictures of cookies, of magnetic tile and of synthetic boards: a first figure for other data, a tuned one for those three',
+    'small': 'fixed preset; its T_max, λ and number of steps were chosen while looking at the test pictures of cookies, of magnetic tile and of synthetic boards: a first figure for other data, a tuned one for those three',
     'smoke': 'fixed preset for tests of the machinery', 'paper': 'as printed in the paper (η and γ within its printed ranges)', 'authors': "the public code's shipped configuration"}
 
-def _protocol(model, dataset, labels, has_mask, n_boot) -> dict[str, Any]:
-    c, y = model.config, labels.bool()
+def _protocol(model: DynAD, dataset: AnomalyDataset, judge: Judge) -> dict[str, Any]:
+    c, y, n_boot = model.config, judge.labels.bool(), judge.n_boot
     return {'preset': c.preset, 'note': {'small': 'small preset: not the scale of the paper', 'smoke': 'smoke preset: a test of the machinery, not a result'}.get(c.preset, ''),
             'training_pictures': len(model.good), 'held_out_pictures': len(model.held_out), 'test_good': int((~y).sum()), 'test_defective': int(y.sum()),
-            'image_level_only': int((y & ~has_mask).sum()), 'settings_from': ORIGIN.get(c.preset, ''),
+            'image_level_only': int((y & ~judge.has_mask).sum()), 'settings_from': ORIGIN.get(c.preset, ''),
             'calibration': 'minimum and maximum of the test set (looks at what it judges)' if c.fusion.calibration == 'test' else 'quantiles of held-out good training pictures, per T̂',
             'threshold': f"quantile {c.fusion.threshold_quantile} of held-out good training pictures", 'picture': f"square resize to {c.data.image_size}, antialiased",
-            'masks': 'nearest-neighbour resize, then > 0.5', 'pro': 'exact, 8-connected regions, false positive rate up to 0.3',
+            'masks': 'nearest-neighbour resize, then > 0.5', 'pro': f"{'exact' if judge.exact else 'streaming, within 1e-4 of exact'}, 8-connected regions, false positive rate up to 0.3",
             'interval': f"95 % percentile bootstrap over pictures, {n_boot} resamples, seed {c.seed}", 'seed': c.seed}
 
 # %% ../nbs/15_evaluate.ipynb #95b8a3cd
@@ -176,11 +216,13 @@ def save_maps(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for i, s in enumerate(e.samples):
-        name = f"{i:05d}_{hashlib.sha1(s.name.encode()).hexdigest()[:8]}.npy"
-        with replacing(folder/name) as tmp:
-            with open(tmp, 'wb') as f: np.save(f, e.maps[i, 0].numpy().astype(np.float32))
-        rows.append({'picture': s.name, 'label': s.label, 'score': float(e.scores[i]), 't_hat': int(e.t_hat[i]), 'mask': str(s.mask) if s.mask else '', 'map': name})
+    for batch, (maps, _, _) in e.staged.map_batches(e.t_hat):
+        for i, a in zip(batch, maps):
+            s = e.samples[i]
+            name = f"{i:05d}_{hashlib.sha1(s.name.encode()).hexdigest()[:8]}.npy"
+            with replacing(folder/name) as tmp:
+                with open(tmp, 'wb') as f: np.save(f, a[0].numpy().astype(np.float32))
+            rows.append({'picture': s.name, 'label': s.label, 'score': float(e.scores[i]), 't_hat': int(e.t_hat[i]), 'mask': str(s.mask) if s.mask else '', 'map': name})
     atomic_write(folder/'index.csv', pd.DataFrame(rows).to_csv(index=False))
     return folder
 

@@ -250,7 +250,7 @@ class OwnPictures:
     def _fit(self):
         c = make_config(self.preset.value, self.overrides)
         data = heap(self.good_place)
-        self._steps = c.denoiser.steps or max(1, -(-c.denoiser.epochs*len(data.train)//c.denoiser.batch))
+        self._steps = c.denoiser.total_steps(len(data.holdout(c.data.holdout, c.data.min_holdout, c.seed)[0]))
         self.losses, self.progress.value = [], 0
         self.status.value = f'{len(data.train)} good pictures: autoencoder and latents'
         try: model = DynAD(c).fit(data, self.folder/'run', progress=False, callback=self._trained, should_stop=lambda: self._stop)

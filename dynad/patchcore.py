@@ -16,7 +16,7 @@ from .fusion import smooth
 from .store import load_tensors, save_tensors
 
 # %% auto #0
-__all__ = ['patches', 'nearest', 'greedy_coreset', 'PatchBank']
+__all__ = ['patches', 'nearest', 'greedy_coreset', 'distance_map', 'PatchBank']
 
 # %% ../nbs/13a_patchcore.ipynb #dc8751f3
 def patches(
@@ -67,7 +67,16 @@ def greedy_coreset(
         far = torch.minimum(far, (x - x[chosen[-1]]).norm(dim=1))
     return torch.tensor(chosen)
 
-# %% ../nbs/13a_patchcore.ipynb #8612092d
+# %% ../nbs/13a_patchcore.ipynb #ffef9d39
+def distance_map(
+    d: Tensor,                         # [B,1,h,w] from `PatchBank.distances`
+    image_size: int | tuple[int, int], # side, or height and width, of the map
+    sigma: float = 0.                  # σ of the Gaussian in pixels of the map, 0 = none
+) -> Tensor:                           # [B,1,H,W]
+    "Patch distances at image size."
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    return smooth(F.interpolate(d, size, mode='bilinear', align_corners=False), sigma, scale=False)
+
 class PatchBank:
     "Patches of good pictures, and the distance to the nearest one (the rule of PatchCore)."
     def __init__(self,
@@ -107,21 +116,25 @@ class PatchBank:
         return self
 
     @torch.no_grad()
+    def distances(self,
+        features: dict[int, Tensor] # φ of pictures to judge
+    ) -> Tensor:                    # [B,1,h,w] L2 ≥ 0, on the grid of the first layer
+        "How far each patch is from the nearest one in the bank."
+        if self.bank is None: raise RuntimeError("the bank is empty: call fit with features of good pictures first")
+        p = patches(features, self.layers)
+        B, C, h, w = p.shape
+        if C != self.bank.shape[1]: raise ValueError(f"patches have {C} channels, the bank has {self.bank.shape[1]}: fit and score need the same φ and layers")
+        if not torch.isfinite(p).all(): raise ValueError(f"picture {int((~torch.isfinite(p)).flatten(1).any(1).nonzero()[0])} of the batch has features that are not finite")
+        return nearest(p.permute(0, 2, 3, 1).reshape(-1, C), self.bank.to(p.device), self.backend)[0].view(B, 1, h, w)
+
     def score(self,
         features: dict[int, Tensor],      # φ of pictures to judge
         image_size: int | tuple[int, int], # side, or height and width, of the maps
         sigma: float = 0.                 # σ of the Gaussian in pixels of the map, 0 = none
     ) -> tuple[Tensor, Tensor]:           # maps [B,1,H,W], scores [B]; L2 distances ≥ 0
         "Distance maps at image size, and the largest distance of each picture."
-        if self.bank is None: raise RuntimeError("the bank is empty: call fit with features of good pictures first")
-        p = patches(features, self.layers)
-        B, C, h, w = p.shape
-        if C != self.bank.shape[1]: raise ValueError(f"patches have {C} channels, the bank has {self.bank.shape[1]}: fit and score need the same φ and layers")
-        if not torch.isfinite(p).all(): raise ValueError(f"picture {int((~torch.isfinite(p)).flatten(1).any(1).nonzero()[0])} of the batch has features that are not finite")
-        d = nearest(p.permute(0, 2, 3, 1).reshape(-1, C), self.bank.to(p.device), self.backend)[0].view(B, 1, h, w)
-        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        maps = F.interpolate(d, size, mode='bilinear', align_corners=False)
-        return smooth(maps, sigma, scale=False), d.flatten(1).amax(1)
+        d = self.distances(features)
+        return distance_map(d, image_size, sigma), d.flatten(1).amax(1)
 
     def state_dict(self) -> dict[str, Tensor]:
         "Tensors that make the fitted bank again."

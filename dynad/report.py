@@ -21,8 +21,8 @@ if TYPE_CHECKING: from dynad.evaluate import Evaluation
 
 # %% auto #0
 __all__ = ['MARKED', 'W', 'H', 'LEFT', 'BASE', 'TOP', 'STYLE', 'PAGE', 'HEADS', 'NOTES', 'OURS', 'ReportError', 'choose',
-           'marked', 'scale_of_maps', 'pictures_of', 'bars', 'bin_chart', 't_hat_chart', 'score_chart', 'is_report',
-           'write_report']
+           'marked', 'scale_of_maps', 'scales_of', 'pictures_of', 'bars', 'bin_chart', 't_hat_chart', 'score_chart',
+           'is_report', 'write_report']
 
 # %% ../nbs/15a_report.ipynb #50211c2b
 class ReportError(ValueError):
@@ -71,6 +71,11 @@ def scale_of_maps(
     v = maps.flatten().float()
     return max(1., float(torch.quantile(v[::max(1, v.numel()//1_000_000)], .998)))
 
+def scales_of(e: Evaluation) -> dict[str, float]: # l_map, f_map, A_map -> upper end
+    "The ends of the three maps, from at most 256 pictures evenly through the set."
+    a, l, f = e.maps_of(list(range(0, len(e.samples), -(-len(e.samples)//256))))
+    return {k: scale_of_maps(m) for k, m in (('l_map', l), ('f_map', f), ('A_map', a))}
+
 def pictures_of(
     e: Evaluation,
     rows: list[int] # positions in e.samples
@@ -78,14 +83,14 @@ def pictures_of(
     "The seven pictures per row of the gallery."
     if not rows: return {}
     x, back = e.staged.images[rows].float()/255, e.staged.reconstructions(e.t_hat, rows)
-    ends = {k: scale_of_maps(m) for k, m in (('l', e.latent_maps), ('f', e.feature_maps), ('a', e.maps))}
+    ends, (maps, latent, feature) = scales_of(e), e.maps_of(rows)
     threshold = e.result['decision']['threshold']
     out = {}
     for k, i in enumerate(rows):
         truth = e.masks[i] if e.has_mask[i] else None
         out[i] = {'input': x[k], 'truth': None if truth is None else marked(x[k], truth, TRUTH), 'reconstruction': back[k],
-                  'l_map': colorize(e.latent_maps[i], 0, ends['l']), 'f_map': colorize(e.feature_maps[i], 0, ends['f']),
-                  'A_map': colorize(e.maps[i], 0, ends['a']), 'mask': marked(x[k], e.maps[i] > threshold, MARKED, truth)}
+                  'l_map': colorize(latent[k], 0, ends['l_map']), 'f_map': colorize(feature[k], 0, ends['f_map']),
+                  'A_map': colorize(maps[k], 0, ends['A_map']), 'mask': marked(x[k], maps[k] > threshold, MARKED, truth)}
     return out
 
 # %% ../nbs/15a_report.ipynb #9cebded8
@@ -374,7 +379,7 @@ def _write(e: Evaluation, folder: Path, title: str, n: int):
                     decision={(True, True): 'found', (True, False): 'called defective, is good', (False, True): 'missed', (False, False): 'called good'}[hit, y], figures=list(figures(i)))
     titles = {'misjudged': 'Misjudged, the worst of them', 'found': 'Found, the surest of them', 'good': 'Good pictures, called good'}
     gallery = [dict(title=titles[k], pictures=[picture(i) for i in rows]) for k, rows in chosen.items() if rows]
-    ends = ', '.join(f'{scale_of_maps(m):.2g} ({k})' for k, m in (('l_map', e.latent_maps), ('f_map', e.feature_maps), ('A_map', e.maps)))
+    ends = ', '.join(f'{v:.2g} ({k})' for k, v in scales_of(e).items())
     omega, dynamic = s['reconstruction']['omega'], s['reconstruction']['severity'] == 'dynamic'
     severity = 'chosen for each picture from its distance to the good ones' if dynamic else 'the same for all pictures (severity is static)'
     scale = ('Both are put on one scale by the lowest and the highest value of the test pictures themselves.' if s['fusion']['calibration'] == 'test' else

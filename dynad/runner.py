@@ -48,7 +48,8 @@ TARGETS: dict[str, Target] = {t.name: t for t in (
     Target('fig7', 'Figure 7: reconstructions and segmentations'), Target('fig8', 'Figure 8: against DRAEM', 'mvtec'), Target('fig10', 'Figures 10 and 11: noised and noiseless forward process', aliases=('fig11',)),
     Target('fig12', 'Figure 12: noiseless scaling up to t = 800'), Target('fig13', 'Figure 13: a fraction ω of the noise'), Target('fig14', 'Figure 14: noiseless against noised at rising levels'),
     Target('scale', 'Results by the scale of the defect'), Target('spaces', 'Latent against pixel space'), Target('sensitivity', 'Sensitivity to T_max, η, K, |B| and λ'), Target('attribution', 'What one anomaly map is made of'),
-    Target('severity', 'Severity from less: pooled and projected features'), Target('speed', 'What a stage costs'))}
+    Target('severity', 'Severity from less: pooled and projected features'), Target('speed', 'What a stage costs'),
+    Target('parity', 'Parity: the paper, the public code and dynad, switch by switch', minutes=1.))}
 
 @dataclass(frozen=True)
 class Profile:

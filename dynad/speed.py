@@ -261,7 +261,7 @@ def estimate(
     train, infer = _apart('_training_cost', raw, steps, most), _apart('_inference_cost', raw, steps, most)
     held = min(max(c.data.min_holdout, round(c.data.holdout*pictures)), c.data.max_calibration, pictures - 1)
     n, d, r, each = pictures - held, c.denoiser, c.reconstruction, infer['seconds'][-1]
-    total = d.steps or max(1, -(-d.epochs*n//d.batch))
+    total = d.total_steps(n)
     levels = len(t_grid(r.t_max, c.dic.bins, r.S, c.dic.floor)) if r.severity == 'dynamic' else 1
     parts = {'fine-tuning of E and D': c.latents.finetune_steps*infer['finetune'], 'latents': pictures*each['encode'], 'denoiser': total*_line(train['batches'], train['seconds'], d.batch),
              'adaptation of φ': c.adaptation.gamma*n*infer['adapt'], 'features and bank': (2*pictures + n)*each['features'], 'calibration': held*levels*(each['denoise'] + each['decode'] + each['maps'])}

@@ -19,8 +19,8 @@ from torch import Tensor
 from .config import content_key
 
 # %% auto #0
-__all__ = ['SCHEMA', 'StoreError', 'WriteError', 'replacing', 'atomic_write', 'save_tensors', 'load_tensors', 'file_sha256',
-           'state_hash', 'Store', 'Shards']
+__all__ = ['SCHEMA', 'StoreError', 'WriteError', 'replacing', 'atomic_write', 'save_tensors', 'open_tensors', 'load_tensors',
+           'file_sha256', 'state_hash', 'Store', 'Shards']
 
 # %% ../nbs/01_store.ipynb #10bfd59d
 class StoreError(RuntimeError):
@@ -79,14 +79,21 @@ def save_tensors(
         except SafetensorError as e: raise _unwritable(path, e) from None
     return Path(path)
 
+@contextmanager
+def open_tensors(
+    path: str | Path
+) -> Iterator[safe_open]:
+    "A safetensors file, open for reading. Raises `StoreError` as `load_tensors` does."
+    try:
+        with safe_open(path, framework='pt') as f: yield f
+    except FileNotFoundError: raise StoreError(f"{path}: no such file; where its folder is a stage of a run, delete that folder and run again") from None
+    except (SafetensorError, OSError) as e: raise StoreError(f"{path}: not a whole safetensors file ({e}); delete it (in a run: the folder of its stage) and run again") from None
+
 def load_tensors(
     path: str | Path
 ) -> dict[str, Tensor]:
     "Read a safetensors file. Raises `StoreError` that names the file when it is missing, cut off or of another kind."
-    try:
-        with safe_open(path, framework='pt') as f: return {k: f.get_tensor(k) for k in f.keys()}
-    except FileNotFoundError: raise StoreError(f"{path}: no such file; where its folder is a stage of a run, delete that folder and run again") from None
-    except (SafetensorError, OSError) as e: raise StoreError(f"{path}: not a whole safetensors file ({e}); delete it (in a run: the folder of its stage) and run again") from None
+    with open_tensors(path) as f: return {k: f.get_tensor(k) for k in f.keys()}
 
 def file_sha256(
     path: str | Path
@@ -186,22 +193,26 @@ class Store:
 # %% ../nbs/01_store.ipynb #0276a077
 class Shards:
     "Lazily filled rows of one keyed stage; rows that exist are never computed again."
-    def __init__(self, store: Store, name: str, parts: dict[str, Any]):
-        self.store, self.dir, self.name, self.parts = store, store.path(name, parts), name, parts
-        self._rows: dict[int, dict[str, Tensor]] = {}
+    def __init__(self,
+        store: Store, name: str, parts: dict[str, Any],
+        hold: bool = True # False: rows are read from disk each time, for stages too large for memory
+    ):
+        self.store, self.dir, self.name, self.parts, self.hold = store, store.path(name, parts), name, parts, hold
+        self._rows: dict[int, tuple[str, int]] = {}      # row -> file, position in it
+        self._held: dict[str, dict[str, Tensor]] = {}
         self._cost: dict[int, float] = {}
         self._read_files: set[str] = set()
 
     def _refresh(self):
         for f in sorted(self.dir.glob('rows-*.safetensors')):
             if f.name in self._read_files: continue
-            data = load_tensors(f)
-            try: index, seconds = data.pop('index').tolist(), float(data.pop('seconds'))
-            except KeyError: raise StoreError(f"{f}: not rows of a stage; delete it and run again") from None
-            if any(len(v) != len(index) for v in data.values()): raise StoreError(f"{f}: holds {len(index)} rows, but tensors of another length; delete it and run again")
-            for i, r in enumerate(index):
-                self._rows[r] = {k: v[i] for k, v in data.items()}
-                self._cost[r] = seconds/len(index)
+            with open_tensors(f) as data:
+                if not {'index', 'seconds'} <= set(data.keys()): raise StoreError(f"{f}: not rows of a stage; delete it and run again")
+                index, seconds = data.get_tensor('index').tolist(), float(data.get_tensor('seconds'))
+                keys = [k for k in data.keys() if k not in ('index', 'seconds')]
+                if any((data.get_slice(k).get_shape() or [0])[0] != len(index) for k in keys): raise StoreError(f"{f}: holds {len(index)} rows, but tensors of another length; delete it and run again")
+                if self.hold: self._held[f.name] = {k: data.get_tensor(k) for k in keys}
+            for i, r in enumerate(index): self._rows[r], self._cost[r] = (f.name, i), seconds/len(index)
             self._read_files.add(f.name)
 
     def missing(self, index: list[int]) -> list[int]:
@@ -209,12 +220,12 @@ class Shards:
         if not all(i in self._rows for i in index): self._refresh()
         return sorted({i for i in index if i not in self._rows})
 
-    def get(self,
+    def fill(self,
         index: list[int],                               # rows wanted
         make: Callable[[list[int]], dict[str, Tensor]], # missing rows -> tensors, first axis the rows in that order
         chunk: int = 512                                # rows per file: what a killed run can lose
-    ) -> dict[str, Tensor]:                             # stacked in the order of `index`
-        "The rows asked for, made where they are missing."
+    ) -> None:
+        "Make the rows that are missing."
         if self.missing(index):
             with self.store.lock(self.dir):
                 missing = self.missing(index)
@@ -228,8 +239,33 @@ class Shards:
                     data |= {'index': torch.tensor(part), 'seconds': torch.tensor(time.perf_counter() - start)}
                     save_tensors(next(f for n in count() if not (f := self.dir/f'rows-{n:05d}.safetensors').exists()), data)
                     self._refresh()
-        keys = self._rows[index[0]].keys() if index else ()
-        return {k: torch.stack([self._rows[i][k] for i in index]) for k in keys}
+
+    def read(self,
+        index: list[int]    # rows that exist
+    ) -> dict[str, Tensor]: # stacked in the order of `index`
+        "The rows asked for. Raises KeyError for one that was not made."
+        if not all(i in self._rows for i in index): self._refresh()
+        places: dict[str, list[tuple[int, int]]] = {}
+        for k, i in enumerate(index): places.setdefault(self._rows[i][0], []).append((k, self._rows[i][1]))
+        out: dict[str, Tensor] = {}
+        for name, at in places.items():
+            for key, rows in self._of(name, [p for _, p in at]).items():
+                if key not in out: out[key] = rows.new_empty(len(index), *rows.shape[1:])
+                out[key][[k for k, _ in at]] = rows
+        return out
+
+    def _of(self, name: str, at: list[int]) -> dict[str, Tensor]:
+        if self.hold: return {k: v[at] for k, v in self._held[name].items()}
+        low = min(at)
+        with open_tensors(self.dir/name) as f:
+            return {k: f.get_slice(k)[low:max(at) + 1][[p - low for p in at]] for k in f.keys() if k not in ('index', 'seconds')}
+
+    def get(self,
+        index: list[int], make: Callable[[list[int]], dict[str, Tensor]], chunk: int = 512 # as in `fill`
+    ) -> dict[str, Tensor]: # stacked in the order of `index`
+        "The rows asked for, made where they are missing."
+        self.fill(index, make, chunk)
+        return self.read(index)
 
     def seconds(self, index: list[int]) -> float:
         "What these rows cost when they were made."

@@ -1,6 +1,8 @@
 "Shared fixtures: one smoke run for all tests that need a fitted detector."
 import os
 
+if 'PYTEST_XDIST_WORKER_COUNT' in os.environ: # before torch is imported: the workers share the cores
+    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1)//int(os.environ['PYTEST_XDIST_WORKER_COUNT']))))
 os.environ.setdefault('MPLBACKEND', 'agg')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
@@ -9,6 +11,17 @@ from safetensors.torch import load_file
 from pathlib import Path
 
 HERE = Path(__file__).parent
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    "The whole suite runs on up to four cores at once; named files, `-n 0` and a debugger stay in one process."
+    o = config.option
+    if config.pluginmanager.hasplugin('xdist') and not (config.args_source.name == 'ARGS' or 'PYTEST_XDIST_WORKER' in os.environ or o.numprocesses is not None or o.usepdb or o.collectonly):
+        o.numprocesses, o.dist = min(4, os.cpu_count() or 1), 'loadgroup'
+
+def pytest_collection_modifyitems(items):
+    "A file's tests share its fixtures and stay together; each notebook is a process of its own anyway."
+    for item in items: item.add_marker(pytest.mark.xdist_group(item.nodeid if 'test_notebook[' in item.nodeid else item.path.name))
 
 @pytest.fixture(scope='session')
 def authors():

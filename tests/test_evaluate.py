@@ -50,6 +50,38 @@ def test_raw_maps_and_index(evaluation, tmp_path):
     assert len(pd.read_parquet(tmp_path/'t.parquet')) == len(index)
 
 
+def test_a_set_beyond_the_limit_is_judged_in_a_stream(smoke, boards, evaluation, monkeypatch):
+    "Above EXACT pixels no map is held: the same scores and decision, pixel figures within 1e-4 (F1-max 5e-4), and the protocol says so."
+    monkeypatch.setattr('dynad.evaluate.EXACT', 0)
+    e, exact = evaluate(smoke[0], boards, n_boot=50, progress=False), evaluation.result
+    assert e.result['protocol']['pro'].startswith('streaming') and exact['protocol']['pro'].startswith('exact')
+    assert torch.equal(e.scores, evaluation.scores) and e.result['decision'] == exact['decision'] and e.result['i_auroc'] == exact['i_auroc']
+    for a, b in ((e.result, exact), (e.result['baseline']['patchcore'], exact['baseline']['patchcore'])):
+        for k in ('p_auroc', 'pro', 'p_ap', 'p_f1_max'): assert a[k]['value'] == pytest.approx(b[k]['value'], abs=5e-4 if k == 'p_f1_max' else 2e-4), k
+
+def test_maps_of_a_few(evaluation):
+    for whole, part in zip(evaluation.staged.maps(evaluation.t_hat), evaluation.maps_of([5, 2])): assert torch.equal(whole[[5, 2]], part)
+
+def test_min_max_of_the_test_set_does_not_depend_on_batches(smoke, boards):
+    "Calibration 'test' over more than one batch of 64."
+    from dynad.config import parse_config
+    from dynad.fusion import Calibration, feature_map, upsample
+    model = smoke[0].replaced(config=parse_config(smoke[0].config.model_dump() | {'fusion': smoke[0].config.fusion.model_dump() | {'calibration': 'test'}}))
+    staged = model.stage(boards.test*5, 'five times', progress=False)
+    assert len(staged) > 64
+    (l, f), size = staged.raw_maps(staged.t_hat), model.config.data.image_size
+    lc, fc = Calibration.of_test_set(upsample(l, size), feature_map(f, size))(upsample(l, size), feature_map(f, size), staged.t_hat)
+    _, a, b = staged.maps()
+    torch.testing.assert_close(a, lc); torch.testing.assert_close(b, fc)
+
+def test_features_stay_on_disk(evaluation):
+    fx = evaluation.staged.fx
+    for j, rows in fx.items():
+        whole = rows[:]
+        assert rows.shape == whole.shape and len(rows) == len(evaluation.samples)
+        assert torch.equal(rows[[3, 1, 3]], whole[[3, 1, 3]]) and torch.equal(rows[-1], whole[-1]) and torch.equal(rows[torch.tensor([2])], whole[2:3]) and torch.equal(rows[np.int64(4)], whole[4])
+    assert not any(s._held for s in evaluation.staged._open.values() if s.name == 'features')
+
 def test_the_null_model_without_a_walk_has_no_latent_residual(smoke, boards, evaluation):
     l, _ = evaluation.staged.raw_maps(torch.zeros(len(boards.test), dtype=torch.long))
     assert l.abs().max() == 0

@@ -8,11 +8,14 @@ from bs4 import BeautifulSoup
 
 PAPERS = Path(__file__).parent.parent/'nbs'/'papers'
 TABLES = ('table1', 'table2', 'table3', 'table4', 'table5', 'table6', 'table8', 'table9', 'scale', 'spaces', 'sensitivity')
-BOOKS = sorted(p for p in PAPERS.glob('*.ipynb') if p.stem in TABLES or p.stem.startswith('fig') or p.stem == 'attribution')
+BOOKS = sorted(p for p in PAPERS.glob('*.ipynb') if p.stem in (*TABLES, 'attribution', 'parity') or p.stem.startswith('fig'))
+PARITY = PAPERS/'parity.ipynb'  # committed as run on real pictures; the others with their defaults
 COMMON = {'data': 'auto', 'preset': 'smoke', 'seeds': [0], 'n_boot': 200, 'out': ''}
 NULLS = ('T̂ = 0', 'untrained denoiser', 'neighbour distance only')
 each = pytest.mark.parametrize('path', BOOKS, ids=lambda p: p.stem)
 tables = pytest.mark.parametrize('path', [p for p in BOOKS if p.stem in TABLES], ids=lambda p: p.stem)
+recorded = pytest.mark.parametrize('path', [p for p in BOOKS if p.stem in (*TABLES, 'parity')], ids=lambda p: p.stem)
+defaults = pytest.mark.parametrize('path', [p for p in BOOKS if p != PARITY], ids=lambda p: p.stem)
 
 def read(path): return nbformat.read(path, as_version=4)
 
@@ -35,7 +38,7 @@ def texts(nb):
             yield from (v for k, v in o.get('data', {}).items() if k.startswith('text/'))
 
 def test_all_tables_are_there():
-    assert {p.stem for p in BOOKS} >= set(TABLES)
+    assert {p.stem for p in BOOKS} >= {*TABLES, 'parity'}
     assert (PAPERS/'.notest').exists()
 
 @each
@@ -44,12 +47,12 @@ def test_common_parameters(path):
     assert {k: v[0] for k, v in found.items() if k in COMMON} == COMMON
     assert {k: v[1] for k, v in found.items() if k in COMMON} == dict(data='str', preset='str', seeds='list', n_boot='int', out='str')
 
-@tables
+@recorded
 def test_plain_papermill_knows_every_parameter(path):
     from papermill import inspect_notebook
     assert set(inspect_notebook(str(path))) == set(parameters(read(path))) # its pattern loses a parameter whose comment holds an equals sign
 
-@tables
+@recorded
 def test_own_parameters_are_commented_and_recorded(path):
     nb = read(path)
     source = '\n'.join(c.source for c in code(nb))
@@ -66,7 +69,7 @@ def test_executed_without_errors(path):
     assert not [o for c in code(nb) for o in c.outputs if o.output_type == 'error']
     assert not [o.text for c in code(nb) for o in c.outputs if o.output_type == 'stream' and o.name == 'stderr']
 
-@each
+@defaults
 def test_stand_in_data_are_named(path):
     assert any('synthetic board (stand-in)' in t for t in texts(read(path)))
 
@@ -83,7 +86,7 @@ def test_no_printed_number_beside_stand_in_data(path):
         assert 'stand-in' in r['data'] and 'smoke' in r['data']
         assert r['paper'] == r['difference'] == '—' and r['ours'] != '—'
 
-@tables
+@recorded
 def test_null_rows(path):
     html = ''.join(t for t in texts(read(path)))
     assert all(n in html for n in NULLS)
@@ -101,3 +104,51 @@ def test_size_and_shape(path):
 def test_nothing_of_the_workplace(path):
     text = path.read_text(encoding='utf-8')
     assert str(PAPERS.parent.parent) not in text and str(Path.home()) not in text, 'an absolute path of this machine'
+
+# parity
+
+def html_rows(nb, head):
+    "Rows of the first table with a column `head`: column -> text, line by line."
+    for c in code(nb):
+        for o in c.outputs:
+            page = BeautifulSoup(o.get('data', {}).get('text/html', ''), 'html.parser')
+            if not page.thead or head not in [h.text for h in page.thead.find_all('th')]: continue
+            lines = [[x.text.strip() for x in r.find_all('th')] for r in page.thead.find_all('tr')]
+            names = [next((n for n in column if n), '') for column in zip(*lines)] # pandas puts the index's name into a line of its own
+            return [dict(zip(names, (x.text for x in r.find_all(['th', 'td'])), strict=True)) for r in page.tbody.find_all('tr')]
+    raise AssertionError(f'{head}: no such table')
+
+def test_parity_was_run_on_real_pictures():
+    nb = read(PARITY)
+    [given] = [c for c in nb.cells if 'injected-parameters' in c.metadata.get('tags', [])]
+    assert re.findall(r"^(\w+) = (.*)$", given.source, re.M) == [('data', '"cookies"'), ('preset', '"small"')]
+    assert any("['cookies (stand-in)']" in t for t in texts(nb)) and not any('synthetic' in t for t in texts(nb))
+
+def test_parity_reproduces_the_fixtures():
+    from safetensors import safe_open
+    rows = html_rows(read(PARITY), 'with the switch')
+    with safe_open(Path(__file__).parent/'fixtures'/'authors.safetensors', 'pt') as f: outputs = {k for k in f.keys() if k.startswith(('sampler.dynamic', 'sampler.static', 'dic.t_hat', 'dic.b', 'adapt')) or k.endswith('_map')}
+    assert outputs <= {r['fixture'] for r in rows}
+    for r in rows:
+        if r['required'] == 'exact': assert r['with the switch'].startswith('0 of ')
+        else: assert float(r['with the switch']) < float(r['required'])
+
+def test_parity_covers_every_switch_of_the_authors():
+    "Every key in which the preset `authors` departs from `paper` has a row, or is said to have none."
+    from dynad.config import PRESETS
+    nb = read(PARITY)
+    rows = html_rows(nb, 'what else')
+    markdown = '\n'.join(c.source for c in nb.cells if c.cell_type == 'markdown')
+    for group, keys in PRESETS['authors'].items():
+        for k in keys: assert any(re.search(rf'\b{k}\b', r['switch']) for r in rows) or f'`{group}.{k}=' in markdown, f'{group}.{k}'
+    singles = {m[1] for r in rows if (m := re.match(r'([a-z]+\.\w+)=', r['switch']))}
+    assert {'reconstruction.steps', 'reconstruction.omega', 'reconstruction.clamp_pull', 'dic.pool', 'fusion.sigma', 'adaptation.batch_norm', 'adaptation.gamma'} <= singles
+
+def test_parity_differences_agree_with_their_sides():
+    "Both sides and the difference are printed with one decimal; the interval holds the difference's sign or 0."
+    rows = html_rows(read(PARITY), 'what else')
+    cells = [v for r in rows for k, v in r.items() if k.endswith('dynad → other way') and v != '—']
+    assert len(cells) > 3*20
+    for v in cells:
+        a, b, d, low, high = (float(x) for x in re.findall(r'[-+]?\d+\.\d', v))
+        assert abs(b - a - d) < .151 and low <= high

@@ -39,7 +39,7 @@ def one_thread(monkeypatch, tmp_path):
 
 def test_targets_name_every_table_and_figure():
     names = {n for t in TARGETS.values() for n in (t.name, *t.aliases)}
-    assert {f'table{i}' for i in range(1, 10)} | {f'fig{i}' for i in range(1, 16)} | {'scale', 'spaces', 'sensitivity', 'attribution', 'severity', 'speed'} == names
+    assert {f'table{i}' for i in range(1, 10)} | {f'fig{i}' for i in range(1, 16)} | {'scale', 'spaces', 'sensitivity', 'attribution', 'severity', 'speed', 'parity'} == names
     assert {p.stem for p in (Path(__file__).parents[1]/'nbs'/'papers').glob('*.ipynb')} <= set(TARGETS) # no notebook without a name
     assert find_target('table7') is find_target('table3') and find_target('fig11').name == 'fig10'
     with pytest.raises(RunnerError, match=r"'tabel5' is no table or figure, did you mean table5"): find_target('tabel5')

@@ -81,6 +81,20 @@ def test_shards_make_each_row_once_whoever_asks(tmp_path):
     assert a.seconds([0, 4]) >= 0
 
 
+@pytest.mark.parametrize('hold', [True, False])
+def test_shards_in_memory_and_on_disk(tmp_path, hold):
+    "Rows of several files, out of order and twice; those on disk leave nothing behind in memory."
+    s = Shards(Store(tmp_path), 'n', {'k': 1}, hold)
+    make = lambda rows: {'y': torch.tensor(rows).float(), 'z': torch.tensor(rows)[:, None, None].expand(-1, 2, 3).contiguous()}
+    s.fill([5, 1, 2], make, chunk=2)
+    s.fill([2, 9], make)
+    assert len(list(s.dir.glob('rows-*'))) == 3
+    got = s.read([9, 1, 5, 1])
+    assert got['y'].tolist() == [9, 1, 5, 1] and got['z'].shape == (4, 2, 3) and got['z'][0, 1, 2] == 9
+    assert bool(s._held) == hold and s.read([]) == {}
+    with pytest.raises(KeyError): s.read([7])
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path/'file').write_text('')
     with pytest.raises(StoreError, match='cannot be made a run directory'): Store(tmp_path/'file'/'run')

@@ -1,5 +1,5 @@
 "The widgets in this process: values in, PNG bytes and labels out."
-import copy, io, json, time
+import copy, io, json, subprocess, sys, time
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -92,6 +92,12 @@ def test_background_shows_its_errors_and_goes_on():
     w.poke()
     assert w.wait(10) and len(done) == 3
     w.close()
+
+def test_a_script_ends_while_a_thread_works():
+    "Without an end of its own the thread, inside torch when the interpreter goes, took the process down with SIGABRT."
+    code = "import torch; from dynad.live import Background; x = torch.rand(600, 600)\nw = Background(lambda: (x@x).sum() > -1, print); w.poke(); import time; time.sleep(1)"
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 # the Explorer
 
