@@ -68,7 +68,8 @@ class Judge:
         "Take them all in."
         if self.exact is None: self.exact = self.masks.numel() <= EXACT
         scores = torch.empty(len(self.labels))
-        kept, stream, both, either = torch.empty(self.masks.shape) if self.exact else None, StreamingPixelMetrics(), 0, 0
+        bins = min(2000, max(200, 2_000_000//len(scores))) # of a picture: what each loses averages out over many, and the memory stays the same
+        kept, stream, both, either = torch.empty(self.masks.shape) if self.exact else None, StreamingPixelMetrics(bins), 0, 0
         for rows, maps, s in batches:
             scores[rows] = s.float()
             if self.exact: kept[rows] = maps
