@@ -13,7 +13,7 @@ import jinja2
 from PIL import Image
 
 from .lesson import runs_folder
-from .reproduce import KEYS, METRICS, SETS, TABLE_SET, _plain, _text, comparison_table, printed
+from .reproduce import KEYS, METRICS, _plain, _text, comparison_table, printed
 from .runner import PROFILES, TARGETS, Job, RunnerError, _read_json, _swap, plan
 
 # %% auto #0

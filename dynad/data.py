@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .layouts import LAYOUTS, Layout, Sample, find_layout, _elpv_root
+from .layouts import LAYOUTS, Sample, find_layout, _elpv_root
 from .pictures import EXTENSIONS, DataError, picture_size, read_image, read_mask, to_float, _side
 from .show import Picture, grid, overlay
 from .store import file_sha256

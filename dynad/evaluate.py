@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import __version__
-from .data import AnomalyDataset, Sample, load_masks, to_float
+from .data import AnomalyDataset, DataError, Sample, load_masks, to_float
 from .denoiser import make_unet
 from .detector import DynAD, Staged, _batches
 from .features import load_features
@@ -147,9 +147,9 @@ def evaluate(
     baseline: bool = True,
     progress: bool = True
 ) -> Evaluation:
-    "Judge the data set's test pictures. Raises ValueError when there is none."
+    "Judge the data set's test pictures. Raises DataError when there is none."
     c, samples = model.config, dataset.test
-    if not samples: raise ValueError(f"{dataset.name}: no test picture; put some under test/good and test/<defect>")
+    if not samples: raise DataError(f"{dataset.name}: no test picture; put some under test/good and test/<defect>")
     staged = model.stage(samples, dataset.fingerprint, progress)
     labels = torch.tensor([s.label for s in samples])
     masks, has_mask = load_masks(samples, c.data.image_size)

@@ -284,8 +284,8 @@ def _why_not(notebook: Path, parameters: dict, profile: Profile, wanted: str | N
         return '—', f"{SETS[wanted].label} is not here: set DYNAD_DATA to a folder that holds it as {' or '.join(SETS[wanted].folders)}"
     if parameters['preset'] in ('paper', 'authors'):
         root = weights_root()
-        if root is None or not (root/'kl-f8').is_dir(): return what, f"the weights of KL-f8 are not here: put config.json and diffusion_pytorch_model.safetensors into $DYNAD_WEIGHTS/kl-f8"
-        if not _gpus(): return what, f"no GPU here, and the preset {parameters['preset']} trains a UNet of 281 M parameters for 300 epochs; --profile small suits a CPU"
+        if root is None or not (root/'kl-f8').is_dir(): return what, "the weights of KL-f8 are not here: put config.json and diffusion_pytorch_model.safetensors into $DYNAD_WEIGHTS/kl-f8"
+        if not _gpus(): return what, f"no GPU here, and the preset {parameters['preset']} trains a UNet of 256 M parameters for 300 epochs; --profile small suits a CPU"
     return what, None
 
 def _stamps(parameters: dict, wanted: str | None) -> dict[str, Any]:

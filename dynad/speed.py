@@ -226,7 +226,7 @@ def _inference_cost(raw: dict, repeats: int, most: int) -> dict[str, Any]:
         took.append({k: statistics.median(seconds(f, repeats, 0))/b for k, f in walk(model, torch.rand(b, 3, s, s, generator=g)).items()})
         memory.append(_peak_memory(model.device))
     out = {'batches': sizes, 'seconds': took, 'memory': memory, 'finetune': 0., 'adapt': 0., 'bank': len(model.dic.bank[0])*4}
-    if n := c.latents.finetune_steps:
+    if c.latents.finetune_steps:
         pictures = torch.randint(0, 256, (c.latents.finetune_batch, 3, s, s), dtype=torch.uint8, generator=g)
         run = lambda k: seconds(lambda: finetune(copy.deepcopy(model.ae), pictures, c.latents.model_copy(update={'finetune_steps': k}), model.phi, progress=False), 1, 0)[0]
         out['finetune'] = max(0., run(3) - run(1))/2

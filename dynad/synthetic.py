@@ -447,8 +447,9 @@ def write_synthetic(
         text = dict(note='synthetic pictures, drawn by dynad.synthetic', settings=settings, changed=CHANGED, pictures=rows)
         (work/'synthetic.json').write_text(json.dumps(text, indent=1))
         os.chmod(work, 0o755)
-        if root.exists(): root.rmdir()
-        try: os.replace(work, root)
+        try:
+            if root.exists(): root.rmdir()
+            os.replace(work, root)
         except OSError:
             if not (root/'synthetic.json').is_file(): raise
             return write_synthetic(root, product, n_train, n_good, n_defect, size, seed) # another process was quicker: what it wrote is looked at

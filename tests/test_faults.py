@@ -205,10 +205,10 @@ def test_a_full_disk_ends_it_with_an_error_and_room_is_enough_to_go_on(fitted, g
 
 def stage_file(run, pattern): return sorted((run/'stages').glob(pattern))[0]
 
-@pytest.mark.parametrize('pattern', ['latents/*/data.safetensors', 'features/*/data.safetensors', 'denoiser/*/unet/*.safetensors', 'phi/*/phi.safetensors', 'patch_bank/*/data.safetensors', 'autoencoder/*/autoencoder/*.safetensors', 'maps/*/rows-*.safetensors'])
+@pytest.mark.parametrize('pattern', ['latents/*/data.safetensors', 'features/*/rows-*.safetensors', 'denoiser/*/unet/*.safetensors', 'phi/*/phi.safetensors', 'patch_bank/*/data.safetensors', 'autoencoder/*/autoencoder/*.safetensors', 'maps/*/rows-*.safetensors'])
 @pytest.mark.parametrize('harm', ['cut', 'gone', 'pickle'])
 def test_a_damaged_stage_is_named_and_deleting_its_folder_heals_the_run(fitted, gears, tmp_path, pattern, harm):
-    if harm == 'gone' and pattern.startswith('maps'): pytest.skip('rows that are gone are made again')
+    if harm == 'gone' and 'rows' in pattern: pytest.skip('rows that are gone are made again')
     files = {f: f.read_bytes() for f in (fitted[1]/'stages').glob(pattern)} # all of them: which one is read first is the run's affair
     try:
         for f, old in files.items():
@@ -221,13 +221,19 @@ def test_a_damaged_stage_is_named_and_deleting_its_folder_heals_the_run(fitted, 
         for f, old in files.items(): f.write_bytes(old)
 
 def test_what_the_error_advises_heals_the_run(fitted, run, gears):
-    for pattern in ('phi/*/phi.safetensors', 'features/*/data.safetensors'):
+    for pattern in ('phi/*/phi.safetensors', 'features/*/rows-*.safetensors'):
         f = stage_file(run, pattern); f.write_bytes(b'torn')
     folders = [stage_file(run, 'phi/*/phi.safetensors').parent, *(run/'stages/features').iterdir()]
     for d in folders: shutil.rmtree(d) if d.is_dir() else d.unlink()
     model = fit(gears, run)
     assert model.hashes == fitted[0].hashes and judge(model, gears) == fitted[2]
     whole(run)
+
+def test_features_that_are_gone_are_asked_of_a_fit(fitted, run, gears):
+    shutil.rmtree(run/'stages'/'features')
+    with pytest.raises(StoreError, match='a stage is missing and its pictures are not at hand; run `dynad fit` with the same --out again'): DynAD.open(run, progress=False)
+    assert judge(fit(gears, run), gears) == fitted[2]
+    DynAD.open(run, progress=False)
 
 def test_checkpoints_that_are_torn_or_of_another_training(fitted, gears, tmp_path):
     class Stop(Exception): pass

@@ -45,7 +45,7 @@ def cost(folder, n, size):
     assert r['images'] == n and len(list((folder/'maps').glob('*.npy'))) == n
     return fit, test, r
 
-@pytest.mark.skipif(os.environ.get('DYNAD_SLOW') != '1', reason='two times 5 000 pictures, a quarter of an hour; DYNAD_SLOW=1 runs it')
+@pytest.mark.skipif(os.environ.get('DYNAD_SLOW') != '1', reason='two times 5 000 pictures, half an hour; DYNAD_SLOW=1 runs it')
 def test_five_thousand_pictures_in_three_gigabytes(tmp_path, capsys):
     fit, test, r = cost(tmp_path, 5000, 128)
     with capsys.disabled(): print(f'\n5 000 + 5 000 pictures at 128²: peak of fit {fit:.0f} MB, of evaluate {test:.0f} MB')

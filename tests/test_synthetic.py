@@ -1,4 +1,5 @@
 "Room 04 with 03a: the synthetic set."
+import subprocess, sys
 import json
 
 import numpy as np
@@ -137,3 +138,12 @@ def test_difficulty(product):
     bad = sorted((defective(product, i, size, seed)[:2] for i in range(56)), key=lambda b: int(b[1].sum()))[:14]
     found = (score([image for image, _ in bad]) > limit).float().mean().item()
     assert .3 <= found <= .9
+
+def test_two_processes_write_one_set(tmp_path):
+    "Whoever comes second finds the first one's pictures, and leaves nothing of its own."
+    code = "import sys; from dynad.synthetic import write_synthetic; print('ready', flush=True); sys.stdin.readline(); write_synthetic(sys.argv[1], 'board', n_train=6, n_good=2, n_defect=4, size=64)"
+    both = [subprocess.Popen([sys.executable, '-c', code, str(tmp_path/'set')], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for p in both: assert p.stdout.readline() == 'ready\n'
+    for p in both: p.stdin.write('go\n'); p.stdin.flush()
+    for p in both: assert p.wait(60) == 0, p.stderr.read()
+    assert [f.name for f in tmp_path.iterdir()] == ['set'] and len(list((tmp_path/'set'/'train'/'good').iterdir())) == 6
