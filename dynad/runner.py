@@ -383,7 +383,8 @@ def _execute(job: Job, work: Path, executed: Path) -> tuple[int | None, str, str
         nb = _read_json(executed) or {'cells': []}
         code = [c for c in nb['cells'] if c['cell_type'] == 'code']
         return sum(bool(c['metadata'].get('papermill', {}).get('start_time')) for c in code) or None
-    env = dict(DYNAD_POOL=job.pool, OMP_WAIT_POLICY=os.environ.get('OMP_WAIT_POLICY', 'passive'), OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS', job.threads and str(job.threads)), CUDA_VISIBLE_DEVICES=_my_gpu())
+    threads = {k: str(job.threads) for k in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS')} if job.threads else {}
+    env = dict(DYNAD_POOL=job.pool, OMP_WAIT_POLICY=os.environ.get('OMP_WAIT_POLICY', 'passive'), CUDA_VISIBLE_DEVICES=_my_gpu(), **threads)
     try:
         check_notebook(job.notebook, job.parameters | {'out': ''})
         with _environment(**env):
@@ -486,7 +487,8 @@ def run_jobs(
         for j in todo: take(run_job(j))
     elif todo:
         cores = os.cpu_count() or 1
-        todo = [replace(j, threads=max(1, cores//workers) if not scheduler and workers > 1 else None) for j in todo]
+        threads = None if scheduler else int(os.environ.get('OMP_NUM_THREADS') or max(1, cores//workers)) # dask would give each of its workers one
+        todo = [replace(j, threads=threads) for j in todo]
         with cluster(scheduler, workers) as client:
             known = client.scheduler_info(n_workers=-1)['workers'].values()
             gpu = {'GPU': 1} if known and all(w.get('resources', {}).get('GPU') for w in known) else None

@@ -265,11 +265,16 @@ def test_a_worker_is_killed_while_it_works_and_nothing_is_lost_or_counted_twice(
     assert {e['pid'] for e in log if e['event'] == 'finished' and e['name'] == mine} == {workers[1].pid}
     assert all((runs/'smoke'/f'n{i}'/f'n{i}.json').exists() for i in range(4)) and said.count(": done") == 4
 
-def test_the_local_cluster_is_the_default_and_a_missing_scheduler_is_named(tmp_path):
+def test_the_local_cluster_is_the_default_and_a_missing_scheduler_is_named(tmp_path, monkeypatch):
     pytest.importorskip('distributed')
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    threads = lambda name: int(json.loads((tmp_path/'runs'/'smoke'/name/f'{name}.json').read_text())['threads'])
     nbs = [notebook(tmp_path/'nbs', f'n{i}') for i in range(2)]
     assert [o.status for o in run_jobs(plan(nbs, root=tmp_path/'runs'), workers=2)] == ['done', 'done']
     assert len({e['pid'] for e in events(tmp_path/'runs') if e['event'] == 'finished'}) == 2
+    assert threads('n0') == max(1, os.cpu_count()//2)
+    alone = notebook(tmp_path/'nbs', 'alone')
+    assert [o.status for o in run_jobs(plan([alone], root=tmp_path/'runs'), workers=1)] == ['done'] and threads('alone') == os.cpu_count() # dask alone would say 1
     jobs = plan(nbs, parameters={'n_boot': 3}, root=tmp_path/'runs')
     address = f'tcp://127.0.0.1:{free_port()}'
     with pytest.raises(RunnerError, match=f'--scheduler {address}: no scheduler answers there'): run_jobs(jobs, scheduler=address, report=lambda s: None)
