@@ -1,5 +1,5 @@
 "The runner on small notebooks of its own: real kernels, real kills, a real dask scheduler."
-import json, signal, socket, subprocess, sys, time
+import json, os, signal, socket, subprocess, sys, time
 from pathlib import Path
 
 import nbformat
