@@ -383,8 +383,7 @@ def _execute(job: Job, work: Path, executed: Path) -> tuple[int | None, str, str
         nb = _read_json(executed) or {'cells': []}
         code = [c for c in nb['cells'] if c['cell_type'] == 'code']
         return sum(bool(c['metadata'].get('papermill', {}).get('start_time')) for c in code) or None
-    threads = {k: str(job.threads) for k in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS')} if job.threads else {}
-    env = dict(DYNAD_POOL=job.pool, OMP_WAIT_POLICY=os.environ.get('OMP_WAIT_POLICY', 'passive'), CUDA_VISIBLE_DEVICES=_my_gpu(), **threads)
+    env = dict(DYNAD_POOL=job.pool, OMP_WAIT_POLICY=os.environ.get('OMP_WAIT_POLICY', 'passive'), OMP_NUM_THREADS=job.threads and str(job.threads), CUDA_VISIBLE_DEVICES=_my_gpu())
     try:
         check_notebook(job.notebook, job.parameters | {'out': ''})
         with _environment(**env):
@@ -456,7 +455,7 @@ def cluster(
 ) -> Iterator[Any]: # distributed.Client
     "A client. Raises RunnerError when there is no scheduler at the address, or no dask."
     try:
-        import logging
+        import dask, logging
         from distributed import Client, LocalCluster
     except ImportError: raise RunnerError("dask.distributed is not installed: pip install distributed, or run in this process with --workers 0") from None
     if scheduler:
@@ -465,7 +464,8 @@ def cluster(
         with client: yield client
     else:
         resources = {'GPU': 1} if _gpus() else None
-        with LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=None, memory_limit=0, resources=resources, silence_logs=logging.CRITICAL) as c, Client(c, set_as_default=False) as client: yield client
+        own = dask.config.set({'distributed.nanny.pre-spawn-environ': {}}) # else dask writes OMP_NUM_THREADS=1 into the environment of this process, for good
+        with own, LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=None, memory_limit=0, resources=resources, silence_logs=logging.CRITICAL) as c, Client(c, set_as_default=False) as client: yield client
 
 def run_jobs(
     jobs: list[Job],
@@ -487,7 +487,7 @@ def run_jobs(
         for j in todo: take(run_job(j))
     elif todo:
         cores = os.cpu_count() or 1
-        threads = None if scheduler else int(os.environ.get('OMP_NUM_THREADS') or max(1, cores//workers)) # dask would give each of its workers one
+        threads = None if scheduler else int(os.environ.get('OMP_NUM_THREADS') or max(1, cores//workers))
         todo = [replace(j, threads=threads) for j in todo]
         with cluster(scheduler, workers) as client:
             known = client.scheduler_info(n_workers=-1)['workers'].values()
