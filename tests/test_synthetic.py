@@ -1,6 +1,5 @@
 "Room 04 with 03a: the synthetic set."
-import subprocess, sys
-import json
+import json, subprocess, sys
 
 import numpy as np
 import pytest
@@ -36,7 +35,7 @@ def test_parts_share_no_picture(tmp_path):
     assert len(set(pictures)) == 10
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.sampled_from(ALL), st.floats(.001, 1.), st.integers(0, 10**6), st.sampled_from([64, 128]))
+@given(st.sampled_from(ALL), st.floats(.005, 1.), st.integers(0, 10**6), st.sampled_from([64, 128]))
 def test_mask_is_the_change(which, scale, seed, size):
     product, kind = which
     rng = np.random.default_rng(seed)
@@ -46,6 +45,10 @@ def test_mask_is_the_change(which, scale, seed, size):
     assert mask.any()
     assert np.array_equal(mask, np.abs(image.astype(int) - scene.render().astype(int)).max(-1) >= CHANGED)
     assert np.array_equal(bad.render(), image) and bad.defect.kind == kind and bad.defect.scale == scale
+
+def test_a_scale_at_which_nothing_would_be_seen():
+    rng = np.random.default_rng(0)
+    with pytest.raises(SyntheticError, match='gear, tooth, scale 0.001: no visible change in 40 attempts; choose a larger scale'): add_defect(make_scene('gear', rng, 64), 'tooth', .001, rng)
 
 @pytest.mark.parametrize('product,kind', ALL)
 def test_area_grows_with_scale(product, kind):
