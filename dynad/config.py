@@ -124,7 +124,7 @@ class FusionSettings(Settings):
 class Config(Settings):
     "All settings of one run."
     preset: str = 'paper'
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     precision: Literal['no', 'bf16', 'fp16'] = 'no'               # accelerate's mixed precision
     device: Literal['auto', 'cpu'] = 'auto'                       # auto: whatever accelerate finds
     trackers: tuple[Literal['tensorboard', 'mlflow', 'wandb'], ...] = () # where the losses of a training are logged
@@ -236,7 +236,7 @@ def parse_overrides(
         key, sep, value = pair.partition('=')
         if not sep or not key.strip(): raise ConfigError(f"--set {pair!r}: expected key=value, e.g. reconstruction.eta=4")
         try: out[key.strip()] = json.loads(value)
-        except json.JSONDecodeError: out[key.strip()] = value
+        except (ValueError, RecursionError): out[key.strip()] = value
     return out
 
 def dump_config(cfg: Config) -> str:
@@ -250,8 +250,8 @@ def load_config(
     path = Path(path)
     try: return parse_config(json.loads(path.read_text(encoding='utf-8')))
     except FileNotFoundError: raise ConfigError(f"{path}: no such file; a run directory made by `dynad fit` holds its config.json") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise ConfigError(f"{path}: not JSON ({e}); restore the file or fit again") from None
     except ConfigError as e: raise ConfigError(f"{path}: {e}") from None
+    except (ValueError, RecursionError) as e: raise ConfigError(f"{path}: not JSON ({e}); restore the file or fit again") from None
 
 # %% ../nbs/00_config.ipynb #b188079e
 def content_key(

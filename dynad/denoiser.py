@@ -20,12 +20,12 @@ from tqdm.auto import tqdm
 from .config import HOW, DenoiserSettings
 from .diffusion import Schedule, q_sample
 from .launch import accelerator, check_trackers, tracked
-from .store import atomic_write, load_tensors, save_tensors, state_hash
+from .store import StoreError, TrainingStopped, atomic_write, load_json, load_tensors, save_tensors, state_hash
 
 # %% auto #0
-__all__ = ['CHECKPOINT', 'WEIGHTS', 'DenoiserError', 'Denoiser', 'make_unet', 'set_compiled', 'compile_errors',
-           'count_parameters', 'eps_loss', 'draw_batch', 'learning_rate', 'EMA', 'TrainLog', 'TrainingStopped',
-           'train_denoiser', 'save_denoiser', 'load_denoiser']
+__all__ = ['CHECKPOINT', 'WEIGHTS', 'DenoiserError', 'Denoiser', 'check_denoiser', 'make_unet', 'set_compiled', 'compile_errors',
+           'count_parameters', 'eps_loss', 'draw_batch', 'learning_rate', 'EMA', 'TrainLog', 'train_denoiser',
+           'save_denoiser', 'load_denoiser']
 
 # %% ../nbs/08_denoiser.ipynb #456d4bbb
 class DenoiserError(RuntimeError):
@@ -68,13 +68,13 @@ class Denoiser(nn.Module):
         return state_hash(self.unet.state_dict())
 
 # %% ../nbs/08_denoiser.ipynb #c4d0dec2
-def make_unet(
+def check_denoiser(
     settings: DenoiserSettings,
-    latent_channels: int, # C
-    latent_size: int,     # side of the latents, h = w
-    seed: int = 0         # of the initial weights
-) -> Denoiser:
-    "A UNet with random weights, in eval mode. Raises `DenoiserError` when latent and levels do not fit."
+    latent_size: int,           # side of the latents, h = w
+    precision: str = 'no',      # 'no', 'bf16' or 'fp16'
+    device: str = 'cpu'         # its kind
+) -> None:
+    "Raises `DenoiserError` when latent and levels do not fit, or the device cannot train so: before hours are spent on what comes first."
     w, levels, unit = settings.widths, len(settings.widths), 2**(len(settings.widths) - 1)
     if not levels: raise DenoiserError("denoiser.widths = () has no level: give at least one width, e.g. [64,128,128]")
     if latent_size < unit or latent_size % unit:
@@ -84,6 +84,17 @@ def make_unet(
         raise DenoiserError(f"denoiser.attention = {list(settings.attention)}: there is no level {extra[0]}; denoiser.widths = {list(w)} has the levels 0…{levels-1}")
     for i in {*settings.attention, levels - 1}:
         if w[i] % settings.heads: raise DenoiserError(f"denoiser.heads = {settings.heads} does not divide the width {w[i]} of level {i}, which has attention: choose a divisor")
+    if precision == 'fp16' and device == 'cpu': raise DenoiserError("precision = 'fp16' needs a GPU and this training runs on the CPU: use precision = 'no' or 'bf16'")
+
+def make_unet(
+    settings: DenoiserSettings,
+    latent_channels: int, # C
+    latent_size: int,     # side of the latents, h = w
+    seed: int = 0         # of the initial weights
+) -> Denoiser:
+    "A UNet with random weights, in eval mode. Raises `DenoiserError` when latent and levels do not fit."
+    check_denoiser(settings, latent_size)
+    w, levels = settings.widths, len(settings.widths)
     kind = lambda side: [f"{'Attn' if i in settings.attention else ''}{side}Block2D" for i in range(levels)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -189,9 +200,6 @@ class TrainLog:
     seconds: float = 0.                               # wall clock of the whole run, also before it was cut off
     resumed_at: int = 0                               # step at which the last call began; 0: from the start
 
-class TrainingStopped(RuntimeError):
-    "`should_stop` ended a training; its checkpoint is written."
-
 def _identity(unet: Denoiser, latents: Tensor, schedule: Schedule, settings: DenoiserSettings, steps: int, seed: int, precision: str) -> dict[str, Any]:
     "Everything that the trained weights depend on."
     kept = settings.model_dump(mode='json', exclude={*HOW, 'epochs', 'steps', 'min_epochs'})
@@ -249,7 +257,7 @@ def train_denoiser(
     check_trackers(trackers)
     if trackers and logs is None: raise DenoiserError(f"trackers = {list(trackers)} need a folder: give logs")
     acc = accelerator(precision, device, trackers, logs)
-    if precision == 'fp16' and acc.device.type == 'cpu': raise DenoiserError("precision = 'fp16' needs a GPU and this training runs on the CPU: use precision = 'no' or 'bf16'")
+    check_denoiser(settings, unet.latent_size, precision, acc.device.type)
     rank, world = acc.process_index, acc.num_processes
     if settings.batch < world: raise DenoiserError(f"denoiser.batch = {settings.batch} is smaller than the number of processes, {world}")
     identity = _identity(unet, latents, schedule, settings, steps, seed, precision)
@@ -323,9 +331,8 @@ def load_denoiser(
 ) -> Denoiser:         # on the CPU, in eval mode
     "Read a denoiser back. Raises an error that names the file and the cure."
     folder = Path(folder)
-    try: config = json.loads((folder/'config.json').read_text(encoding='utf-8'))
-    except FileNotFoundError: raise DenoiserError(f"{folder/'config.json'}: no such file; a denoiser's folder holds config.json and {WEIGHTS}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise DenoiserError(f"{folder/'config.json'}: not JSON ({e}); restore the file or train again") from None
+    try: config = load_json(folder/'config.json')
+    except StoreError as e: raise DenoiserError(str(e)) from None
     if config.get('_class_name') != 'UNet2DModel' or 'heads' not in config:
         raise DenoiserError(f"{folder/'config.json'}: describes {config.get('_class_name')!r} with heads = {config.get('heads')!r}, no denoiser of dynad (UNet2DModel with heads)")
     unet = UNet2DModel.from_config({k: v for k, v in config.items() if k != 'heads'})

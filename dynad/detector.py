@@ -4,7 +4,7 @@
 
 # %% ../nbs/14_detector.ipynb #b75b1f61
 from __future__ import annotations
-import copy, json
+import copy, json, warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from .adaptation import adapt
 from .config import HOW, Config, ConfigError, content_key, dump_config, load_config, make_config, parse_config, _merge, _nest
 from .data import AnomalyDataset, Sample, load_images, read_image, to_float
-from .denoiser import CHECKPOINT, load_denoiser, make_unet, save_denoiser, set_compiled, train_denoiser
+from .denoiser import CHECKPOINT, check_denoiser, load_denoiser, make_unet, save_denoiser, set_compiled, train_denoiser
 from .dic import DIC, pooled, t_grid
 from .diffusion import make_schedule
 from .features import load_features
@@ -28,7 +28,7 @@ from .latents import finetune, load_latents
 from .reconstruction import noise_for, overshoots, reconstruct
 from .launch import check_trackers, processes, together
 from .patchcore import PatchBank
-from .store import Shards, Store, StoreError, atomic_write, load_tensors, save_tensors, state_hash
+from .store import HEAL, Shards, Store, StoreError, atomic_write, load_json, load_state, load_tensors, save_tensors, state_hash
 
 # %% auto #0
 __all__ = ['TRAINED', 'Prediction', 'FeatureRows', 'Staged', 'DynAD']
@@ -100,9 +100,7 @@ class Staged:
     def z0(self) -> Tensor:
         "[N,C,h,w] latents."
         m = self.model
-        def make(work):
-            g = torch.Generator().manual_seed(m.config.seed)
-            return {'z0': torch.cat([m.encode(to_float(self.images[r]), g) for r in _batches(len(self.images), m.config.batch, 'latents', self.progress)])}
+        make = lambda work: {'z0': torch.cat([m.encode(to_float(self.images[r]), r) for r in _batches(len(self.images), m.config.batch, 'latents', self.progress)])}
         return self.store.tensors('latents', self.stage_parts('latents'), make)['z0']
 
     @cached_property
@@ -180,25 +178,31 @@ class Staged:
         got = self._maps.get(pairs, make)
         return got['l'], {j: got[f'f{j}'] for j in m.config.fusion.layers}
 
+    def calibration(self, t_hat: Tensor) -> Calibration:
+        "What the maps are scaled by: held-out good pictures at each T̂, or, where the settings say 'test', these pictures themselves."
+        m = self.model
+        if m.config.fusion.calibration == 'train': return m.calibrated(t_hat)
+        size, (l, f) = m.config.data.image_size, self.raw_maps(t_hat)
+        ends = torch.tensor([Calibration.of_test_set(upsample(l[b], size), feature_map({j: v[b] for j, v in f.items()}, size)).levels[-1] for b in _batches(len(l), 64, 'calibration', False)])
+        return Calibration({-1: tuple(torch.where(torch.tensor([True, False, True, False]), ends.amin(0), ends.amax(0)).tolist())})
+
     def map_batches(self,
-        t_hat: Tensor | None = None,     # [N] T̂ (default: by the settings)
-        rows: list[int] | None = None    # of these pictures only (default: all)
+        t_hat: Tensor | None = None,            # [N] T̂ (default: by the settings)
+        rows: list[int] | None = None,          # of these pictures only (default: all)
+        calibration: Calibration | None = None  # default: their own
     ) -> Iterator[tuple[list[int], tuple[Tensor, Tensor, Tensor]]]: # rows; A_map, calibrated l_map and f_map, each [B,1,H,W]
         "The finished maps in batches, for sets whose maps would not fit into memory together."
         m, t_hat = self.model, self.t_hat if t_hat is None else t_hat
-        size, (l, f) = m.config.data.image_size, self.raw_maps(t_hat)
-        if m.config.fusion.calibration == 'test':
-            ends = torch.tensor([Calibration.of_test_set(upsample(l[b], size), feature_map({j: v[b] for j, v in f.items()}, size)).levels[-1] for b in _batches(len(l), 64, 'calibration', False)])
-            calibration = Calibration({-1: tuple(torch.where(torch.tensor([True, False, True, False]), ends.amin(0), ends.amax(0)).tolist())})
-        else: calibration = m.calibrated(t_hat)
+        l, f = self.raw_maps(t_hat)
+        calibration = self.calibration(t_hat) if calibration is None else calibration
         rows = list(range(len(l))) if rows is None else rows
         for b in _batches(len(rows), 64, 'fusion', False):
             r = [rows[k] for k in b]
-            yield r, anomaly_map(l[r], {j: v[r] for j, v in f.items()}, t_hat[r], calibration, m.config.fusion, size)
+            yield r, anomaly_map(l[r], {j: v[r] for j, v in f.items()}, t_hat[r], calibration, m.config.fusion, m.config.data.image_size)
 
-    def maps(self, t_hat: Tensor | None = None, rows: list[int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def maps(self, t_hat: Tensor | None = None, rows: list[int] | None = None, calibration: Calibration | None = None) -> tuple[Tensor, Tensor, Tensor]:
         "A_map, calibrated l_map and f_map, each [N,1,H,W], at T̂ [N] (default: by the settings)."
-        return tuple(torch.cat(p) for p in zip(*(maps for _, maps in self.map_batches(t_hat, rows))))
+        return tuple(torch.cat(p) for p in zip(*(maps for _, maps in self.map_batches(t_hat, rows, calibration))))
 
     def reconstructions(self, t_hat: Tensor | None = None, rows: list[int] | None = None) -> Tensor:
         "[len(rows),3,H,W] x̂_0 in [0,1]."
@@ -260,9 +264,13 @@ class DynAD:
         return nullcontext() if p == 'no' else torch.autocast(self.device.type, dtype=torch.bfloat16 if p == 'bf16' else torch.float16)
 
     @torch.no_grad()
-    def encode(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        "z_0 [B,C,h,w] of pictures [B,3,H,W] in [0,1]."
-        with self._autocast(): return self.ae.encode(image.to(self.device), generator).float().cpu()
+    def encode(self,
+        image: Tensor,                # [B,3,H,W] in [0,1]
+        rows: list[int] | None = None # positions in their set (default: in the batch): they fix the draw when latents are sampled
+    ) -> Tensor:                      # [B,C,h,w]
+        "z_0 of pictures."
+        draws = [torch.Generator().manual_seed((self.config.seed*1_000_003 + 2**40 + i) % 2**63) for i in (range(len(image)) if rows is None else rows)] if self.config.latents.latent_sampling == 'sample' else None
+        with self._autocast(): return self.ae.encode(image.to(self.device), draws).float().cpu()
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
@@ -301,17 +309,20 @@ class DynAD:
         if not isinstance(images, Tensor): images = torch.stack([read_image(Path(p), size) for p in images])
         if images.ndim != 4 or images.shape[1:] != (3, size, size): raise ValueError(f"pictures of shape {tuple(images.shape)}: expected [B,3,{size},{size}] as fitted")
         if not torch.isfinite(images).all() or images.min() < -1e-4 or images.max() > 1.0001: raise ValueError(f"pictures with values in {images.min():.3g}…{images.max():.3g}: expected finite values in [0,1]")
+        if f.calibration == 'test': warnings.warn("fusion.calibration = 'test' scales by the smallest and largest value of these very pictures: maps and scores of another call are on another scale; use 'train' to judge pictures", stacklevel=2)
+        images = (images*255).round()/255 # what `fit` and `evaluate` see
         parts = [self._predict(images[b], b) for b in _batches(len(images), self.config.batch, 'pictures', True)]
         l, fm, t_hat, z_hat, x_hat, distance = (torch.cat(p) if isinstance(p[0], Tensor) else {j: torch.cat([q[j] for q in p]) for j in p[0]} for p in zip(*parts))
         calibration = self.calibrated(t_hat) if f.calibration == 'train' else Calibration.of_test_set(upsample(l, size), feature_map(fm, size))
         A, lc, fc = anomaly_map(l, fm, t_hat, calibration, f, size)
-        return Prediction(score(A), A, A > self.threshold, score(A) > self.image_threshold, x_hat, t_hat, lc, fc, distance)
+        m = self if f.calibration == 'train' or self.held_out is None else self.on_scale_of(calibration)
+        return Prediction(score(A), A, A > m.threshold, score(A) > m.image_threshold, x_hat, t_hat, lc, fc, distance)
 
     def _predict(self, x: Tensor, rows: list[int]):
         fx = self.look(x)
         distance, b, _ = self.dic.severity(pooled(fx[self.config.dic.layer], self.config.dic.pool))
         t_hat = self.choose_t_hat(b)
-        z0 = self.encode(x, torch.Generator().manual_seed(self.config.seed))
+        z0 = self.encode(x, rows)
         z_hat = self.rebuild_latents(z0, t_hat, rows)
         x_hat = self.decode(z_hat)
         return latent_map(z0, z_hat), feature_maps(fx, self.look(x_hat), self.config.fusion.layers), t_hat, z_hat, x_hat, distance
@@ -328,19 +339,28 @@ class DynAD:
                 self.calibration.levels[T] = Calibration.measure(upsample(l, size), feature_map(f, size), self.config.fusion.quantile)
         return self.calibration
 
-    def _learn_thresholds(self):
-        A, _, _ = self.held_out.maps()
+    def thresholds(self,
+        calibration: Calibration | None = None # the scale (default: that of the held-out pictures)
+    ) -> tuple[float, float]:                  # of the map's pixels; of the score
+        "Above them less than 1 - `fusion.threshold_quantile` of the held-out good pictures' pixels and scores lie."
+        A, _, _ = self.held_out.maps(calibration=calibration)
         q = self.config.fusion.threshold_quantile
-        self.threshold = float(A.flatten().double().quantile(q)) if A.numel() < 10_000_000 else float(A.flatten().sort().values[int(q*A.numel())])
-        self.image_threshold = float(score(A).double().quantile(q))
+        pixel = float(A.flatten().double().quantile(q)) if A.numel() < 10_000_000 else float(A.flatten().sort().values[int(q*A.numel())])
+        return pixel, float(score(A).double().quantile(q))
+
+    def on_scale_of(self, calibration: Calibration) -> DynAD:
+        "The same detector with the thresholds that its held-out pictures have on this scale: for `fusion.calibration = 'test'`, where the scale comes with the pictures."
+        other = copy.copy(self)
+        other.threshold, other.image_threshold = self.thresholds(calibration)
+        return other
 
     # fitting
     def fit(self,
         dataset: AnomalyDataset,
         run_dir: str | Path,
         progress: bool = True,
-        callback: Callable[[str, int, float], None] | None = None, # (stage, step, loss) while the denoiser trains
-        should_stop: Callable[[], bool] | None = None              # True: write a checkpoint and raise TrainingStopped
+        callback: Callable[[str, int, float], None] | None = None, # (stage, step, loss) while 'autoencoder', 'denoiser' and 'phi' train
+        should_stop: Callable[[], bool] | None = None              # True: write a checkpoint where there is one and raise TrainingStopped
     ) -> DynAD:
         "Train every part on the good pictures, keeping all stages in `run_dir`; a second call finds what is done. Raises DataError for too few good pictures."
         c = self.config
@@ -349,37 +369,41 @@ class DynAD:
         check_trackers(c.trackers)
         state, store = processes(c.device), Store(run_dir)
         progress = progress and state.is_main_process
-        if state.is_main_process: atomic_write(store.root/'config.json', dump_config(c))
+        new = not (store.root/'run.json').exists() # a finished run stays whole until another fit has ended
+        if new and state.is_main_process: atomic_write(store.root/'config.json', dump_config(c))
         info = {'data': {'name': dataset.name, 'layout': dataset.layout, 'category': dataset.category, 'fingerprint': dataset.fingerprint, 'root': str(dataset.root)},
                 'fit': [s.name for s in fit], 'held_out': [s.name for s in held]}
         keys = {part: content_key(dict(data=dataset.fingerprint, names=info[part], size=c.data.image_size)) for part in ('fit', 'held_out')}
         read = lambda samples: lambda: load_images(samples, c.data.image_size, progress=progress)
         self.good, self.held_out = Staged(self, store, keys['fit'], read(fit), progress), Staged(self, store, keys['held_out'], read(held), progress)
-        if not (store.root/'run.json').exists(): self.good.images, self.held_out.images # a picture that cannot be read ends it now, not after hours of training
+        if new: self.good.images, self.held_out.images # a picture that cannot be read ends it now, not after hours of training
         phi0 = load_features(c.features).to(self.device)
-        stages = {}
+        stages, of = {}, lambda stage: callback and (lambda step, loss: callback(stage, step, loss))
         with state.main_process_first(): # the others find what the first has made
-            stages['autoencoder'] = self._fit_autoencoder(store, keys['fit'], phi0)
+            stages['autoencoder'] = self._fit_autoencoder(store, keys['fit'], phi0, of('autoencoder'), should_stop)
             self._load_autoencoder(stages['autoencoder'])
             self.good.z0
-        stages['denoiser'] = self._fit_denoiser(store, callback, should_stop)
+        stages['denoiser'] = self._fit_denoiser(store, of('denoiser'), should_stop)
         self._load_denoiser(stages['denoiser'])
         with state.main_process_first():
-            stages['phi'] = self._fit_phi(store, phi0, progress)
+            stages['phi'] = self._fit_phi(store, phi0, progress, of('phi'), should_stop)
             self._load_phi(stages['phi'])
             stages['patch_bank'] = self._fit_patch_bank(store, phi0)
             self._load_patch_bank(stages['patch_bank'])
             self.held_out.fx # other settings of an opened run find them, without the pictures
             self._finish()
         info |= {'keys': keys, 'stages': {k: str(p.relative_to(store.root)) for k, p in stages.items()}, 'trained': content_key(_trained(c))}
-        if state.is_main_process: atomic_write(store.root/'run.json', json.dumps(info, indent=1, ensure_ascii=False))
+        if state.is_main_process:
+            atomic_write(store.root/'config.json', dump_config(c))
+            atomic_write(store.root/'run.json', json.dumps(info, indent=1, ensure_ascii=False))
         return self
 
-    def _fit_autoencoder(self, store: Store, key: str, phi0: nn.Module) -> Path:
+    def _fit_autoencoder(self, store: Store, key: str, phi0: nn.Module, callback, should_stop) -> Path:
         c = self.config
         ae = load_latents(c.latents, c.data.image_size)
+        check_denoiser(c.denoiser, c.data.image_size//ae.downsample, c.precision, self.device.type)
         def make(work):
-            losses = finetune(ae, self.good.images, c.latents, phi0, c.seed, self.good.progress, work) if c.latents.finetune_steps else []
+            losses = finetune(ae.to(self.device), self.good.images, c.latents, phi0, c.seed, self.good.progress, work, callback=callback, should_stop=should_stop) if c.latents.finetune_steps else []
             ae.save_pretrained(work/'autoencoder')
             return {'losses': torch.tensor(losses)}
         return store.stage('autoencoder', dict(pictures=key, settings=c.latents.model_dump(mode='json', exclude={'latent_sampling', 'weights'}), base=ae.weights_hash, phi=phi0.weights_hash, seed=c.seed), make)
@@ -389,7 +413,7 @@ class DynAD:
         def make(work):
             unet = make_unet(c.denoiser, z0.shape[1], z0.shape[-1], seed=c.seed)
             log = train_denoiser(unet, z0, self.schedule, c.denoiser, c.seed, work, precision=c.precision, device=c.device, progress=self.good.progress,
-                                 callback=callback and (lambda step, loss: callback('denoiser', step, loss)), should_stop=should_stop,
+                                 callback=callback, should_stop=should_stop,
                                  trackers=c.trackers, logs=store.root/'logs')
             if not processes(c.device).is_main_process: return None
             save_denoiser(unet, work/'unet')
@@ -398,7 +422,7 @@ class DynAD:
         settings = c.denoiser.model_dump(mode='json', exclude={*HOW, 'min_epochs'}) | dict(epochs=None, steps=c.denoiser.total_steps(len(z0))) # however the number of steps was asked for
         return together(store, 'denoiser', dict(z0=content_key(self.good.stage_parts('latents')), settings=settings, diffusion=c.diffusion.model_dump(mode='json'), seed=c.seed, precision=c.precision), make)
 
-    def _fit_phi(self, store: Store, phi0: nn.Module, progress: bool) -> Path:
+    def _fit_phi(self, store: Store, phi0: nn.Module, progress: bool, callback, should_stop) -> Path:
         c, a = self.config, self.config.adaptation
         @torch.no_grad()
         def rebuild(x0, rows, T):
@@ -406,7 +430,7 @@ class DynAD:
             noise = noise_for(rows, tuple(z0.shape[1:]), c.seed).to(z0.device) if a.omega > 0 else None
             return self.ae.decode(reconstruct(self.unet, z0, T, self.schedule, S=c.reconstruction.S, eta=a.eta, omega=a.omega, noise=noise).z_hat)
         def make(work):
-            phi, losses = adapt(phi0, rebuild, self.good.images, a, c.reconstruction.S, c.seed, self.device, progress)
+            phi, losses = adapt(phi0, rebuild, self.good.images, a, c.reconstruction.S, c.seed, self.device, progress, callback, should_stop)
             save_tensors(work/'phi.safetensors', phi.state_dict())
             return {'losses': torch.tensor(losses)}
         parts = dict(features=c.features.model_dump(mode='json', exclude={'weights'}), base=phi0.weights_hash, S=c.reconstruction.S, seed=c.seed)
@@ -423,7 +447,8 @@ class DynAD:
         return store.stage('patch_bank', dict(pictures=self.good.pictures, phi=phi0.weights_hash, seed=c.seed), make)
 
     def _load_patch_bank(self, folder: Path):
-        self.patch_bank, self.hashes['patch_bank'] = PatchBank.from_state_dict(load_tensors(folder/'data.safetensors')), folder.name
+        try: self.patch_bank, self.hashes['patch_bank'] = PatchBank.from_state_dict(load_tensors(folder/'data.safetensors')), folder.name
+        except KeyError as e: raise StoreError(f"{folder/'data.safetensors'}: {e.args[0]}; {HEAL}") from None
 
     def _load_autoencoder(self, folder: Path):
         ae = load_latents(self.config.latents.model_copy(update={'weights': str(folder/'autoencoder')}), self.config.data.image_size)
@@ -436,7 +461,7 @@ class DynAD:
 
     def _load_phi(self, folder: Path):
         phi = load_features(self.config.features, pretrained=False)
-        phi.load_state_dict(load_tensors(folder/'phi.safetensors'))
+        load_state(phi, folder/'phi.safetensors')
         self.phi, self.hashes['phi'] = phi.to(self.device).eval(), phi.weights_hash
 
     def _finish(self):
@@ -448,7 +473,7 @@ class DynAD:
         if r.eta and not r.clamp_pull: overshoots(r.eta, r.t_max, self.schedule, r.S)
         self.calibration = Calibration({})
         if r.severity == 'dynamic': self.calibrated(torch.tensor(t_grid(r.t_max, self.config.dic.bins, r.S, self.config.dic.floor)))
-        self._learn_thresholds()
+        self.threshold, self.image_threshold = self.thresholds()
 
     @classmethod
     def open(cls,
@@ -463,12 +488,13 @@ class DynAD:
         changed = [k for k in TRAINED if _trained(config)[k] != _trained(base)[k]]
         if changed: raise ConfigError(f"{', '.join(changed)}: cannot be changed on a fitted run; fit again with --set, the stages that do not depend on it are kept")
         if not (root/'run.json').exists(): raise StoreError(f"{root/'run.json'}: no such file, the run is not finished; run `dynad fit` with the same --out again, it goes on where it stopped")
-        info = json.loads((root/'run.json').read_text(encoding='utf-8'))
+        info = load_json(root/'run.json', 'data', 'keys', 'stages', 'trained')
         self, store = cls(config), Store(root)
         if content_key(_trained(config)) != info['trained']:
             raise ConfigError(f"{root/'config.json'}: not the settings this run was fitted with; run `dynad fit` with the same --out again")
         self.info = info
-        def gone(): raise StoreError(f"{root}: a stage is missing and its pictures are not at hand; run `dynad fit` with the same --out again")
+        asked = ''.join(f' --set {k}={json.dumps(v)}' for k, v in (overrides or {}).items())
+        def gone(): raise StoreError(f"{root}: a stage that these settings need is missing and its pictures are not at hand; run `dynad fit` with the same --out{asked and ' and'}{asked} again")
         self.good, self.held_out = (Staged(self, store, info['keys'][p], gone, progress) for p in ('fit', 'held_out'))
         for name, load in (('autoencoder', self._load_autoencoder), ('denoiser', self._load_denoiser), ('phi', self._load_phi), ('patch_bank', self._load_patch_bank)): load(root/info['stages'][name])
         self._finish()
@@ -514,9 +540,11 @@ class DynAD:
         folder = Path(folder)
         self = cls(load_config(folder/'config.json'))
         self._load_autoencoder(folder); self._load_denoiser(folder); self._load_phi(folder)
-        self.dic = DIC.from_state(load_tensors(folder/'dic.safetensors'), self.config.dic)
-        try: c = json.loads((folder/'calibration.json').read_text())
-        except (FileNotFoundError, json.JSONDecodeError) as e: raise StoreError(f"{folder/'calibration.json'}: {e}; save the model again") from None
-        self.calibration = Calibration({int(k): tuple(v) for k, v in c['levels'].items()})
+        self.dic, side = DIC.from_state(load_tensors(folder/'dic.safetensors'), self.config.dic), self.config.data.image_size
+        width = pooled(self.look(torch.zeros(1, 3, side, side))[self.config.dic.layer], self.config.dic.pool).shape[1]
+        if self.dic.bank.shape[1:] != (width,): raise StoreError(f"{folder/'dic.safetensors'}: a bank of {list(self.dic.bank.shape)} numbers, where φ gives {width} per picture; {HEAL}")
+        c = load_json(folder/'calibration.json', 'levels', 'threshold', 'image_threshold')
+        try: self.calibration = Calibration({int(k): tuple(float(x) for x in v) for k, v in c['levels'].items()})
+        except (AttributeError, TypeError, ValueError) as e: raise StoreError(f"{folder/'calibration.json'}: 'levels' holds no calibration ({e}); {HEAL}") from None
         self.threshold, self.image_threshold = c['threshold'], c['image_threshold']
         return self

@@ -51,6 +51,7 @@ def neighbours(
 ) -> tuple[Tensor, Tensor]:# [M,K] L1 distances, rising; [M,K] rows of the bank
     "K nearest neighbours by L1. K is capped at the size of the bank with a warning. Raises ValueError on NaN or an empty bank."
     query, bank = query.detach().float().cpu().contiguous(), bank.detach().float().cpu().contiguous()
+    if query.shape[1:] != bank.shape[1:]: raise ValueError(f"vectors of {query.shape[1:]} numbers beside a bank of {bank.shape[1:]}: both must come from the same layer of the same φ")
     for name, x in (('good picture', bank), ('picture', query)):
         bad = (~torch.isfinite(x)).any(1).nonzero().flatten().tolist()
         if bad: raise ValueError(f"{name} {bad[0]}: its features are not finite; look for NaN or infinity in the picture or in the weights of φ")

@@ -44,7 +44,7 @@ def all_metrics(
     n_boot: int = 1000,        # bootstrap resamples over pictures
     seed: int = 0
 ) -> dict[str, dict]:          # KEYS -> value, low, high
-    "Every metric of SPEC §8 with its interval; null where it is not defined."
+    "Every metric of `KEYS` with its interval; null where it is not defined."
     pixels = pixel_metrics(maps, masks, has_mask, n_boot=n_boot, seed=seed) if maps is not None else {}
     return _named(image_metrics(scores, labels, n_boot=n_boot, seed=seed) | pixels)
 
@@ -155,6 +155,7 @@ def evaluate(
     masks, has_mask = load_masks(samples, c.data.image_size)
     T = staged.t_hat
     staged.raw_maps(T)
+    if c.fusion.calibration == 'test': model = model.on_scale_of(staged.calibration(T))
     judge = Judge(labels, masks, has_mask, n_boot, c.seed, model.threshold)
     own = lambda s, t=None: ((r, A, score(A)) for r, (A, _, _) in s.map_batches(t))
     start = time.perf_counter()
@@ -187,7 +188,7 @@ def _decision(scores: Tensor, labels: Tensor, hits: tuple[int, int], model: DynA
 
 ORIGIN = { # where the fixed settings of a preset come from
     'small': 'fixed preset; its T_max, λ and number of steps were chosen while looking at the test pictures of cookies, of magnetic tile and of synthetic boards: a first figure for other data, a tuned one for those three',
-    'smoke': 'fixed preset for tests of the machinery', 'paper': 'as printed in the paper (η and γ within its printed ranges)', 'authors': "the public code's shipped configuration"}
+    'smoke': 'fixed preset for tests of the machinery', 'paper': 'as printed in the paper (η and γ within its printed ranges)', 'authors': "the public code's shipped settings; its adaptation uses the sampler of the other settings, and the metrics are this project's (exact PRO, binary masks)"}
 
 def _protocol(model: DynAD, dataset: AnomalyDataset, judge: Judge) -> dict[str, Any]:
     c, y, n_boot = model.config, judge.labels.bool(), judge.n_boot
@@ -214,9 +215,7 @@ def save_maps(
     folder: str | Path
 ) -> Path:
     "Raw float32 maps [H,W] as .npy and an index.csv of picture, label, score, t_hat, mask, map."
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
+    folder, rows = Path(folder), []
     for batch, (maps, _, _) in e.staged.map_batches(e.t_hat):
         for i, a in zip(batch, maps):
             s = e.samples[i]

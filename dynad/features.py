@@ -15,8 +15,8 @@ from .config import FeatureSettings, weights_root
 from .store import StoreError, file_sha256, load_tensors, state_hash
 
 # %% auto #0
-__all__ = ['LITE0_SHA256', 'RESNETS', 'FeatureExtractor', 'FeatureError', 'lite0_file', 'load_lite0', 'resnet_url', 'resnet_file',
-           'load_features']
+__all__ = ['LITE0_SHA256', 'RESNETS', 'FeatureExtractor', 'FeatureError', 'lite0_file', 'load_lite0', 'resnet_url',
+           'local_resnet', 'resnet_file', 'load_features']
 
 # %% ../nbs/05_features.ipynb #4077b870
 class FeatureExtractor(nn.Module):
@@ -109,6 +109,12 @@ def _candidates(backbone: str, name: str) -> list[Path]:
     root, cache = weights_root(), Path(torch.hub.get_dir())/'checkpoints'
     return ([root/f'{backbone}.safetensors', root/f'{backbone}.pth', root/name] if root else []) + [cache/name]
 
+def local_resnet(
+    backbone: str
+) -> Path | None:
+    "The weights file of a torchvision ResNet on this machine: in DYNAD_WEIGHTS, or where torch.hub keeps its downloads."
+    return next((p for p in _candidates(backbone, resnet_url(backbone).rsplit('/', 1)[1]) if p.is_file() and p.stat().st_size), None)
+
 def resnet_file(
     backbone: str,
     weights: str | None = None # a file of the user's
@@ -117,10 +123,9 @@ def resnet_file(
     if weights is not None:
         if not Path(weights).is_file(): raise FeatureError(f"features.weights = {weights}: no such file; give a .safetensors or .pth file of {backbone}")
         return Path(weights)
+    if found := local_resnet(backbone): return found
     url = resnet_url(backbone)
     name = url.rsplit('/', 1)[1]
-    for path in _candidates(backbone, name):
-        if path.is_file(): return path
     target = Path(torch.hub.get_dir())/'checkpoints'/name
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method='HEAD'), timeout=10): pass

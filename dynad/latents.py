@@ -6,13 +6,14 @@
 from __future__ import annotations
 import importlib.resources, json, math
 from pathlib import Path
+from typing import Callable
 
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .config import LatentSettings, weights_root
-from .store import atomic_write, load_tensors, save_tensors, state_hash
+from .store import StoreError, TrainingStopped, atomic_write, load_json, load_tensors, save_tensors, state_hash
 
 # %% auto #0
 __all__ = ['FILES', 'HUB', 'LatentError', 'Autoencoder', 'psnr', 'IdentityAE', 'KLF8', 'TAESD', 'TinyAE', 'shipped',
@@ -165,7 +166,7 @@ class TinyAE(Autoencoder):
         "There and back with a disturbed latent: what is trained."
         h = self.hidden(image)
         spread = h.std((0, 2, 3), keepdim=True)
-        return self.unhide(h + noise * spread * torch.randn(h.shape, generator=generator), clamp=False)
+        return self.unhide(h + noise * spread * torch.randn(h.shape, generator=generator).to(h.device), clamp=False)
 
     @torch.no_grad()
     def standardise(self,
@@ -173,7 +174,7 @@ class TinyAE(Autoencoder):
         batch: int = 32
     ) -> None:
         "Renew the buffers: over these pictures every latent channel has mean 0 and variance 1."
-        h = torch.cat([self.hidden(images[i:i+batch].float() / 255) for i in range(0, len(images), batch)]).double()
+        h = torch.cat([self.hidden(images[i:i+batch].to(self.mean.device).float() / 255).cpu() for i in range(0, len(images), batch)]).double()
         self.mean.copy_(h.mean((0, 2, 3), keepdim=True)); self.std.copy_(h.std((0, 2, 3), keepdim=True).clamp_min(1e-4))
 
     def save_pretrained(self, folder: str | Path, half: bool = False) -> None: # half: float16 on disk
@@ -184,10 +185,11 @@ class TinyAE(Autoencoder):
     @classmethod
     def from_files(cls, config: str | Path, weights: str | Path) -> TinyAE:
         "From the two files of `save_pretrained`, or those shipped."
-        try: raw = json.loads(Path(config).read_text(encoding='utf-8'))
-        except (OSError, ValueError) as e: raise LatentError(f"{config}: cannot be read as JSON ({e})") from None
-        if raw.pop('_class_name', None) != 'TinyAE': raise LatentError(f"{config}: not a TinyAE; set latents.kind to what it is")
-        ae = cls(**{k: raw[k] for k in ('latent_channels', 'widths', 'encoder_blocks', 'decoder_blocks')})
+        try: raw = load_json(config, '_class_name')
+        except StoreError as e: raise LatentError(str(e)) from None
+        if raw['_class_name'] != 'TinyAE': raise LatentError(f"{config}: not a TinyAE; set latents.kind to what it is")
+        try: ae = cls(**{k: raw[k] for k in ('latent_channels', 'widths', 'encoder_blocks', 'decoder_blocks')})
+        except (KeyError, TypeError, ValueError, RuntimeError) as e: raise LatentError(f"{config}: describes no autoencoder that can be built ({type(e).__name__}: {e}); put back the file that belongs to its weights") from None
         state, want = {k: v.float() for k, v in load_tensors(weights).items()}, ae.state_dict()
         wrong = sorted(set(state) ^ set(want)) + [k for k in want if k in state and want[k].shape != state[k].shape]
         if wrong: raise LatentError(f"{weights}: does not fit {config}: {len(wrong)} tensors are missing, unknown or of another shape, first {wrong[0]}")
@@ -319,27 +321,33 @@ def finetune(
     seed: int = 0,
     progress: bool = True,
     workdir: Path | None = None,    # where checkpoints are kept, and found again
-    save_every: int = 60            # steps
+    save_every: int = 60,           # steps
+    callback: Callable[[int, float], None] | None = None, # called with step and loss after each step
+    should_stop: Callable[[], bool] | None = None         # asked after each step; True: write a checkpoint, raise `TrainingStopped`
 ) -> list[float]:                   # loss per step
-    "Fit E and D to the good pictures, in place; the same seed gives the same weights."
+    "Fit E and D to the good pictures, in place and on the device they are on; the same seed gives the same weights."
     steps, batch = settings.finetune_steps, settings.finetune_batch
     if steps == 0: return []
     if not isinstance(ae, TinyAE): raise LatentError(f"latents.finetune_steps = {steps}, but latents.kind = {ae.kind} is used as it is; set it to 0")
     if images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0: raise LatentError(f"images of shape {tuple(images.shape)}, {images.dtype}: expected [N,3,H,W] uint8 with N > 0")
     if phi is not None: frozen = {p: p.requires_grad for p in phi.parameters()}; phi.requires_grad_(False)
     ae.train().requires_grad_(True)
+    device = ae.mean.device
     opt = torch.optim.AdamW(ae.parameters(), lr=settings.finetune_lr, weight_decay=1e-4, betas=(.9, .98))
     losses, path = [], Path(workdir)/'finetune.safetensors' if workdir is not None else None
     if path is not None and path.exists(): losses = load_training(path, ae, opt)['losses'].tolist()
     for step in tqdm(range(len(losses), steps), desc='fine-tuning E, D', disable=not progress, initial=len(losses), total=steps):
-        g = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        x = _shift(images[_draw(len(images), batch, g)].float() / 255, 8, g)
+        g = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+        x = _shift(images[_draw(len(images), batch, g)].float() / 255, 8, g).to(device)
         for group in opt.param_groups: group['lr'] = settings.finetune_lr * one_cycle(step, steps)
         loss = reconstruction_loss(x, ae.noisy(x, .05, g), phi)
         opt.zero_grad(); loss.backward()
         nn.utils.clip_grad_norm_(ae.parameters(), 1.); opt.step()
         losses.append(loss.item())
-        if path is not None and (step + 1) % save_every == 0: save_training(path, ae, opt, {'losses': torch.tensor(losses, dtype=torch.float64)})
+        if callback: callback(step, losses[-1])
+        stop = should_stop is not None and step + 1 < steps and should_stop()
+        if path is not None and (stop or (step + 1) % save_every == 0): save_training(path, ae, opt, {'losses': torch.tensor(losses, dtype=torch.float64)})
+        if stop: raise TrainingStopped(f"fine-tuning of the autoencoder stopped after step {step} of {steps}" + (f"; {path} lets the next run go on from there" if path else ''))
     ae.eval().requires_grad_(False)
     if phi is not None:
         for p, r in frozen.items(): p.requires_grad_(r)

@@ -4,7 +4,7 @@
 
 # %% ../nbs/07a_launch.ipynb #0bc0dadb
 from __future__ import annotations
-import importlib.util, os
+import importlib.metadata, os
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -49,11 +49,16 @@ def accelerator(
 # %% ../nbs/07a_launch.ipynb #7bf37126
 TRACKERS = {'tensorboard': 'tensorboard', 'mlflow': 'mlflow', 'wandb': 'wandb'} # name -> package to install
 
+def _installed(package: str) -> bool:
+    "As a distribution: a folder of that name in the working directory, such as the one that W&B leaves, is none."
+    try: return bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError: return False
+
 def check_trackers(names: tuple[str, ...]) -> None:
     "Raises `ConfigError` for a tracker that is unknown or not installed."
     for n in names:
         if n not in TRACKERS: raise ConfigError(f"trackers: {n!r} is not known; allowed: {', '.join(TRACKERS)}")
-        if importlib.util.find_spec(n) is None: raise ConfigError(f"trackers: {n} is asked for, but its package is not installed: pip install {TRACKERS[n]}, or leave the tracker out (on the command line: --tracker none)")
+        if not _installed(TRACKERS[n]): raise ConfigError(f"trackers: {n} is asked for, but its package is not installed: pip install {TRACKERS[n]}, or leave the tracker out (on the command line: --tracker none)")
 
 @contextmanager
 def tracked(

@@ -85,6 +85,7 @@ def _by_folders(root: Path, category: str | None, seed: int, good_name: str = 'g
     if loose: warnings.warn(f"{loose[0]}: lies outside train/{good_name} and test/DEFECT (as do {len(loose) - 1} more) and will not be used", stacklevel=3)
     samples, orphans = [Sample(rel(p), p, 0, 'good', 'train') for p in good.values()], []
     for folder in _folders(test):
+        if folder.name != good_name and folder.name.lower() == good_name: raise DataError(f"{folder}: good pictures or a kind of defect? Good ones lie in a folder named {good_name}, in small letters: rename it, or give the defect another name")
         pictures, label = _by_key(folder), int(folder.name != good_name)
         masks, left = _masks(root/'ground_truth'/folder.name, pictures) if label else ({}, [])
         orphans += left
@@ -155,14 +156,16 @@ def _elpv(root: Path, category: str | None, seed: int) -> list[Sample]:
     "Solar cells: labels.csv with path, probability and type of cell."
     if category not in (None, 'mono', 'poly'): raise DataError(f"category = {category!r}: solar cells are mono or poly (None: all)")
     table = root/'labels.csv'
-    rows = [line.split() for line in table.read_text(encoding='utf-8').splitlines() if line.strip()]
+    try: rows = [line.split() for line in table.read_text(encoding='utf-8').splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as e: raise DataError(f"{table}: cannot be read as text ({e}); unpack the data set again") from None
     good, bad = [], []
     for i, row in enumerate(rows, 1):
         try: name, p, kind = row[0], float(row[1]), row[2]
         except (IndexError, ValueError): raise DataError(f"{table}: line {i} is {' '.join(row)!r}; expected a path, a probability and a type") from None
         if category not in (None, kind): continue
-        if p == 0: good.append(root/name)
-        elif p > .6: bad.append(Sample(name, root/name, 1, 'certain' if p > .9 else 'likely', 'test'))
+        file = _inside(root, name, f'{table}: line {i}')
+        if p == 0: good.append(file)
+        elif p > .6: bad.append(Sample(name, file, 1, 'certain' if p > .9 else 'likely', 'test'))
     if not good: raise DataError(f"{table}: no cell with probability 0 (good)" + (f" and type {category}" if category else ''))
     return _split_good(sorted(good), root, seed) + bad
 

@@ -105,7 +105,7 @@ def reconstruct(
     trajectory: bool = False                       # keep every z_t and x̂_0
 ) -> Reconstruction:
     "Dynamic reconstruction (Algorithm 1). Raises ValueError when ω > 0 comes without noise or T̂ is outside 0…T."
-    B, abar = len(z0), schedule.abar.to(z0.device)
+    B, abar = len(z0), schedule.abar.cpu()
     t_hat = torch.as_tensor(t_hat).expand(B).tolist()
     if min(t_hat, default=0) < 0 or max(t_hat, default=0) > schedule.T:
         raise ValueError(f"T̂ must lie in 0…{schedule.T}, got {min(t_hat)}…{max(t_hat)}")
@@ -114,8 +114,8 @@ def reconstruct(
     if old: steps, indices = 'stride', 'authors'
     plans = [timesteps(T, S, steps, t_max, indices) for T in t_hat]
     start = [min(T, schedule.T - 1) if indices == 'authors' else T - 1 for T in t_hat]
-    as_z = lambda x: x.to(z0.dtype).view(-1, 1, 1, 1)
-    a_start = as_z(torch.where(torch.tensor(t_hat, device=z0.device) > 0, abar[torch.tensor(start, device=z0.device).clamp(min=0)], 1.))
+    as_z = lambda x: x.to(z0.dtype).to(z0.device).view(-1, 1, 1, 1)
+    a_start = as_z(torch.where(torch.tensor(t_hat) > 0, abar[torch.tensor(start).clamp(min=0)], 1.))
     z = a_start.sqrt()*z0
     if omega > 0: z = z + omega*(1 - a_start).sqrt()*noise
     out = Reconstruction(z_hat=z, calls=[len(p) for p in plans])
@@ -123,11 +123,12 @@ def reconstruct(
         rows = [b for b in range(B) if k < len(plans[b])]
         everyone = len(rows) == B
         r = torch.tensor(rows, device=z0.device)
-        t = torch.tensor([plans[b][k] for b in rows], device=z0.device)
+        t = torch.tensor([plans[b][k] for b in rows])
         nxt = [plans[b][k+1] if k + 1 < len(plans[b]) else -1 for b in rows]
         a = as_z(abar[t])
         a_next = as_z(torch.stack([abar[i] if i >= 0 else abar.new_ones(()) for i in nxt]))
         z_k, z0_k = (z, z0) if everyone else (z[r], z0[r])
+        t = t.to(z0.device)
         eps = guide(eps_model(z_k, t), z_k, z0_k, a, eta, clamp_pull)
         z_next, x0 = ddim_step(eps, z_k, a, a_next, direction=0. if old and k == 0 else 1.)
         if trajectory: out.trajectory.append({'rows': rows, 't': t, 'z_t': z_k.clone(), 'x0': x0})

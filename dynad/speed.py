@@ -27,7 +27,7 @@ from .reconstruction import reconstruct
 
 # %% auto #0
 __all__ = ['KLF8_CONFIG', 'STAGES', 'seconds', 'versus', 'peaks', 'count_flops', 'share', 'random_autoencoder', 'fresh', 'walk',
-           'machine', 'bench', 'bench_table', 'estimate', 'estimate_lines']
+           'machine', 'bench', 'bench_table', 'EstimateError', 'estimate', 'estimate_lines']
 
 # %% ../nbs/15e_speed.ipynb #5cf34559
 def seconds(
@@ -128,8 +128,7 @@ def walk(
 ) -> dict[str, Callable[[], Any]]: # STAGES -> a call of this stage alone
     "The stages of `DynAD.predict` and the metrics, cut apart; each on inputs made here."
     c, rows = model.config, list(range(len(images)))
-    draw = lambda: torch.Generator().manual_seed(c.seed)
-    fx, z0 = model.look(images), model.encode(images, draw())
+    fx, z0 = model.look(images), model.encode(images)
     dic = lambda: model.choose_t_hat(model.dic.severity(pooled(fx[c.dic.layer], c.dic.pool))[1])
     T = dic()
     z_hat = model.rebuild_latents(z0, T, rows)
@@ -137,7 +136,7 @@ def walk(
     def maps(): return anomaly_map(latent_map(z0, z_hat), feature_maps(fx, model.look(x_hat), c.fusion.layers), T, model.calibrated(T), c.fusion, c.data.image_size)[0]
     A, masks = maps(), torch.zeros(len(images), 1, *images.shape[-2:], dtype=torch.bool)
     masks[::2, :, :images.shape[-1]//2, :images.shape[-1]//2] = True
-    return {'encode': lambda: model.encode(images, draw()), 'features': lambda: model.look(images), 'dic': dic, 'denoise': lambda: model.rebuild_latents(z0, T, rows),
+    return {'encode': lambda: model.encode(images), 'features': lambda: model.look(images), 'dic': dic, 'denoise': lambda: model.rebuild_latents(z0, T, rows),
             'decode': lambda: model.decode(z_hat), 'maps': maps, 'metrics': lambda: (score(A), pixel_metrics(A, masks, n_boot=0))}
 
 def machine() -> dict[str, Any]:
@@ -238,12 +237,15 @@ def _inference_cost(raw: dict, repeats: int, most: int) -> dict[str, Any]:
         out['adapt'] = seconds(lambda: adapt(model.phi, rebuild, pictures, one, c.reconstruction.S, c.seed, model.device, progress=False), 1, 0)[0]/2
     return out
 
+class EstimateError(RuntimeError):
+    "A cost that could not be measured: the text says why and what to do."
+
 def _apart(what: str, *args) -> dict[str, Any]:
-    "Call a function of this module in a fresh process. Raises RuntimeError with its last words."
+    "Call a function of this module in a fresh process. Raises `EstimateError` with its last words."
     code = 'import json, sys; from dynad import speed; print(json.dumps(getattr(speed, sys.argv[1])(*json.loads(sys.argv[2]))))'
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, what, json.dumps(args)], capture_output=True, text=True)
-    if done.returncode == -9: raise RuntimeError(f"estimate: the measuring process was killed, as a rule for want of memory: this preset does not fit this machine at batch {args[-1]}; use a smaller preset")
-    if done.returncode: raise RuntimeError(f"estimate: the measuring process failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}")
+    if done.returncode == -9: raise EstimateError(f"estimate: the measuring process was killed, as a rule for want of memory: this preset does not fit this machine at batch {args[-1]}; use a smaller preset")
+    if done.returncode: raise EstimateError(f"estimate: the measuring process failed: {done.stderr.strip().splitlines()[-1] if done.stderr.strip() else done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
 
 # %% ../nbs/15e_speed.ipynb #0ed16ff7

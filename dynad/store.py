@@ -19,12 +19,16 @@ from torch import Tensor
 from .config import content_key
 
 # %% auto #0
-__all__ = ['SCHEMA', 'StoreError', 'WriteError', 'replacing', 'atomic_write', 'save_tensors', 'open_tensors', 'load_tensors',
-           'file_sha256', 'state_hash', 'Store', 'Shards']
+__all__ = ['HEAL', 'SCHEMA', 'StoreError', 'TrainingStopped', 'WriteError', 'replacing', 'make_folder', 'atomic_write',
+           'save_tensors', 'open_tensors', 'load_tensors', 'load_state', 'load_json', 'file_sha256', 'state_hash',
+           'Store', 'Shards']
 
 # %% ../nbs/01_store.ipynb #10bfd59d
 class StoreError(RuntimeError):
     "An artefact that cannot be read or written: the text names the file, what is wrong and the cure."
+
+class TrainingStopped(RuntimeError):
+    "A training ended because it was asked to; what is finished is kept."
 
 class WriteError(StoreError, OSError):
     "A file that cannot be written."
@@ -58,6 +62,12 @@ def replacing(
             os.replace(tmp, path)
         except OSError as e: raise _unwritable(path, e) from None
     finally: tmp.unlink(missing_ok=True)
+
+def make_folder(path: str | Path) -> Path:
+    "A folder that exists afterwards. Raises `WriteError` that names it."
+    try: Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise _unwritable(path, e) from None
+    return Path(path)
 
 def atomic_write(
     path: str | Path,
@@ -93,7 +103,39 @@ def load_tensors(
     path: str | Path
 ) -> dict[str, Tensor]:
     "Read a safetensors file. Raises `StoreError` that names the file when it is missing, cut off or of another kind."
-    with open_tensors(path) as f: return {k: f.get_tensor(k) for k in f.keys()}
+    with open_tensors(path) as f: return _Tensors(path, {k: f.get_tensor(k) for k in f.keys()})
+
+class _Tensors(dict):
+    "What a file holds; asked for what it does not hold, it names itself."
+    def __init__(self, path: str | Path, tensors: dict[str, Tensor]):
+        super().__init__(tensors)
+        self.path = path
+
+    def __missing__(self, key: str): raise StoreError(f"{self.path}: holds {', '.join(sorted(self)[:5]) or 'no tensor'} and no {key!r}: a file of something else; {HEAL}")
+
+HEAL = "put the right file back, or delete it (in a run: the folder of its stage) and run again"
+
+def load_state(
+    net: torch.nn.Module,   # takes the weights, in place
+    path: str | Path        # a safetensors file
+) -> None:
+    "Weights from a file into a network. Raises `StoreError` that names the file when they are another network's."
+    try: net.load_state_dict(load_tensors(path))
+    except RuntimeError as e:
+        if 'state_dict' not in str(e): raise
+        raise StoreError(f"{path}: the weights of another network ({str(e).splitlines()[1].strip()[:160]}); {HEAL}") from None
+
+def load_json(
+    path: str | Path,
+    *keys: str              # that it must have
+) -> dict[str, Any]:
+    "Read a JSON object. Raises `StoreError` that names the file when it is missing, not JSON, or lacks a key."
+    try: raw = json.loads(Path(path).read_text(encoding='utf-8'))
+    except FileNotFoundError: raise StoreError(f"{path}: no such file; {HEAL}") from None
+    except (ValueError, RecursionError, OSError) as e: raise StoreError(f"{path}: cannot be read as JSON ({e}); {HEAL}") from None
+    gone = [k for k in keys if not isinstance(raw, dict) or k not in raw]
+    if gone or not isinstance(raw, dict): raise StoreError(f"{path}: {f'has no {gone[0]!r}' if isinstance(raw, dict) else 'no JSON object'}: a file of something else; {HEAL}")
+    return raw
 
 def file_sha256(
     path: str | Path

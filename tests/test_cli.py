@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 import dynad
 from dynad.cli import app
 from dynad.evaluate import MEASURED
+from dynad.features import resnet_file, resnet_url
 
 run = CliRunner()
 FIT = ['--preset', 'smoke', '--set', 'denoiser.steps=20', '--set', 'latents.finetune_steps=2', '--set', 'denoiser.checkpoint_every=10']
@@ -71,5 +73,44 @@ def test_doctor_tells_what_is_there_and_what_to_do(monkeypatch, tmp_path):
     assert rows['weights: tiny']['state'] == 'shipped' and rows['dynad']['state'] == dynad.__version__
     assert 'no such folder' in rows['DYNAD_DATA']['state'] and 'put config.json' in rows['weights: kl-f8']['cure']
     (tmp_path/'taesd').mkdir(); (tmp_path/'taesd'/'diffusion_pytorch_model.safetensors').write_bytes(b'')
-    rows = {r['what']: r for r in json.loads(run.invoke(app, ['doctor', '--json']).stdout)}
-    assert rows['weights: taesd']['state'] == str(tmp_path/'taesd')
+    examined = lambda: {r['what']: r['state'] for r in json.loads(run.invoke(app, ['doctor', '--json']).stdout)}
+    assert examined()['weights: taesd'] == 'not found locally'                  # an empty file is none
+    for n in ('config.json', 'diffusion_pytorch_model.safetensors'): (tmp_path/'taesd'/n).write_bytes(b'x')
+    wide = tmp_path/resnet_url('wide_resnet50_2').rsplit('/', 1)[1]; wide.write_bytes(b'x') # under torchvision's own name
+    now = examined()
+    assert now['weights: taesd'] == str(tmp_path/'taesd') and now['weights: wide_resnet50_2'] == str(wide) == str(resnet_file('wide_resnet50_2'))
+    assert now['tracker: tensorboard'] != 'not installed'
+
+
+def test_predict_reads_every_picture_before_it_writes_one(smoke, boards, tmp_path):
+    folder = tmp_path/'new'; folder.mkdir()
+    for i, s in enumerate(boards.test[:2]): Image.open(s.image).save(folder/f'{i}.png')
+    (folder/'._0.png').write_bytes(b'what a Mac leaves')
+    out = run.invoke(app, ['predict', str(smoke[1]), str(folder), '--out', str(tmp_path/'out')])
+    assert out.exit_code == 0, out.output
+    assert len(pd.read_csv(tmp_path/'out'/'scores.csv')) == 2
+    (folder/'9.png').write_bytes(b'torn')
+    out = run.invoke(app, ['predict', str(smoke[1]), str(folder), '--out', str(tmp_path/'again')])
+    assert out.exit_code == 2 and '9.png' in out.output and not (tmp_path/'again').exists()
+
+
+def test_places_that_cannot_be_written_are_named_before_the_work(smoke, boards, tmp_path):
+    (tmp_path/'file').write_text('mine')
+    for option in ('--save-maps', '--report'):
+        out = run.invoke(app, ['evaluate', str(smoke[1]), '--data', str(boards.root), '--json', str(tmp_path/'x.json'), option, str(tmp_path/'file'/'below')])
+        assert out.exit_code == 2 and f"{tmp_path/'file'/'below'}: cannot be written" in out.output and not (tmp_path/'x.json').exists()
+
+
+def test_the_category_of_a_run_is_not_asked_of_another_folder(boards, tmp_path):
+    several = tmp_path/'several'
+    shutil.copytree(boards.root, several/'boardA'); shutil.copytree(boards.root, several/'boardB')
+    out = run.invoke(app, ['fit', '--data', str(several), '--category', 'boardA', '--out', str(tmp_path/'run'), *FIT])
+    assert out.exit_code == 0, out.output
+    judged = lambda data: run.invoke(app, ['evaluate', str(tmp_path/'run'), '--data', str(data), '--json', str(tmp_path/'x.json'), '--n-boot', '5', '--no-null-models'])
+    assert judged(several).exit_code == 0 and json.loads((tmp_path/'x.json').read_text())['data']['category'] == 'boardA'
+    assert judged(boards.root).exit_code == 0 and json.loads((tmp_path/'x.json').read_text())['data']['category'] is None
+
+
+def test_single_pictures_have_no_scale_of_a_test_set(smoke, boards, tmp_path):
+    out = run.invoke(app, ['predict', str(smoke[1]), str(boards.test[0].image), '--out', str(tmp_path/'o'), '--set', 'fusion.calibration=test'])
+    assert out.exit_code == 2 and "fusion.calibration = 'test' scales a picture by the others" in out.output and not (tmp_path/'o').exists()

@@ -43,7 +43,7 @@ def test_the_paper_as_printed():
     assert p.reconstruction.omega == 0 and 7 <= p.reconstruction.eta <= 10 and 0 <= p.adaptation.gamma <= 3
 
 
-@pytest.mark.parametrize('text, words', [('{"preset": ', 'not JSON'), ('{"seed": -1}', 'seed = -1')])
+@pytest.mark.parametrize('text, words', [('{"preset": ', 'not JSON'), ('{"seed": -1}', 'seed = -1'), ('{"seed": 4294967296}', 'less than 4294967296'), ('['*100_000, 'not JSON'), ('{"seed": ' + '9'*5000 + '}', 'not JSON')])
 def test_a_broken_file_is_named(tmp_path, text, words):
     path = tmp_path/'config.json'
     path.write_text(text)

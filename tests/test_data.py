@@ -448,10 +448,19 @@ def test_elpv_from_a_folder_and_its_errors(tmp_path, monkeypatch):
     with pytest.raises(DataError, match=r'no cell with probability 0 \(good\) and type poly'): open_dataset(tmp_path/'e', category='poly')
     (tmp_path/'e/labels.csv').write_text('images/a.png 0.0 mono\nimages/b.png many mono\n')
     with pytest.raises(DataError, match=r"labels\.csv: line 2 is 'images/b\.png many mono'"): open_dataset(tmp_path/'e')
+    (tmp_path/'e/labels.csv').write_text('../secret.png 0.0 mono\n')
+    with pytest.raises(DataError, match=r"labels\.csv: line 1: the path '\.\./secret\.png' leads out of the data set"): open_dataset(tmp_path/'e')
+    (tmp_path/'e/labels.csv').write_bytes(b'images/a.png 0.0 m\xffno\n')
+    with pytest.raises(DataError, match=r'labels\.csv: cannot be read as text'): open_dataset(tmp_path/'e')
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(DataError, match='not installed; pip install elpv-dataset'): open_dataset('elpv')
 
 # ---- real folders
+
+def test_good_in_capitals_is_asked_about(tmp_path):
+    root = tree(tmp_path)
+    (root/'test/good').rename(root/'test/Good')
+    with pytest.raises(DataError, match=r'test/Good: good pictures or a kind of defect\? .*named good, in small letters'): open_dataset(root, layout='mvtec')
 
 @real
 def test_cookies():

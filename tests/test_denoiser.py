@@ -313,7 +313,7 @@ def test_heads_survive_the_folder(tmp_path):
 def test_folders_that_cannot_be_read(tmp_path):
     with pytest.raises(DenoiserError, match='config.json: no such file'): load_denoiser(tmp_path)
     (tmp_path/'config.json').write_text('{')
-    with pytest.raises(DenoiserError, match='config.json: not JSON'): load_denoiser(tmp_path)
+    with pytest.raises(DenoiserError, match='config.json: cannot be read as JSON'): load_denoiser(tmp_path)
     (tmp_path/'config.json').write_text(json.dumps({'_class_name': 'AutoencoderKL'}))
     with pytest.raises(DenoiserError, match="describes 'AutoencoderKL'"): load_denoiser(tmp_path)
     save_denoiser(build(), tmp_path); (tmp_path/WEIGHTS).unlink()

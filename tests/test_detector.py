@@ -3,9 +3,10 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 
 from dynad.config import ConfigError, make_config
-from dynad.data import DataError, load_images, to_float
+from dynad.data import DataError, load_images, open_dataset, to_float
 from dynad.detector import DynAD
 from dynad.evaluate import MEASURED, evaluate
 from dynad.fusion import score
@@ -33,6 +34,25 @@ def test_a_picture_has_the_same_answer_alone_and_in_a_set(smoke, boards, picture
     A, _, _ = model.stage(boards.test, boards.fingerprint, progress=False).maps()
     torch.testing.assert_close(model.predict([boards.test[3].image]).map[0], A[3], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(model.predict(pictures).map, A, rtol=1e-3, atol=1e-3)
+
+
+def test_sixteen_bits_have_the_same_answer_alone_and_in_a_set(smoke, tmp_path):
+    values = torch.linspace(0, 65535, 64*64).view(64, 64).numpy().astype('uint16')
+    for d in ('train/good', 'test/good'):
+        (tmp_path/d).mkdir(parents=True); Image.fromarray(values if 'test' in d else values//2).save(tmp_path/d/'a.png')
+    data = open_dataset(tmp_path)
+    A = smoke[0].stage(data.test, data.fingerprint, progress=False).maps()[0]
+    torch.testing.assert_close(smoke[0].predict([data.test[0].image]).map, A, rtol=1e-4, atol=1e-4)
+
+
+def test_on_the_scale_of_a_test_set_thresholds_are_those_of_the_held_out_pictures_on_it(smoke, boards, pictures):
+    model = DynAD.open(smoke[1], {'fusion.calibration': 'test'}, progress=False)
+    e = evaluate(model, boards, n_boot=0, null_models=False, baseline=False, progress=False)
+    held = model.held_out.maps(calibration=e.staged.calibration(e.t_hat))[0]
+    assert e.result['decision']['image_threshold'] == pytest.approx(float(score(held).double().quantile(model.config.fusion.threshold_quantile)))
+    assert e.result['decision']['image_threshold'] != model.image_threshold
+    with pytest.warns(UserWarning, match='maps and scores of another call are on another scale'): p = model.predict(pictures)
+    assert torch.equal(p.anomalous, e.scores > e.result['decision']['image_threshold'])
 
 
 @pytest.mark.parametrize('make, words', [
@@ -123,8 +143,8 @@ def test_a_fit_that_is_stopped_goes_on_and_ends_the_same(smoke, boards, tmp_path
         if stage == 'denoiser' and step >= 25: raise Stop
     with pytest.raises(Stop): DynAD(make_config('smoke', SMOKE)).fit(boards, tmp_path/'run', progress=False, callback=stop)
     seen = []
-    again = DynAD(make_config('smoke', SMOKE)).fit(boards, tmp_path/'run', progress=False, callback=lambda stage, step, loss: seen.append(step))
-    assert min(seen) > 10 and again.hashes == model.hashes
+    again = DynAD(make_config('smoke', SMOKE)).fit(boards, tmp_path/'run', progress=False, callback=lambda stage, step, loss: seen.append((stage, step)))
+    assert {s for s, _ in seen} == {'denoiser', 'phi'} and min(seen)[1] > 10 and again.hashes == model.hashes
 
 
 def test_held_out_pictures_are_seen_by_no_training_stage(smoke, boards):

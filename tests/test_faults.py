@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import select
 import shutil
@@ -29,7 +30,7 @@ from dynad.denoiser import CHECKPOINT, DenoiserError
 from dynad.detector import DynAD
 from dynad.evaluate import MEASURED, evaluate
 from dynad.latents import LatentError
-from dynad.store import Shards, Store, StoreError, WriteError, atomic_write, load_tensors, save_tensors
+from dynad.store import Shards, Store, StoreError, TrainingStopped, WriteError, atomic_write, load_tensors, save_tensors
 from dynad.synthetic import write_synthetic
 
 CUT = {'data.image_size': 32, 'denoiser.steps': 8, 'denoiser.checkpoint_every': 3, 'denoiser.batch': 4, 'denoiser.widths': [32, 32], 'denoiser.attention': [], 'denoiser.heads': 2, 'latents.finetune_steps': 2,
@@ -220,6 +221,49 @@ def test_a_damaged_stage_is_named_and_deleting_its_folder_heals_the_run(fitted, 
     finally:
         for f, old in files.items(): f.write_bytes(old)
 
+def foreign(path: Path, content) -> Path:
+    "A file that is whole, and something else."
+    if isinstance(content, dict): save_tensors(path, content)
+    else: path.write_text(content)
+    return path
+
+X = {'x': torch.ones(2)}
+
+@pytest.mark.parametrize('pattern, content, words', [
+    ('run.json', '{', 'cannot be read as JSON'), ('run.json', '{}', "has no 'data'"), ('run.json', '[]', 'no JSON object'),
+    ('stages/latents/*/data.safetensors', X, "holds x and no 'z0'"), ('stages/phi/*/phi.safetensors', X, 'the weights of another network'), ('stages/patch_bank/*/data.safetensors', X, 'not a patch bank'),
+    ('stages/denoiser/*/unet/config.json', '[]', 'no JSON object'), ('stages/autoencoder/*/autoencoder/config.json', '[]', 'no JSON object'),
+    ('stages/autoencoder/*/autoencoder/config.json', '{"_class_name": "TinyAE"}', 'describes no autoencoder that can be built'),
+    ('stages/autoencoder/*/autoencoder/config.json', '{"_class_name": "TinyAE", "latent_channels": "a", "widths": [1], "encoder_blocks": 2, "decoder_blocks": 3}', 'describes no autoencoder that can be built')])
+def test_a_foreign_file_in_a_run_is_named(run, gears, pattern, content, words):
+    files = [foreign(f, content) for f in run.glob(pattern)]
+    with pytest.raises((StoreError, DenoiserError, LatentError), match=re.escape(words)) as e: judge(DynAD.open(run, progress=False), gears)
+    assert any(str(f) in str(e.value) for f in files)
+
+@pytest.mark.parametrize('name, content, words', [
+    ('dic.safetensors', X, "holds x and no 'bank'"), ('dic.safetensors', {'bank': torch.rand(4, 3), 'train_distance': torch.rand(4), 'edges': torch.rand(3).sort().values}, 'a bank of [4, 3] numbers'),
+    ('phi.safetensors', X, 'the weights of another network'), ('calibration.json', '{}', "has no 'levels'"), ('calibration.json', '[]', 'no JSON object'),
+    ('calibration.json', '{"levels": 3, "threshold": 1, "image_threshold": 1}', "'levels' holds no calibration"), ('calibration.json', '{', 'cannot be read as JSON')])
+def test_a_foreign_file_in_a_saved_model_is_named(fitted, tmp_path, name, content, words):
+    foreign(fitted[0].save_pretrained(tmp_path/'model')/name, content)
+    with pytest.raises(StoreError, match=re.escape(words)) as e: DynAD.from_pretrained(tmp_path/'model')
+    assert str(tmp_path/'model'/name) in str(e.value)
+
+@pytest.mark.parametrize('more, words', [({'denoiser.heads': 5, 'denoiser.attention': [1]}, 'denoiser.heads = 5 does not divide'), ({'precision': 'fp16', 'device': 'cpu'}, "precision = 'fp16' needs a GPU")])
+def test_a_fit_that_fails_leaves_the_finished_run_as_it_was(fitted, run, gears, more, words):
+    before = {f.name for f in (run/'stages').glob('*/*')}
+    with pytest.raises(DenoiserError, match=words): fit(gears, run, **more)
+    assert {f.name for f in (run/'stages').glob('*/*')} == before                # it ends before anything is trained
+    assert judge(DynAD.open(run, progress=False), gears) == fitted[2]
+
+@pytest.mark.parametrize('stage, at', [('autoencoder', 0), ('denoiser', 4), ('phi', 0)])
+def test_every_training_can_be_stopped_and_goes_on(fitted, gears, tmp_path, stage, at):
+    seen = []
+    with pytest.raises(TrainingStopped): DynAD(make_config('smoke', CUT)).fit(gears, tmp_path/'run', progress=False, callback=lambda *a: seen.append(a), should_stop=lambda: seen[-1][:2] == (stage, at))
+    assert seen[-1][:2] == (stage, at) and not (tmp_path/'run'/'run.json').exists()
+    model = fit(gears, tmp_path/'run')
+    assert model.hashes == fitted[0].hashes
+
 def test_what_the_error_advises_heals_the_run(fitted, run, gears):
     for pattern in ('phi/*/phi.safetensors', 'features/*/rows-*.safetensors'):
         f = stage_file(run, pattern); f.write_bytes(b'torn')
@@ -231,9 +275,12 @@ def test_what_the_error_advises_heals_the_run(fitted, run, gears):
 
 def test_features_that_are_gone_are_asked_of_a_fit(fitted, run, gears):
     shutil.rmtree(run/'stages'/'features')
-    with pytest.raises(StoreError, match='a stage is missing and its pictures are not at hand; run `dynad fit` with the same --out again'): DynAD.open(run, progress=False)
+    with pytest.raises(StoreError, match='a stage that these settings need is missing and its pictures are not at hand; run `dynad fit` with the same --out again'): DynAD.open(run, progress=False)
     assert judge(fit(gears, run), gears) == fitted[2]
     DynAD.open(run, progress=False)
+    with pytest.raises(StoreError, match=r'with the same --out and --set dic.layer=1 again'): DynAD.open(run, {'dic.layer': 1}, progress=False)
+    fit(gears, run, **{'dic.layer': 1})
+    assert DynAD.open(run, {'dic.layer': 1}, progress=False).layers == (1, 2, 3)
 
 def test_checkpoints_that_are_torn_or_of_another_training(fitted, gears, tmp_path):
     class Stop(Exception): pass
@@ -256,7 +303,7 @@ def test_a_checkpoint_of_the_autoencoder_that_is_torn_or_foreign(gears, tmp_path
     class Stop(Exception): pass
     import dynad.detector as room
     keep = room.finetune
-    def dies(ae, images, s, phi, seed, progress, work): raise Stop(str(work))
+    def dies(ae, images, s, phi, seed, progress, work, **how): raise Stop(str(work))
     room.finetune = dies
     try:
         with pytest.raises(Stop) as e: fit(gears, run)

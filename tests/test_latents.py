@@ -7,6 +7,7 @@ from hypothesis import given, settings as hsettings, strategies as st
 from dynad import latents
 from dynad.config import FeatureSettings, LatentSettings, weights_root
 from dynad.features import load_features
+from dynad.store import TrainingStopped
 from dynad.latents import KLF8, TAESD, IdentityAE, LatentError, TinyAE, _draw, _shift, finetune, load_latents, one_cycle, psnr, shipped
 
 
@@ -61,6 +62,9 @@ def test_klf8_scale_and_sampling():
         q = net.encode(2 * x - 1).latent_dist
         torch.testing.assert_close(KLF8(net).encode(x), q.mode() * .25)
         ae = KLF8(net, 'sample')
+        draws = lambda *seeds: [torch.Generator().manual_seed(s) for s in seeds]
+        pair = torch.cat([x[:1], x[:1]])
+        torch.testing.assert_close(ae.encode(pair, draws(3, 4))[1:], ae.encode(pair[:1], draws(4)))        # each picture has its own draw, whatever batch it comes in
         a, b = (ae.encode(x, torch.Generator().manual_seed(s)) for s in (0, 1))
         assert torch.equal(a, ae.encode(x, torch.Generator().manual_seed(0))) and not torch.equal(a, b)
 
@@ -224,3 +228,18 @@ def test_shift_keeps_the_picture():
 @given(st.floats(.001, .5))
 def test_psnr_is_its_formula(d):
     assert psnr(torch.zeros(1, 3, 4, 4), torch.full((1, 3, 4, 4), d)).item() == pytest.approx(-20 * math.log10(d), abs=1e-3)
+
+def test_fine_tuning_follows_the_autoencoders_device():
+    "On the device that holds no numbers, all that differs is where tensors are: it ends where the loss is read, not where two devices meet."
+    ae, phi = load_latents(LatentSettings(kind='tiny'), 32).to('meta'), load_features(FeatureSettings(backbone='efficientnet_lite0'), pretrained=False).to('meta')
+    with pytest.raises(RuntimeError, match='meta tensors'): finetune(ae, torch.zeros(4, 3, 32, 32, dtype=torch.uint8), LatentSettings(kind='tiny', finetune_steps=1, finetune_batch=2), phi, progress=False)
+
+def test_fine_tuning_that_is_stopped_goes_on(tmp_path):
+    images, s = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), LatentSettings(kind='tiny', finetune_steps=4, finetune_batch=2)
+    whole, cut = load_latents(s, 32), load_latents(s, 32)
+    losses = finetune(whole, images, s, progress=False, seed=2**32 - 1)
+    seen = []
+    with pytest.raises(TrainingStopped, match='stopped after step 1 of 4; .*finetune.safetensors lets the next run go on'):
+        finetune(cut, images, s, progress=False, seed=2**32 - 1, workdir=tmp_path, callback=lambda *a: seen.append(a), should_stop=lambda: len(seen) == 2)
+    assert seen == [*enumerate(losses[:2])]
+    assert finetune(load_latents(s, 32), images, s, progress=False, seed=2**32 - 1, workdir=tmp_path) == losses

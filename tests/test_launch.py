@@ -1,4 +1,5 @@
 "Where a training runs: precision and device renewed, trackers, torch.compile, and `accelerate launch` with two processes."
+import importlib.util
 import json
 import os
 import subprocess
@@ -185,3 +186,11 @@ def test_precision_between_two_processes(tmp_path, boards):
     done = launch(tmp_path, boards, precision='bf16')
     assert done.returncode == 0, done.stderr[-4000:]
     assert (tmp_path/'rank0.txt').read_text().split('|')[3] == (tmp_path/'rank1.txt').read_text().split('|')[3]
+
+def test_a_folder_named_like_a_tracker_is_none(tmp_path, monkeypatch):
+    "W&B leaves a folder `wandb` in the working directory, which Python would import as a namespace."
+    if importlib.util.find_spec('wandb'): pytest.skip('wandb is installed')
+    (tmp_path/'wandb').mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert importlib.util.find_spec('wandb')
+    with pytest.raises(ConfigError, match='wandb is asked for, but its package is not installed'): check_trackers(('wandb',))
