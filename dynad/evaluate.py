@@ -188,7 +188,7 @@ def _decision(scores: Tensor, labels: Tensor, hits: tuple[int, int], model: DynA
 
 ORIGIN = { # where the fixed settings of a preset come from
     'small': 'fixed preset; its T_max, λ and number of steps were chosen while looking at the test pictures of cookies, of magnetic tile and of synthetic boards: a first figure for other data, a tuned one for those three',
-    'smoke': 'fixed preset for tests of the machinery', 'paper': 'as printed in the paper (η and γ within its printed ranges)', 'authors': "the public code's shipped settings; its adaptation uses the sampler of the other settings, and the metrics are this project's (exact PRO, binary masks)"}
+    'smoke': 'fixed preset for tests of the machinery', 'paper': 'as printed in the paper (η and γ within its printed ranges)', 'authors': "the public code's shipped settings, but for the sampler inside its adaptation; the metrics are this project's (exact PRO, binary masks)"}
 
 def _protocol(model: DynAD, dataset: AnomalyDataset, judge: Judge) -> dict[str, Any]:
     c, y, n_boot = model.config, judge.labels.bool(), judge.n_boot

@@ -86,7 +86,7 @@ def test_random_autoencoders_have_the_shape_of_the_real(kind, channels, down):
     assert z.shape == (1, channels, 64//down, 64//down)
 
 def test_kl_f8_counted_as_the_specification_says():
-    "256²: encode 273 GFLOP, decode 622 (SPEC of latent diffusion's KL-f8, 83.65 M weights); counted on 64², where convolutions cost 1/16."
+    "256²: encode 273 GFLOP, decode 622 (latent diffusion's KL-f8, 83.65 M weights); counted on 64², where convolutions cost 1/16."
     ae = S.random_autoencoder(make_config('paper').latents, 256)
     assert count_parameters(ae) == 83_653_863
     with torch.no_grad():
