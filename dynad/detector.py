@@ -488,7 +488,7 @@ class DynAD:
         changed = [k for k in TRAINED if _trained(config)[k] != _trained(base)[k]]
         if changed: raise ConfigError(f"{', '.join(changed)}: cannot be changed on a fitted run; fit again with --set, the stages that do not depend on it are kept")
         if not (root/'run.json').exists(): raise StoreError(f"{root/'run.json'}: no such file, the run is not finished; run `dynad fit` with the same --out again, it goes on where it stopped")
-        info = load_json(root/'run.json', 'data', 'keys', 'stages', 'trained')
+        info = load_json(root/'run.json', 'data', 'keys.fit', 'keys.held_out', *(f'stages.{s}' for s in ('autoencoder', 'denoiser', 'phi', 'patch_bank')), 'trained')
         self, store = cls(config), Store(root)
         if content_key(_trained(config)) != info['trained']:
             raise ConfigError(f"{root/'config.json'}: not the settings this run was fitted with; run `dynad fit` with the same --out again")
@@ -496,7 +496,7 @@ class DynAD:
         asked = ''.join(f' --set {k}={json.dumps(v)}' for k, v in (overrides or {}).items())
         def gone(): raise StoreError(f"{root}: a stage that these settings need is missing and its pictures are not at hand; run `dynad fit` with the same --out{asked and ' and'}{asked} again")
         self.good, self.held_out = (Staged(self, store, info['keys'][p], gone, progress) for p in ('fit', 'held_out'))
-        for name, load in (('autoencoder', self._load_autoencoder), ('denoiser', self._load_denoiser), ('phi', self._load_phi), ('patch_bank', self._load_patch_bank)): load(root/info['stages'][name])
+        for name, load in (('autoencoder', self._load_autoencoder), ('denoiser', self._load_denoiser), ('phi', self._load_phi), ('patch_bank', self._load_patch_bank)): load(root/str(info['stages'][name]))
         self._finish()
         return self
 
@@ -544,7 +544,8 @@ class DynAD:
         width = pooled(self.look(torch.zeros(1, 3, side, side))[self.config.dic.layer], self.config.dic.pool).shape[1]
         if self.dic.bank.shape[1:] != (width,): raise StoreError(f"{folder/'dic.safetensors'}: a bank of {list(self.dic.bank.shape)} numbers, where φ gives {width} per picture; {HEAL}")
         c = load_json(folder/'calibration.json', 'levels', 'threshold', 'image_threshold')
-        try: self.calibration = Calibration({int(k): tuple(float(x) for x in v) for k, v in c['levels'].items()})
-        except (AttributeError, TypeError, ValueError) as e: raise StoreError(f"{folder/'calibration.json'}: 'levels' holds no calibration ({e}); {HEAL}") from None
-        self.threshold, self.image_threshold = c['threshold'], c['image_threshold']
+        try:
+            self.calibration = Calibration({int(k): (float(a), float(b), float(p), float(q)) for k, (a, b, p, q) in c['levels'].items()})
+            self.threshold, self.image_threshold = float(c['threshold']), float(c['image_threshold'])
+        except (AttributeError, TypeError, ValueError, OverflowError) as e: raise StoreError(f"{folder/'calibration.json'}: holds no calibration ({e}); {HEAL}") from None
         return self

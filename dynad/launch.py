@@ -31,7 +31,7 @@ def processes(
     "The processes of this run and their device; one process unless `accelerate launch` started more."
     if PartialState._shared_state and PartialState().num_processes == 1:
         on_cpu = PartialState().device.type == 'cpu'
-        if on_cpu != (device == 'cpu' or not torch.cuda.is_available()): AcceleratorState._reset_state(reset_partial_state=True)
+        if on_cpu != (device == 'cpu' or not torch.accelerator.is_available()): AcceleratorState._reset_state(reset_partial_state=True)
     return PartialState(cpu=device == 'cpu', timeout=PATIENCE)
 
 def accelerator(

@@ -127,14 +127,18 @@ def load_state(
 
 def load_json(
     path: str | Path,
-    *keys: str              # that it must have
+    *keys: str              # that it must have; `a.b` is b in the object a
 ) -> dict[str, Any]:
     "Read a JSON object. Raises `StoreError` that names the file when it is missing, not JSON, or lacks a key."
     try: raw = json.loads(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError: raise StoreError(f"{path}: no such file; {HEAL}") from None
     except (ValueError, RecursionError, OSError) as e: raise StoreError(f"{path}: cannot be read as JSON ({e}); {HEAL}") from None
-    gone = [k for k in keys if not isinstance(raw, dict) or k not in raw]
-    if gone or not isinstance(raw, dict): raise StoreError(f"{path}: {f'has no {gone[0]!r}' if isinstance(raw, dict) else 'no JSON object'}: a file of something else; {HEAL}")
+    if not isinstance(raw, dict): raise StoreError(f"{path}: no JSON object: a file of something else; {HEAL}")
+    for key in keys:
+        at = raw
+        for part in key.split('.'):
+            if not isinstance(at, dict) or part not in at: raise StoreError(f"{path}: has no {key!r}: a file of something else; {HEAL}")
+            at = at[part]
     return raw
 
 def file_sha256(

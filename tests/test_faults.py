@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -221,6 +221,9 @@ def test_a_damaged_stage_is_named_and_deleting_its_folder_heals_the_run(fitted, 
     finally:
         for f, old in files.items(): f.write_bytes(old)
 
+@pytest.fixture(scope='module')
+def saved(fitted, tmp_path_factory): return fitted[0].save_pretrained(tmp_path_factory.mktemp('saved'))
+
 def foreign(path: Path, content) -> Path:
     "A file that is whole, and something else."
     if isinstance(content, dict): save_tensors(path, content)
@@ -243,11 +246,37 @@ def test_a_foreign_file_in_a_run_is_named(run, gears, pattern, content, words):
 @pytest.mark.parametrize('name, content, words', [
     ('dic.safetensors', X, "holds x and no 'bank'"), ('dic.safetensors', {'bank': torch.rand(4, 3), 'train_distance': torch.rand(4), 'edges': torch.rand(3).sort().values}, 'a bank of [4, 3] numbers'),
     ('phi.safetensors', X, 'the weights of another network'), ('calibration.json', '{}', "has no 'levels'"), ('calibration.json', '[]', 'no JSON object'),
-    ('calibration.json', '{"levels": 3, "threshold": 1, "image_threshold": 1}', "'levels' holds no calibration"), ('calibration.json', '{', 'cannot be read as JSON')])
+    ('calibration.json', '{"levels": 3, "threshold": 1, "image_threshold": 1}', 'holds no calibration'), ('calibration.json', '{', 'cannot be read as JSON')])
 def test_a_foreign_file_in_a_saved_model_is_named(fitted, tmp_path, name, content, words):
     foreign(fitted[0].save_pretrained(tmp_path/'model')/name, content)
     with pytest.raises(StoreError, match=re.escape(words)) as e: DynAD.from_pretrained(tmp_path/'model')
     assert str(tmp_path/'model'/name) in str(e.value)
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), lambda x: st.lists(x, max_size=4) | st.dictionaries(st.text(max_size=5), x, max_size=4), max_leaves=8)
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(raw=st.fixed_dictionaries({}, optional={'levels': JSON | st.dictionaries(st.integers().map(str), st.lists(st.floats(), min_size=3, max_size=5), max_size=2), 'threshold': JSON, 'image_threshold': JSON}) | JSON)
+def test_any_calibration_file_is_one_or_a_store_error(saved, raw):
+    (saved/'calibration.json').write_text(json.dumps(raw))
+    try: DynAD.from_pretrained(saved)
+    except StoreError as e: assert str(saved/'calibration.json') in str(e)
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(more=st.dictionaries(st.sampled_from(['data', 'keys', 'stages', 'trained']), JSON, min_size=1))
+def test_any_run_file_opens_or_is_named(fitted, run, more):
+    (run/'run.json').write_text(json.dumps(json.loads((fitted[1]/'run.json').read_text()) | more))
+    with pytest.raises((StoreError, ConfigError, LatentError), match=re.escape(str(run))) if set(more) - {'data'} else nullcontext(): DynAD.open(run, progress=False)
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(layout=st.sampled_from(['elpv', 'visa']), content=st.binary(max_size=80) | st.text(max_size=80).map(str.encode) | st.lists(st.sampled_from(['object,split,label,image,mask', 'a,train,normal,a.png,', 'a,test,anomaly,a.png,m.png', 'a,,,,', 'x.png 0.0 mono', 'x.png nan mono', '../x 1 mono', '"', '']), max_size=5).map(lambda rows: '\n'.join(rows).encode()))
+def test_any_table_of_a_data_set_is_read_or_a_data_error(tmp_path, layout, content):
+    table = tmp_path/('labels.csv' if layout == 'elpv' else 'split_csv/1cls.csv')
+    table.parent.mkdir(exist_ok=True); table.write_bytes(content)
+    (tmp_path/'a').mkdir(exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try: open_dataset(tmp_path, layout=layout, category=None if layout == 'elpv' else 'a')
+        except DataError as e: assert str(tmp_path) in str(e)
 
 @pytest.mark.parametrize('more, words', [({'denoiser.heads': 5, 'denoiser.attention': [1]}, 'denoiser.heads = 5 does not divide'), ({'precision': 'fp16', 'device': 'cpu'}, "precision = 'fp16' needs a GPU")])
 def test_a_fit_that_fails_leaves_the_finished_run_as_it_was(fitted, run, gears, more, words):
