@@ -122,7 +122,8 @@ FRONT = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name
 <div class="box"><p><b class="reproduced">reproduced on …</b> with the paper's settings, on all pictures, as published, of the named sets or categories, which are those that the paper reports on; only then is there a difference.</p>
 <p><b class="run">run on …</b> real pictures of the paper's data sets, but no reproduction: a smaller preset, <i>not the paper's settings</i>, or a target that the paper does not print, <i>not in the paper</i>.</p>
 <p><b class="stand">stand-in data</b> the same notebook on other pictures: it shows what the method does there, and says nothing about the printed numbers. Such numbers have a column of their own.</p>
-<p><b class="not">not run: …</b> with the reason. <small class="meta">From an older version of …</small> under a status: since that run the notebook, the package, the pictures or the weights have changed, and the row shows what it was then; the command below makes it again.</p></div>
+<p><b class="not">not run: …</b> with the reason.</p>
+<p class="state"><span class="old">from an older version of …</span> beneath one of these: since then the notebook, the package, the pictures or the weights have changed; the row shows what came out before.</p></div>
 {% for s in sections %}<h2 id="{{ s.name }}">Profile {{ s.name }} <small class="meta">{{ s.what }}</small></h2>
 {% if s.note %}<p class="meta">{{ s.note[0] }} <code>{{ s.note[1] }}</code>{{ s.note[2] }}</p>{% endif %}<div class="wide"><table class="front"><thead><tr><th class="thumb"></th><th>target</th><th>the paper prints</th><th>ours, on the paper's data</th><th>difference</th><th>ours, on stand-in data</th><th>status</th></tr></thead><tbody>
 {% for r in s.rows %}<tr id="{{ s.name }}-{{ r.name }}"><td class="thumb">{% if r.thumb %}<img src="{{ r.thumb }}" alt="">{% endif %}</td><td><span class="title">{% if r.link %}<a href="{{ r.link }}">{{ r.title }}</a>{% else %}{{ r.title }}{% endif %}</span><br><small>{{ r.name }}{% if r.data %} · {{ r.data }}{% endif %}{% if r.minutes %} · {{ r.minutes }} min{% endif %}</small></td>
@@ -219,7 +220,7 @@ def write_book(
                 row['link'] = f'{profile}/{j.name}.html'
                 if (work/profile/j.name/'thumb.png').exists(): row['thumb'] = f'{profile}/{j.name}/thumb.png'
             done, old = sum(r['kind'] != 'not' for r in rows), sum(bool(r['old']) for r in rows)
-            sections.append(dict(name=profile, what=PROFILES[profile].what, rows=rows, note=(f"{done} of {len(rows)} rows have a result{f', {old} of them from an older version' if old else ''}; what is missing is made by", f'dynad reproduce all --profile {profile}', '. The smoke profile is a test of the machinery: its numbers are no results.' if profile == 'smoke' else '.')))
+            sections.append(dict(name=profile, what=PROFILES[profile].what, rows=rows, note=(f"{done} of {len(rows)} rows have a result{f', {old} of them from an older version' if old else ''}; what is missing or older is made by", f'dynad reproduce all --profile {profile}', '. The smoke profile is a test of the machinery: its numbers are no results.' if profile == 'smoke' else '.')))
         (work/'index.html').write_text(front.render(sections=sections, style=css, version=__version__), encoding='utf-8')
         _swap(work, final)
     finally: shutil.rmtree(work, ignore_errors=True)
