@@ -308,6 +308,13 @@ def _found(parameters: dict, wanted: tuple[str, ...]) -> list:
     first, *more = wanted or (None,)
     return subjects(str(parameters['data']), first) + [s for w in more if parameters['data'] == 'auto' and find_set(w) for s in subjects('auto', w)]
 
+def _from_here(data: Any) -> Any:
+    "Folders named from the current one, for kernels that start in another."
+    from dynad.reproduce import SETS
+    root = data_root()
+    local = lambda w: not (root and (root/w).is_dir()) and w.split('/')[0] not in ('auto', 'elpv', *SETS) and not Path(w).expanduser().is_absolute() and Path(w).is_dir()
+    return ','.join(os.path.abspath(w) if local(w) else w for w in map(str.strip, data.split(','))) if isinstance(data, str) else data
+
 def _words(found: list) -> str:
     "A few labels, or a set and the number of its categories."
     from dynad.reproduce import SETS
@@ -371,6 +378,7 @@ def plan(
     if profile not in PROFILES: raise RunnerError(f"profile = {profile!r} does not exist; allowed: {', '.join(PROFILES)}")
     given, chosen, p = dict(parameters or {}), {}, PROFILES[profile]
     if 'out' in given: raise RunnerError("-p out: the runner sets this one; use --out for another folder")
+    if 'data' in given: given['data'] = _from_here(given['data'])
     for name in names:
         if name == 'all': chosen |= {t.name: (t, papers_folder()/t.notebook) for t in TARGETS.values()}
         elif name.endswith('.ipynb'):

@@ -197,6 +197,12 @@ def test_a_notebook_of_ours_given_by_its_path_is_the_target(tmp_path, monkeypatc
     by_path, by_name = (plan([n], root=tmp_path/'runs')[0] for n in (str(Path(__file__).parents[1]/'nbs'/'papers'/'table2.ipynb'), 'table2'))
     assert by_path == by_name and by_name.data == 'BTAD 01'
 
+def test_a_folder_named_from_here_is_found_by_the_kernel(tmp_path, monkeypatch):
+    (tmp_path/'mine'/'train').mkdir(parents=True); monkeypatch.chdir(tmp_path); monkeypatch.setenv('DYNAD_DATA', str(real_set(tmp_path/'data')))
+    nb = notebook(tmp_path/'nbs', 'one')
+    job = lambda data: plan([nb], parameters={'data': data}, root=tmp_path/'runs')[0]
+    assert job('./mine, btad').parameters['data'] == f"{tmp_path/'mine'},btad" and job('mine').data == 'mine (stand-in)' and job('synthetic:board').parameters['data'] == 'synthetic:board'
+
 def test_costs_say_where_they_come_from(tmp_path, monkeypatch):
     monkeypatch.delenv('DYNAD_DATA', raising=False); monkeypatch.delenv('DYNAD_WEIGHTS', raising=False)
     one = lambda name='fig13', profile='smoke', **p: plan([name], profile, p, tmp_path/'runs')[0]
