@@ -13,7 +13,7 @@ from PIL import Image
 
 from .lesson import runs_folder
 from .reproduce import KEYS, METRICS, _plain, _text, comparison_table, printed
-from .runner import PROFILES, TARGETS, Job, RunnerError, _read_json, _swap, plan
+from .runner import PROFILES, TARGETS, Job, RunnerError, _read_json, _swap, outdated, papers_folder, plan
 
 # %% auto #0
 __all__ = ['HEADLINE', 'STYLE', 'FRONT', 'PAGE', 'formula', 'notebook_html', 'status', 'paper_prints', 'headline', 'write_book']
@@ -60,12 +60,15 @@ def status(
     failure: dict[str, Any] | None, # run.json of a failed run
     reason: str | None              # why it cannot run here
 ) -> str:
-    "'reproduced on <data>', 'stand-in data' or 'not run: <reason>'."
+    "'reproduced on <data>', 'run on <data>…: not …', 'stand-in data' or 'not run: <reason>'."
     if failure: return f"not run: failed{' in cell ' + str(failure['cell']) if failure.get('cell') else ''}: {failure['error']}"
     if result is None: return f"not run: {reason or 'not asked for yet'}"
-    if result['stand_in']: return 'stand-in data'
-    preset = result['parameters'].get('preset', 'paper')
-    return f"reproduced on {', '.join(result['sets'])}" + ('' if preset in ('paper', 'authors') else f', {preset} preset')
+    target, preset = TARGETS.get(result['target']), result['parameters'].get('preset')
+    in_paper = target is not None and target.in_paper
+    if result['stand_in'] or in_paper and not {d['real'] for d in result['data']} <= set(target.wanted): return 'stand-in data'
+    where = ', '.join(result['sets'])
+    if in_paper and preset in ('paper', 'authors'): return f'reproduced on {where}'
+    return f"run on {where}{f', {preset} preset' if preset else ''}: not " + ("the paper's settings" if in_paper else 'in the paper')
 
 def _figure(v: float | None, metric: str) -> str: return f'{METRICS.get(metric, metric)} {_text(v, metric)}'
 
@@ -94,7 +97,7 @@ def headline(
 
 # %% ../nbs/18b_book.ipynb #b5372067
 STYLE = """
-:root { --ink:#1c2430; --soft:#5b6675; --line:#dfe3e8; --pale:#f5f7f9; --blue:#0a5c8f; --good:#0b6b4f; --stand:#8a5a00; --no:#8f2d2d }
+:root { --ink:#1c2430; --soft:#5b6675; --line:#dfe3e8; --pale:#f5f7f9; --blue:#0a5c8f; --good:#0b6b4f; --run:#3d5a80; --stand:#8a5a00; --no:#8f2d2d }
 * { box-sizing:border-box } html { font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif; color:var(--ink); background:#fff }
 body { margin:0 } main { max-width:1180px; margin:0 auto; padding:1.2rem 1.4rem 4rem } main.page { max-width:1320px }
 h1 { font-size:1.9rem; line-height:1.2; margin:1.2rem 0 .4rem } h2 { font-size:1.3rem; margin:2.2rem 0 .5rem } h3 { font-size:1.08rem } a { color:var(--blue) } a:hover { text-decoration-thickness:2px }
@@ -104,7 +107,7 @@ code, pre { font:13px/1.5 ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mon
 thead th { color:var(--soft); font-weight:600; white-space:nowrap; border-bottom:2px solid var(--line) } td.num { white-space:nowrap; text-align:right }
 .front td { padding:.55rem .6rem } .front { width:100% } .front td.thumb { width:104px } .front td.thumb img { width:96px; height:64px; object-fit:cover; object-position:left top; border:1px solid var(--line); border-radius:4px; display:block }
 .front .title { font-weight:600 } .front small, .meta { color:var(--soft); font-size:.82rem } .front td.state { min-width:9rem; max-width:17rem; overflow-wrap:anywhere } td.std { background:#fbf8f1 } .dash { color:#a5adb7 }
-.state.reproduced b, b.reproduced { color:var(--good) } .state.stand b, b.stand { color:var(--stand) } .state.not b, b.not { color:var(--no) } .state b { font-weight:600 }
+.state.reproduced b, b.reproduced { color:var(--good) } .state.run b, b.run { color:var(--run) } .state.stand b, b.stand { color:var(--stand) } .front small.old, .state .old { color:var(--no); font-size:.82rem } .state.not b, b.not { color:var(--no) } .state b { font-weight:600 }
 nav { display:flex; gap:1.2rem; flex-wrap:wrap; font-size:.9rem; padding:.6rem 0; border-bottom:1px solid var(--line) } nav .right { margin-left:auto }
 .box { background:var(--pale); border:1px solid var(--line); border-radius:6px; padding:.7rem 1rem; margin:1rem 0 } .box p { margin:.3rem 0 } details { margin:.6rem 0 } summary { cursor:pointer; color:var(--blue) }
 .cell { margin:.5rem 0 } .prompt, .prompt_container { display:none } .failed .input .prompt { display:block; float:left; width:4.5rem; color:var(--soft); font-size:.8rem } .anchor-link { display:none } table.dataframe, table.dataframe tr, table.dataframe th, table.dataframe td { border-width:0 } table.dataframe th, table.dataframe td { border-bottom:1px solid var(--line) } table.dataframe tbody th { font-weight:500 } table.dataframe th, table.dataframe td { padding:.26rem .5rem; font-size:.8rem } table.dataframe thead th { text-align:left !important } .output_subarea td, table.dataframe td { white-space:nowrap } .input_area { background:var(--pale); border:1px solid var(--line); border-radius:5px; padding:.45rem .8rem; overflow-x:auto } .input_area pre, .highlight pre { margin:0 } .highlight { background:none !important }
@@ -116,23 +119,25 @@ math { font-size:1.08em } p:has(math[display=block]) { max-width:none } math[dis
 FRONT = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>dynad: the paper, reproduced</title><style>{{ style }}</style></head><body><main>
 <h1>The paper, table by table and figure by figure</h1>
 <p>Reproductions of “Dynamic Addition of Noise in a Diffusion Model for Anomaly Detection” with dynad. Every row leads to the executed notebook. Shares are in percent, differences in points, ours minus the paper's.</p>
-<div class="box"><p><b class="reproduced">reproduced on …</b> all pictures of the set that the paper reports on, as published; only then is there a difference.</p>
+<div class="box"><p><b class="reproduced">reproduced on …</b> with the paper's settings, on all pictures, as published, of the named sets or categories, which are those that the paper reports on; only then is there a difference.</p>
+<p><b class="run">run on …</b> real pictures of the paper's data sets, but no reproduction: a smaller preset, <i>not the paper's settings</i>, or a target that the paper does not print, <i>not in the paper</i>.</p>
 <p><b class="stand">stand-in data</b> the same notebook on other pictures: it shows what the method does there, and says nothing about the printed numbers. Such numbers have a column of their own.</p>
-<p><b class="not">not run: …</b> with the reason.</p></div>
+<p><b class="not">not run: …</b> with the reason.</p>
+<p class="state"><span class="old">from an older version of …</span> beneath one of these: since then the notebook, the package, the pictures or the weights have changed; the row shows what came out before.</p></div>
 {% for s in sections %}<h2 id="{{ s.name }}">Profile {{ s.name }} <small class="meta">{{ s.what }}</small></h2>
 {% if s.note %}<p class="meta">{{ s.note[0] }} <code>{{ s.note[1] }}</code>{{ s.note[2] }}</p>{% endif %}<div class="wide"><table class="front"><thead><tr><th class="thumb"></th><th>target</th><th>the paper prints</th><th>ours, on the paper's data</th><th>difference</th><th>ours, on stand-in data</th><th>status</th></tr></thead><tbody>
 {% for r in s.rows %}<tr id="{{ s.name }}-{{ r.name }}"><td class="thumb">{% if r.thumb %}<img src="{{ r.thumb }}" alt="">{% endif %}</td><td><span class="title">{% if r.link %}<a href="{{ r.link }}">{{ r.title }}</a>{% else %}{{ r.title }}{% endif %}</span><br><small>{{ r.name }}{% if r.data %} · {{ r.data }}{% endif %}{% if r.minutes %} · {{ r.minutes }} min{% endif %}</small></td>
-<td class="num">{% for t in r.paper %}{{ t }}<br>{% else %}<span class="dash">—</span>{% endfor %}</td><td class="num">{% for t in r.ours %}{{ t }}<br>{% else %}<span class="dash">—</span>{% endfor %}</td><td class="num">{% for t in r.difference %}{{ t }}<br>{% else %}<span class="dash">—</span>{% endfor %}</td>
-<td class="std">{% if r.standin %}{% if r.of %}<small>{{ r.of }}</small><br>{% endif %}{% for t in r.standin %}{{ t }}<br>{% endfor %}{% else %}<span class="dash">—</span>{% endif %}</td><td class="state {{ r.kind }}"><b>{{ r.head }}</b>{{ r.rest }}</td></tr>
+<td class="num">{% for t in r.paper %}{{ t }}<br>{% else %}<span class="dash">—</span>{% endfor %}</td><td class="num">{% if r.ours and r.of %}<small>{{ r.of }}</small><br>{% endif %}{% for t in r.ours %}{{ t }}<br>{% else %}<span class="dash">—</span>{% endfor %}</td><td class="num">{% for t in r.difference %}{{ t }}<br>{% else %}<span class="dash">—</span>{% endfor %}</td>
+<td class="std">{% if r.standin %}{% if r.of %}<small>{{ r.of }}</small><br>{% endif %}{% for t in r.standin %}{{ t }}<br>{% endfor %}{% else %}<span class="dash">—</span>{% endif %}</td><td class="state {{ r.kind }}"><b>{{ r.head }}</b>{{ r.rest }}{% if r.old %}<br><small class="old">{{ r.old }}</small>{% endif %}</td></tr>
 {% endfor %}</tbody></table></div>{% endfor %}
 <h2>What the paper's own tables say</h2><p>Read before comparing. Two slips in print: the PRO column of Table 7 averages to 93.2, printed 93.3; the text's 2.7 points over the next method in Table 1 are 2.9. Table 5 gains nothing in PRO for DIC, and its static rows may have been made with another sampler.
 DIC's own neighbour distance already ranks pictures before any diffusion; every table here therefore carries null models.</p>
-<p class="meta">Made by dynad {{ version }}. These pages need no server and no network; formulas are drawn by matplotlib, those that it cannot draw stay as TeX.</p>
+<p class="meta">Made by dynad {{ version }}. These pages need no server and no network; formulas are MathML, which the browser draws; one that cannot be converted stays as TeX.</p>
 </main></body></html>"""
 
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ r.title }} · dynad</title><style>{{ style }}
 {{ pygments }}</style></head><body><main class="page{{ ' failed' if trace }}"><nav><a href="../index.html#{{ profile }}-{{ r.name }}">all targets</a>{% if before %}<a href="{{ before.name }}.html">← {{ before.name }}</a>{% endif %}{% if after %}<a href="{{ after.name }}.html">{{ after.name }} →</a>{% endif %}<span class="right meta">profile {{ profile }}</span></nav>
-<div class="box"><p class="state {{ r.kind }}"><b>{{ r.head }}</b>{{ r.rest }}</p>{% if data %}<p class="meta">{% for d in data %}{{ d.label }}: {{ d.train }} training, {{ d.test }} test pictures{% if not loop.last %}; {% endif %}{% endfor %} · {{ machine }} · {{ minutes }} min</p>{% endif %}
+<div class="box"><p class="state {{ r.kind }}"><b>{{ r.head }}</b>{{ r.rest }}{% if r.old %} <span class="old">({{ r.old }})</span>{% endif %}</p>{% if data %}<p class="meta">{% for d in data %}{{ d.label }}: {{ d.train }} training, {{ d.test }} test pictures{% if not loop.last %}; {% endif %}{% endfor %} · {{ machine }} · {{ minutes }} min</p>{% endif %}
 {% if table %}<p><a href="#comparison">paper and ours</a>{% if figures %} · figures: {% for f in figures %}<a href="{{ r.name }}/{{ f }}.png">{{ f }}</a> (<a href="{{ r.name }}/{{ f }}.pdf">PDF</a>){% if not loop.last %}, {% endif %}{% endfor %}{% endif %} · <a href="{{ r.name }}/{{ json }}">all numbers (JSON)</a></p>{% endif %}
 {% if trace %}<details open><summary>the end of the traceback</summary><pre>{{ trace }}</pre></details>{% endif %}
 {% if notes %}<details {{ 'open' if notes|length < 6 }}><summary>what was found, {{ notes|length }} statement{{ 's' if notes|length != 1 }} computed from the numbers</summary><ul>{% for n in notes %}<li>{{ n }}</li>{% endfor %}</ul></details>{% endif %}</div>
@@ -143,8 +148,11 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name=
 # %% ../nbs/18b_book.ipynb #84e0e095
 def _split(s: str) -> tuple[str, str, str]:
     "Class, words in bold, rest of a status."
-    for kind, head in (('reproduced', 'reproduced on '), ('stand', 'stand-in data'), ('not', 'not run: ')):
-        if s.startswith(head): return (kind, s, '') if kind == 'reproduced' else (kind, head.strip(), ' ' + s[len(head):] if s[len(head):] else '')
+    if s.startswith(('reproduced on ', 'run on ')):
+        head, colon, rest = s.partition(': ')
+        return s.split()[0], head, colon + rest
+    for kind, head in (('stand', 'stand-in data'), ('not', 'not run: ')):
+        if s.startswith(head): return kind, head.strip(), ' ' + s[len(head):] if s[len(head):] else ''
     return 'not', s, ''
 
 def _thumb(source: Path, target: Path) -> None:
@@ -156,15 +164,15 @@ def _thumb(source: Path, target: Path) -> None:
 def _row(job: Job, result: dict | None, failure: dict | None) -> dict[str, Any]:
     kind, head, rest = _split(status(result, failure, job.reason))
     shown = headline(job.target, result['comparison']) if result and not failure else []
-    real = bool(result) and not result['stand_in'] and not failure
-    prints = paper_prints(job.target)
-    r = dict(name=job.name, title=job.title, kind=kind, head=head, rest=rest, data=', '.join(d['label'] for d in result['data'][:3]) if result and result['data'] else '', minutes=f"{result['minutes']:.1f}" if result else '',
-             paper=[_figure(p['value'], p['metric']) for p in prints], ours=[_figure(l['ours'], l['metric']) for l in shown] if real else [], difference=[_text(l['difference'], l['metric'], True) for l in shown if l['difference'] is not None] if real else [],
+    real, reproduced = kind in ('reproduced', 'run'), kind == 'reproduced'
+    prints, since = paper_prints(job.target), outdated(job, failure or job.note) if failure or result and job.note else ''
+    r = dict(name=job.name, title=job.title, kind=kind, head=head, rest=rest, old=f'from an older version of the {since}' if since else '', data=', '.join(d['label'] for d in result['data'][:3]) if result and result['data'] else '', minutes=f"{result['minutes']:.1f}" if result else '',
+             paper=[_figure(p['value'], p['metric']) for p in prints], ours=[_figure(l['ours'], l['metric']) for l in shown] if real else [], difference=[_text(l['difference'], l['metric'], True) for l in shown if l['difference'] is not None] if reproduced else [],
              standin=[] if real else [_figure(l['ours'], l['metric']) for l in shown], of='', link='', thumb='')
-    if shown and not real:
+    if shown and not reproduced:
         preset = result['parameters'].get('preset')
         several = len({l['row'] for l in shown}) > 1
-        if several: r['standin'] = [f"{l['row']}: {_text(l['ours'], l['metric'])}" for l in shown]
+        if several: r['ours' if real else 'standin'] = [f"{l['row']}: {_text(l['ours'], l['metric'])}" for l in shown]
         r['of'] = ' · '.join(x for x in (shown[0]['metric'] if several else shown[0]['row'] if shown[0]['row'] != shown[0]['data'] else '', shown[0]['column'] if shown[0]['column'] != 'Ours' else '', f'{preset} preset' if preset not in ('paper', None) else '') if x)
     return r
 
@@ -174,7 +182,9 @@ def _jobs(root: Path, profile: str) -> list[Job]:
     for note in sorted((root/profile).glob('*/run.json')):
         n, name = _read_json(note), note.parent.name.removesuffix('.failed')
         if n is None or name in jobs: continue
-        jobs[name] = Job(name, n['target'], n['title'], profile, n['notebook'], n['parameters'], str(root/profile/name), '', n['data'], n['minutes'], True, None)
+        t = TARGETS.get(n['target'])
+        path = papers_folder()/t.notebook if t and name.startswith(t.name) else n.get('path', n['notebook'])
+        jobs[name] = Job(name, n['target'], n['title'], profile, str(path), n['parameters'], str(root/profile/name), '', n['data'], n['minutes'], True, None, wanted=t.wanted if t else ())
     made = {j.target for j in jobs.values() if j.note}
     order = list(TARGETS)
     kept = [j for j in jobs.values() if j.name not in TARGETS or j.note or j.failure or j.target not in made] # a variant replaces the target without data
@@ -209,8 +219,8 @@ def write_book(
                 _page(work/profile, j, row, None if failure else result, failure, page, css, pygments, pages[k - 1] if k else None, pages[k + 1] if k + 1 < len(pages) else None)
                 row['link'] = f'{profile}/{j.name}.html'
                 if (work/profile/j.name/'thumb.png').exists(): row['thumb'] = f'{profile}/{j.name}/thumb.png'
-            done = sum(r['kind'] != 'not' for r in rows)
-            sections.append(dict(name=profile, what=PROFILES[profile].what, rows=rows, note=(f'{done} of {len(rows)} rows have a result; what is missing is made by', f'dynad reproduce all --profile {profile}', '. The smoke profile is a test of the machinery: its numbers are no results.' if profile == 'smoke' else '.')))
+            done, old = sum(r['kind'] != 'not' for r in rows), sum(bool(r['old']) for r in rows)
+            sections.append(dict(name=profile, what=PROFILES[profile].what, rows=rows, note=(f"{done} of {len(rows)} rows have a result{f', {old} of them from an older version' if old else ''}; what is missing or older is made by", f'dynad reproduce all --profile {profile}', '. The smoke profile is a test of the machinery: its numbers are no results.' if profile == 'smoke' else '.')))
         (work/'index.html').write_text(front.render(sections=sections, style=css, version=__version__), encoding='utf-8')
         _swap(work, final)
     finally: shutil.rmtree(work, ignore_errors=True)

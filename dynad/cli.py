@@ -208,7 +208,7 @@ class _Pairs(typer.core.TyperCommand):
             out.append(f'{rest.pop(0)}={rest.pop(0)}')
         return super().parse_args(ctx, out)
 
-def _minutes(job: dict) -> str: return '—' if job['minutes'] is None else f"{'' if job['measured'] else '≈'}{job['minutes']:.1f} min"
+def _minutes(job: dict) -> str: return job['cost'] if job['minutes'] is None else f"{'' if job['measured'] else '≈'}{job['minutes']:.1f} min, {job['cost']}"
 
 @app.command(cls=_Pairs)
 def reproduce(
@@ -219,9 +219,9 @@ def reproduce(
     show_list: Annotated[bool, typer.Option('--list', help='each target, its data, whether it can run here, what it costs, whether it is done')] = False,
     as_json: Annotated[bool, typer.Option('--json', help='with --list')] = False,
     dry_run: Annotated[bool, typer.Option(help='what would run, and why')] = False,
-    scheduler: Annotated[Optional[str], typer.Option(metavar='ADDRESS', help='of a dask scheduler, e.g. tcp://10.0.0.1:8786; default: a cluster on this machine')] = None,
+    scheduler: Annotated[Optional[str], typer.Option(metavar='ADDRESS', help="of a dask scheduler, e.g. tcp://10.0.0.1:8786, whose workers then look for GPU, weights and pictures themselves; default: a cluster on this machine")] = None,
     workers: Annotated[Optional[int], typer.Option(min=0, help='of the cluster on this machine; 0: in this process, without dask')] = None,
-    timeout: Annotated[Optional[int], typer.Option(min=1, help='seconds that one cell may take; default: no limit for paper, 1 hour for small, 10 minutes for smoke')] = None
+    timeout: Annotated[Optional[int], typer.Option(min=1, help='seconds that one cell may take; default: 600 (10 minutes) with the preset smoke, 14400 (4 hours) with small, 604800 (7 days) with paper and authors')] = None
 ):
     "Tables and figures of the paper, by papermill; what is done is not done again."
     with known_mistakes():
@@ -231,14 +231,16 @@ def reproduce(
             if len(names) > 1: raise runner.RunnerError("book stands alone: `dynad reproduce all`, then `dynad reproduce book`")
             typer.echo(f'the book: {write_book(out)}')
             return
-        limit = timeout or {'smoke': 600, 'small': 3600}.get(profile)
-        jobs = runner.plan(names, profile, runner.parse_parameters(parameter or []), out, limit)
+        jobs = runner.plan(names, profile, runner.parse_parameters(parameter or []), out, timeout, elsewhere=bool(scheduler))
         rows = runner.listing(jobs)
         if show_list and as_json: typer.echo(json.dumps(rows, indent=1, ensure_ascii=False)); return
         if show_list or dry_run:
             for j, r in zip(jobs, rows):
-                state = 'done already' if r['done'] else f"not run: {r['reason']}" if r['reason'] else f"would run ({_minutes(r)})"
+                state = 'done already' if r['done'] else f"not run: {r['reason']} (cost: {_minutes(r)})" if r['reason'] else f"would run ({_minutes(r)})"
                 typer.echo(f"{r['name']:<{max(len(x['name']) for x in rows)}}  {state}\n    {r['title']}; {r['data']}" + (f"\n    {', '.join(f'{k} = {v}' for k, v in j.parameters.items())}\n    → {j.out}" if dry_run and not r['reason'] else ''))
+            todo = [r['minutes'] for r in rows if r['can_run'] and not r['done'] and r['minutes'] is not None]
+            first = runner.TRAINING.get(str(jobs[0].parameters['preset']))
+            if len(todo) > 1: typer.echo(f"{len(todo)} would run, about {sum(todo):.0f} min one after another" + (f', and {first:g} min for each data set and seed that nothing has been trained on yet (on 2 cores)' if first else ''))
             return
         outcomes = runner.run_jobs(jobs, scheduler, workers, typer.echo)
         for o in outcomes:

@@ -4,7 +4,7 @@
 
 # %% ../nbs/18a_runner.ipynb #9efeda82
 from __future__ import annotations
-import ast, difflib, hashlib, json, os, re, shutil, time, traceback, uuid
+import ast, difflib, hashlib, json, os, platform, re, shutil, threading, time, traceback, uuid
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -18,10 +18,10 @@ from . import __version__
 from .config import ConfigError, content_key, data_root, weights_root
 
 # %% auto #0
-__all__ = ['TARGETS', 'PROFILES', 'SMALL_DATA', 'RunnerError', 'Target', 'Profile', 'variants', 'find_target', 'Cell',
-           'read_notebook', 'notebook_parameters', 'check_notebook', 'parse_parameters', 'source_hash', 'notebook_hash',
-           'folder_stamp', 'Job', 'papers_folder', 'plan', 'listing', 'Outcome', 'run_job', 'local_workers', 'cluster',
-           'run_jobs']
+__all__ = ['TARGETS', 'TRAINING', 'TIMEOUT', 'LONGEST', 'PROFILES', 'SMALL_DATA', 'RunnerError', 'Target', 'Profile', 'variants',
+           'find_target', 'Cell', 'read_notebook', 'notebook_parameters', 'check_notebook', 'parse_parameters',
+           'source_hash', 'notebook_hash', 'folder_stamp', 'Job', 'papers_folder', 'plan', 'listing', 'outdated',
+           'Outcome', 'run_job', 'local_workers', 'cluster', 'run_jobs']
 
 # %% ../nbs/18a_runner.ipynb #1962ecd8
 class RunnerError(ValueError):
@@ -32,24 +32,35 @@ class Target:
     "One table or figure, or one question that the paper leaves open."
     name: str
     title: str
-    wanted: str | None = 'visa'      # key of `reproduce.SETS`: what the paper reports on
+    wanted: tuple[str, ...] = ('visa',) # keys of `reproduce.SETS`: what the paper reports on; without the first a stand-in takes its place, the others are added where they are
     aliases: tuple[str, ...] = ()
-    minutes: float = .5              # smoke profile on two cores, the shared fit not counted
+    minutes: float = .2        # preset smoke, the shared training not counted: measured on two cores
+    small: float | None = None # preset small, per seed of cookies: measured likewise; None: never
+    trains: bool = False       # beside what all share
 
     @property
     def notebook(self) -> str: return f'{self.name}.ipynb'
 
+    @property
+    def in_paper(self) -> bool:
+        "Whether the paper prints it; the other targets ask what it leaves open."
+        return bool(self.wanted) and re.fullmatch(r'(table|fig)\d+', self.name) is not None
+
 TARGETS: dict[str, Target] = {t.name: t for t in (
-    Target('table1', 'Table 1: VisA by class'), Target('table2', 'Table 2: BTAD by class', 'btad'), Target('table3', 'Tables 3 and 7: MVTec AD by category', 'mvtec', ('table7',)),
-    Target('table4', 'Table 4: against DDAD'), Target('table5', 'Table 5: dynamic against static T̂'), Target('table6', 'Table 6: downscaling and domain adaptation'),
-    Target('table8', 'Table 8: pixel AUROC'), Target('table9', 'Table 9: time per image'),
-    Target('fig1', 'Figure 1: the amount of noise follows the picture'), Target('fig2', 'Figures 2 and 9: segmentations across scales', aliases=('fig9',)), Target('fig3', 'Figure 3: reconstruction and DIC, drawn from a run'),
-    Target('fig4', 'Figure 4: the anomaly map, drawn from a run'), Target('fig5', 'Figures 5 and 15: bins of training and test pictures', aliases=('fig15',)), Target('fig6', 'Figure 6: masks at static T̂ and with DIC'),
-    Target('fig7', 'Figure 7: reconstructions and segmentations'), Target('fig8', 'Figure 8: against DRAEM', 'mvtec'), Target('fig10', 'Figures 10 and 11: noised and noiseless forward process', aliases=('fig11',)),
-    Target('fig12', 'Figure 12: noiseless scaling up to t = 800'), Target('fig13', 'Figure 13: a fraction ω of the noise'), Target('fig14', 'Figure 14: noiseless against noised at rising levels'),
-    Target('scale', 'Results by the scale of the defect'), Target('spaces', 'Latent against pixel space'), Target('sensitivity', 'Sensitivity to T_max, η, K, |B| and λ'), Target('attribution', 'What one anomaly map is made of'),
-    Target('severity', 'Severity from less: pooled and projected features'), Target('speed', 'What a stage costs'),
-    Target('parity', 'Parity: the paper, the public code and dynad, switch by switch', minutes=1.))}
+    Target('table1', 'Table 1: VisA by class'), Target('table2', 'Table 2: BTAD by class', ('btad',)), Target('table3', 'Tables 3 and 7: MVTec AD by category', ('mvtec',), ('table7',), .3),
+    Target('table4', 'Table 4: against DDAD', minutes=1.2, trains=True), Target('table5', 'Table 5: dynamic against static T̂', minutes=.3, small=.7),
+    Target('table6', 'Table 6: downscaling and domain adaptation', minutes=.3, small=.4), Target('table8', 'Table 8: pixel AUROC', minutes=.3), Target('table9', 'Table 9: time per image', minutes=.5),
+    Target('fig1', 'Figure 1: the amount of noise follows the picture'), Target('fig2', 'Figures 2 and 9: segmentations across scales', ('visa', 'btad'), ('fig9',)), Target('fig3', 'Figure 3: reconstruction and DIC, drawn from a run'),
+    Target('fig4', 'Figure 4: the anomaly map, drawn from a run'), Target('fig5', 'Figures 5 and 15: bins of training and test pictures', ('visa', 'btad'), ('fig15',)), Target('fig6', 'Figure 6: masks at static T̂ and with DIC'),
+    Target('fig7', 'Figure 7: reconstructions and segmentations', ('visa', 'mvtec')), Target('fig8', 'Figure 8: against DRAEM', ('mvtec',)), Target('fig10', 'Figures 10 and 11: noised and noiseless forward process', aliases=('fig11',)),
+    Target('fig12', 'Figure 12: noiseless scaling up to t = 800'), Target('fig13', 'Figure 13: a fraction ω of the noise', minutes=.7, small=1.5), Target('fig14', 'Figure 14: noiseless against noised at rising levels', ('visa', 'mvtec'), minutes=.4),
+    Target('scale', 'Results by the scale of the defect'), Target('spaces', 'Latent against pixel space', minutes=1.6, small=18., trains=True), Target('sensitivity', 'Sensitivity to T_max, η, K, |B| and λ', minutes=.5),
+    Target('attribution', 'What one anomaly map is made of'), Target('severity', 'Severity from less: pooled and projected features'), Target('speed', 'What a stage costs', minutes=.5),
+    Target('parity', 'Parity: the paper, the public code and dynad, switch by switch', minutes=2.))}
+
+TRAINING = {'smoke': .7, 'small': 11.} # minutes on two cores: what the first target trains for each data set and seed, and the others find
+TIMEOUT = {'smoke': 600, 'small': 4*3600} # seconds per cell, by preset
+LONGEST = 7*24*3600 # of the others: one cell may train every category of a set, for three seeds
 
 @dataclass(frozen=True)
 class Profile:
@@ -225,6 +236,10 @@ class Job:
     minutes: float | None      # measured when it ran before, else estimated; None: not known
     measured: bool
     reason: str | None         # why it cannot run; None: it can
+    cost: str = ''             # where `minutes` come from, or what is known instead of them
+    wanted: tuple[str, ...] = () # of the target
+    roots: dict[str, str] | None = None # DYNAD_DATA and DYNAD_WEIGHTS where it was planned, absolute; those that were set
+    elsewhere: bool = False    # for workers of other machines: each judges its own GPU, and what it has of the pictures and weights
     home: str = ''             # of the package
     sources: str = ''          # source_hash
     stamps: dict[str, Any] | None = None # of data and weights
@@ -248,10 +263,14 @@ class Job:
         n = self.note
         return n is not None and n.get('key') == self.key and (Path(self.out)/f'{self.target}.json').is_file()
 
+def _parts(job: Job) -> dict[str, Any]:
+    "What a result depends on, as it is now."
+    return dict(notebook=notebook_hash(job.notebook), parameters=job.parameters, package=source_hash(_code(job.notebook)), stamps=job.stamps)
+
 def _keyed(job: Job) -> Job:
     "With the key that the notebook, the package, data and weights have now."
-    own = source_hash(_code(job.notebook))
-    return replace(job, sources=own, key=content_key(dict(notebook=notebook_hash(job.notebook), parameters=job.parameters, package=own, stamps=job.stamps)))
+    parts = _parts(job)
+    return replace(job, sources=parts['package'], key=content_key(parts))
 
 def _read_json(path: Path) -> dict | None:
     try: return json.loads(path.read_text(encoding='utf-8'))
@@ -271,66 +290,134 @@ def _gpus() -> int:
     import torch
     return torch.cuda.device_count()
 
-def _why_not(notebook: Path, parameters: dict, profile: Profile, wanted: str | None) -> tuple[str, str | None]:
-    "The data in words, and why the notebook cannot run."
-    from dynad.reproduce import SETS, subjects
-    try: found = subjects(parameters['data'], wanted)
-    except ConfigError as e: return str(parameters['data']), str(e)
-    labels = [s.label for s in found]
-    what = ', '.join(labels) if len(labels) < 4 else f'{SETS[found[0].real].label}, {len(labels)} categories' if found[0].real else f'{labels[0]} and {len(labels) - 1} more'
+@contextmanager
+def _environment(_lock=threading.RLock(), **more: str | None) -> Iterator[None]:
+    "Environment variables of this process while something is looked up; one thread at a time."
+    with _lock:
+        old = {k: os.environ.get(k) for k in more}
+        os.environ.update({k: v for k, v in more.items() if v is not None})
+        try: yield
+        finally:
+            for k, v in old.items(): os.environ.pop(k, None) if v is None else os.environ.__setitem__(k, v)
+
+def _roots() -> dict[str, str]: return {k: os.path.abspath(os.environ[k]) for k in ('DYNAD_DATA', 'DYNAD_WEIGHTS') if os.environ.get(k)}
+
+def _found(parameters: dict, wanted: tuple[str, ...]) -> list:
+    "The subjects that a notebook opens: with `auto` the first set of the paper or its stand-in, and the others that are here."
+    from dynad.reproduce import find_set, subjects
+    first, *more = wanted or (None,)
+    return subjects(str(parameters['data']), first) + [s for w in more if parameters['data'] == 'auto' and find_set(w) for s in subjects('auto', w)]
+
+def _from_here(data: Any) -> Any:
+    "Folders named from the current one, for kernels that start in another."
+    from dynad.reproduce import SETS
+    root = data_root()
+    local = lambda w: not (root and (root/w).is_dir()) and w.split('/')[0] not in ('auto', 'elpv', *SETS) and not Path(w).expanduser().is_absolute() and Path(w).is_dir()
+    return ','.join(os.path.abspath(w) if local(w) else w for w in map(str.strip, data.split(','))) if isinstance(data, str) else data
+
+def _words(found: list) -> str:
+    "A few labels, or a set and the number of its categories."
+    from dynad.reproduce import SETS
+    out, own = [], [s.label for s in found if not s.real]
+    for r in dict.fromkeys(s.real for s in found if s.real):
+        labels = [s.label for s in found if s.real == r]
+        out.append(', '.join(labels) if len(labels) < 4 else f'{SETS[r].label}, {len(labels)} categories')
+    return '; '.join(([', '.join(own)] if 0 < len(own) < 4 else [f'{own[0]} and {len(own) - 1} more'] if own else []) + out)
+
+def _why_not(notebook: Path, parameters: dict, profile: Profile, wanted: tuple[str, ...], elsewhere: bool = False) -> tuple[str, str | None]:
+    "The data in words, and why the notebook cannot run; what only the machine that runs it can know is left to that machine."
+    from dynad.reproduce import SETS
+    try: found = _found(parameters, wanted)
+    except ConfigError as e:
+        if not elsewhere or data_root(): return str(parameters['data']), str(e)
+        found = []
+    what = 'what the worker finds' if elsewhere and not data_root() and not str(parameters['data']).startswith('synthetic:') else _words(found)
     try: check_notebook(notebook, parameters | {'out': ''})
     except RunnerError as e: return what, str(e)
-    if profile.real_only and wanted and any(s.real != wanted for s in found) and parameters['data'] == 'auto':
-        return '—', f"{SETS[wanted].label} is not here: set DYNAD_DATA to a folder that holds it as {' or '.join(SETS[wanted].folders)}"
+    if profile.real_only and parameters['data'] == 'auto' and wanted and any(s.real not in wanted for s in found) and (data_root() or not elsewhere):
+        return '—', f"{SETS[wanted[0]].label} is not here: set DYNAD_DATA to a folder that holds it as {' or '.join(SETS[wanted[0]].folders)}"
     if parameters['preset'] in ('paper', 'authors'):
         root = weights_root()
-        if root is None or not (root/'kl-f8').is_dir(): return what, "the weights of KL-f8 are not here: put config.json and diffusion_pytorch_model.safetensors into $DYNAD_WEIGHTS/kl-f8"
-        if not _gpus(): return what, f"no GPU here, and the preset {parameters['preset']} trains a UNet of 256 M parameters for 300 epochs; --profile small suits a CPU"
+        if not (root/'kl-f8').is_dir() if root else not elsewhere: return what, "the weights of KL-f8 are not here: put config.json and diffusion_pytorch_model.safetensors into $DYNAD_WEIGHTS/kl-f8"
+        if not elsewhere and not _gpus(): return what, f"no GPU here, and the preset {parameters['preset']} trains a UNet of 256 M parameters for 300 epochs; --profile small suits a CPU"
     return what, None
 
-def _stamps(parameters: dict, wanted: str | None) -> dict[str, Any]:
-    from dynad.reproduce import subjects
-    try: found = subjects(parameters['data'], wanted)
-    except ConfigError: return {}
-    return {s.name: s.source if s.source.startswith('synthetic:') or s.source == 'elpv' else folder_stamp(Path(s.source)/(s.category or '')) for s in found}
+def _stamps(parameters: dict, wanted: tuple[str, ...]) -> dict[str, Any]:
+    "Of every subject's pictures, and of the weights."
+    try: found = _found(parameters, wanted)
+    except ConfigError: found = []
+    return dict(data={s.name: s.source if s.source.startswith('synthetic:') or s.source == 'elpv' else folder_stamp(Path(s.source)/(s.category or '')) for s in found}, weights=folder_stamp(weights_root()))
+
+def _cost(job: Job, target: Target, found: int) -> Job:
+    "With minutes and where they come from: an earlier run of the same, else what the presets took on two cores."
+    from dynad.reproduce import _machine, hardware
+    note, preset = job.note, job.parameters['preset']
+    if note and note.get('parameters') == job.parameters and 'minutes' in note:
+        on = (_read_json(Path(job.out)/f'{job.target}.json') or {}).get('hardware')
+        return replace(job, minutes=note['minutes'], measured=True, cost=f'measured on {_machine(on)}' if on and on != hardware() else 'measured here')
+    seeds = job.parameters.get('seeds')
+    runs = max(1, found)*(max(1, len(seeds)) if isinstance(seeds, list) else 1)
+    if job.target not in TARGETS: return replace(job, cost='not known before it has run')
+    if preset == 'smoke': return replace(job, minutes=target.minutes*runs, cost='measured on 2 cores' if runs == 1 else 'estimated')
+    if preset == 'small': # where nothing was measured: twice the smoke run, and the trainings of its own as much longer as they are elsewhere
+        per = target.small or target.minutes*(TRAINING['small']/TRAINING['smoke'] if target.trains else 2)
+        return replace(job, minutes=round(per*runs, 2), cost='measured on 2 cores' if target.small and runs == 1 else 'estimated')
+    return replace(job, cost='the machine that runs it decides' if job.elsewhere else f'not measured; dynad doctor --estimate {preset} tells what one training takes' if _gpus() else 'days, needs a GPU')
 
 def plan(
     names: list[str],                     # targets, aliases, 'all', or notebook files of your own
     profile: str = 'smoke',
     parameters: dict[str, Any] | None = None, # on top of the profile's
     root: str | Path | None = None,       # folder of the results; None: nbs/_runs
-    timeout: int | None = None            # seconds per cell
+    timeout: int | None = None,           # seconds per cell; None: 10 minutes for the preset smoke, 4 hours for small, 7 days for the others
+    elsewhere: bool = False               # for a scheduler's workers: their GPUs count, and where this machine has no DYNAD_DATA or DYNAD_WEIGHTS, theirs
 ) -> list[Job]:
     "What would run. Raises RunnerError for an unknown name or profile; a job that cannot run carries the reason."
-    from dynad.lesson import runs_folder
+    from dynad.lesson import project_root, runs_folder
     from dynad.reproduce import pool
     if profile not in PROFILES: raise RunnerError(f"profile = {profile!r} does not exist; allowed: {', '.join(PROFILES)}")
     given, chosen, p = dict(parameters or {}), {}, PROFILES[profile]
     if 'out' in given: raise RunnerError("-p out: the runner sets this one; use --out for another folder")
+    if 'data' in given: given['data'] = _from_here(given['data'])
     for name in names:
         if name == 'all': chosen |= {t.name: (t, papers_folder()/t.notebook) for t in TARGETS.values()}
         elif name.endswith('.ipynb'):
             path = Path(name).resolve()
             title = next((l[2:].strip() for c in read_notebook(path) if c.kind == 'markdown' for l in c.source.splitlines() if l.startswith('# ')), path.stem)
-            chosen[path.stem] = (Target(path.stem, title, None), path)
+            ours = path.parent == (project_root()/'nbs'/'papers').resolve() and path.stem in TARGETS
+            chosen[path.stem] = (TARGETS[path.stem] if ours else Target(path.stem, title, ()), path)
         else:
             t = find_target(name)
             chosen[t.name] = (t, papers_folder()/t.notebook)
     base, out = Path(root) if root else runs_folder(), []
-    weights = folder_stamp(weights_root())
     for t, path in chosen.values():
         for suffix, ps in variants(p, given).items():
-            data, reason = _why_not(path, ps, p, t.wanted) if path.is_file() else ('—', f'{path}: no such notebook')
-            job = Job(t.name + suffix, t.name, t.title, profile, str(path), ps, str((base/profile/(t.name + suffix)).resolve()), str(pool().resolve()), data,
-                      t.minutes if profile == 'smoke' else None, False, reason, dynad.__file__, stamps=dict(data=_stamps(ps, t.wanted), weights=weights), timeout=timeout)
-            if path.is_file(): job = _keyed(job)
-            last = job.note
-            out.append(replace(job, minutes=last['minutes'], measured=True) if last and 'minutes' in last else job)
+            data, reason = _why_not(path, ps, p, t.wanted, elsewhere) if path.is_file() else ('—', f'{path}: no such notebook')
+            job = Job(t.name + suffix, t.name, t.title, profile, str(path), ps, str((base/profile/(t.name + suffix)).resolve()), str(pool().resolve()), data, None, False, reason, wanted=t.wanted, roots=_roots(), elsewhere=elsewhere,
+                      home=dynad.__file__, stamps=_stamps(ps, t.wanted), timeout=timeout or TIMEOUT.get(str(ps['preset']), LONGEST))
+            out.append(_cost(_keyed(job) if path.is_file() else job, t, len(job.stamps['data'])))
     return out
 
 def listing(jobs: list[Job]) -> list[dict[str, Any]]:
-    "name, title, data, can_run, reason, minutes, measured, done of each job."
-    return [dict(name=j.name, title=j.title, profile=j.profile, data=j.data, can_run=j.reason is None, reason=j.reason, minutes=j.minutes, measured=j.measured, done=j.done) for j in jobs]
+    "name, title, profile, data, can_run, reason, minutes, measured, cost, done of each job."
+    return [dict(name=j.name, title=j.title, profile=j.profile, data=j.data, can_run=j.reason is None, reason=j.reason, minutes=j.minutes, measured=j.measured, cost=j.cost, done=j.done) for j in jobs]
+
+def outdated(
+    job: Job,
+    note: dict[str, Any] # run.json of one of its runs
+) -> str:                # e.g. 'notebook and package'; '': nothing
+    "What has changed since a run. Pictures and weights that this machine does not have are not taken for changed."
+    if not Path(job.notebook).is_file(): return ''
+    job = replace(job, parameters=note['parameters'], stamps=_stamps(note['parameters'], job.wanted))
+    try: now = _parts(job)
+    except RunnerError: return ''
+    if 'made' not in note: return '' if content_key(now) == note['key'] else 'notebook, package or data'
+    made, (then, here) = note['made'], (x['stamps'] for x in (note['made'], now))
+    words = [k for k in ('notebook', 'package') if made[k] != now[k]]
+    gone = [k for k, v in then['data'].items() if isinstance(v, list) and k not in here['data']]
+    if then['data'] != here['data'] and not gone: words.append('data')
+    if then['weights'] != here['weights'] and here['weights']: words.append('weights')
+    return ', '.join(words[:-1]) + ' and '*(len(words) > 1) + words[-1] if words else ''
 
 # %% ../nbs/18a_runner.ipynb #f705e287
 @dataclass(frozen=True)
@@ -354,14 +441,30 @@ def _log(folder: Path, **entry) -> None:
     try: os.write(fd, line.encode())
     finally: os.close(fd)
 
-@contextmanager
-def _environment(**more: str | None) -> Iterator[None]:
-    "Environment variables of the kernels started inside."
-    old = {k: os.environ.get(k) for k in more}
-    os.environ.update({k: v for k, v in more.items() if v is not None})
-    try: yield
-    finally:
-        for k, v in old.items(): os.environ.pop(k, None) if v is None else os.environ.__setitem__(k, v)
+def _own_roots(job: Job) -> dict[str, str]:
+    "The planned folders of pictures and weights that this machine has too; otherwise its own settings hold."
+    return {k: v for k, v in (job.roots or {}).items() if Path(v).is_dir()}
+
+def _stamp_words(stamp: Any) -> str: return 'nothing' if not stamp else stamp if isinstance(stamp, str) else f'{stamp[0]} files of {stamp[1]:,} bytes'
+
+def _here(job: Job) -> Job:
+    "The job as this worker can run it. Raises RunnerError where it does not have the pictures and weights that the batch was planned with."
+    with _environment(**_own_roots(job)):
+        data, reason = _why_not(Path(job.notebook), job.parameters, PROFILES[job.profile], job.wanted)
+        now, has = _stamps(job.parameters, job.wanted), _roots()
+    stamps = {}
+    for what, root in (('data', 'DYNAD_DATA'), ('weights', 'DYNAD_WEIGHTS')):
+        if root not in (job.roots or {}):
+            stamps[what] = now[what]
+            continue
+        stamps[what] = job.stamps[what] # a copy of the same files has other times, and counts as the same
+        then, here = (x[what] if what == 'data' else {'the weights': x[what]} for x in (job.stamps, now))
+        size = lambda x: x[:2] if isinstance(x, list) else x
+        differ = [f'{k}: {_stamp_words(then.get(k))} where the batch was planned, {_stamp_words(here.get(k))} here' for k in dict.fromkeys((*then, *here)) if size(then.get(k)) != size(here.get(k))]
+        if differ:
+            cure = f'mount {job.roots[root]} there, or start that worker with {root} set to a copy of it' + (f' (it is {has[root]})' if root in has else '')
+            raise RunnerError(f"worker on {platform.node()}: other {what} than planned ({'; '.join(differ[:3])}{f'; and {len(differ) - 3} more' if len(differ) > 3 else ''}); {cure}")
+    return replace(job, stamps=stamps, data=job.data if 'DYNAD_DATA' in (job.roots or {}) else data, reason=reason and f'on {platform.node()}: {reason}')
 
 def _plain_text(s: str) -> str: return re.sub(r'\x1b\[[0-9;]*m', '', s)
 
@@ -376,6 +479,7 @@ def _swap(new: Path, final: Path) -> None:
 def _execute(job: Job, work: Path, executed: Path) -> tuple[int | None, str, str] | None:
     "Run the notebook; None, or cell, error and the end of the traceback."
     import logging, papermill
+    from jupyter_client.manager import AsyncKernelManager
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     logging.getLogger('papermill').setLevel(logging.ERROR) # its parser of parameters complains about comments; ours has checked them
@@ -383,18 +487,22 @@ def _execute(job: Job, work: Path, executed: Path) -> tuple[int | None, str, str
         nb = _read_json(executed) or {'cells': []}
         code = [c for c in nb['cells'] if c['cell_type'] == 'code']
         return sum(bool(c['metadata'].get('papermill', {}).get('start_time')) for c in code) or None
-    env = dict(DYNAD_POOL=job.pool, OMP_WAIT_POLICY=os.environ.get('OMP_WAIT_POLICY', 'passive'), OMP_NUM_THREADS=job.threads and str(job.threads), CUDA_VISIBLE_DEVICES=_my_gpu())
+    more = dict(DYNAD_POOL=job.pool, OMP_WAIT_POLICY=os.environ.get('OMP_WAIT_POLICY', 'passive'), OMP_NUM_THREADS=job.threads and str(job.threads), CUDA_VISIBLE_DEVICES=_my_gpu())
+    with _environment(): env = os.environ | {k: v for k, v in more.items() if v} | _own_roots(job)
+    class Manager(AsyncKernelManager): # the kernel's environment is its own: a worker may run several kernels in threads of one process
+        def start_kernel(self, **kw): return super().start_kernel(env=env, **kw)
     try:
         check_notebook(job.notebook, job.parameters | {'out': ''})
-        with _environment(**env):
-            papermill.execute_notebook(job.notebook, executed, job.parameters | {'out': str(work)}, kernel_name='python3', language='python', cwd=str(Path(job.notebook).parent), progress_bar=False, execution_timeout=job.timeout,
-                                       extra_arguments=['--log-level=50']) # a kernel's remarks on its transport and its end are no news
+        papermill.execute_notebook(job.notebook, executed, job.parameters | {'out': str(work)}, kernel_name='python3', language='python', cwd=str(Path(job.notebook).parent), progress_bar=False, execution_timeout=job.timeout,
+                                   kernel_manager_class=Manager, extra_arguments=['--log-level=50']) # a kernel's remarks on its transport and its end are no news
     except PapermillExecutionError as e: return e.exec_count, _plain_text(f'{e.ename}: {e.evalue}').strip().splitlines()[0][:300], _plain_text('\n'.join(e.traceback))[-3000:]
     except CellTimeoutError as e: return started(), f'still running after {job.timeout} s; allow more with --timeout', str(e)[-3000:]
     except DeadKernelError: return started(), 'the kernel died (out of memory, or killed)', ''
     except RunnerError as e: return None, str(e), ''
     except Exception as e: return started(), f'{type(e).__name__}: {e}'.splitlines()[0][:300], traceback.format_exc()[-3000:]
-    if not (work/f'{job.target}.json').is_file(): return None, f"{Path(job.notebook).name} ran to its end but wrote no {job.target}.json into `out`; end it with record.save()", ''
+    if (result := _read_json(work/f'{job.target}.json')) is None: return None, f"{Path(job.notebook).name} ran to its end but wrote no {job.target}.json into `out`; end it with record.save()", ''
+    other = [d['label'] for d in result['data'] if not d['real'] and d['name'] not in job.stamps['data']] if job.wanted else []
+    if other: return None, f"ran on {', '.join(other)} instead of {job.data}: the pictures have gone since the batch was planned; look whether they are still in {(job.roots or {}).get('DYNAD_DATA', 'DYNAD_DATA')}", ''
     return None
 
 def run_job(job: Job) -> Outcome:
@@ -404,16 +512,19 @@ def run_job(job: Job) -> Outcome:
     if job.reason: return Outcome(job.name, 'not run', error=job.reason)
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: return Outcome(job.name, 'failed', error=f'{folder}: cannot be written ({e.strerror}); choose another --out')
-    try: now = _keyed(job)
+    try: here = _here(job) if job.elsewhere or len(_own_roots(job)) < len(job.roots or {}) else job
+    except RunnerError as e: return Outcome(job.name, 'failed', error=str(e))
+    try: made = _parts(here)
     except RunnerError as e: return Outcome(job.name, 'failed', error=f'{e}; every worker must see the same files')
-    if now.sources != job.sources and job.home != dynad.__file__: return Outcome(job.name, 'failed', error=f'{dynad.__file__} is not the dynad that the batch was started with; install the same version on every machine')
-    job = now # sources edited since the batch began: the result belongs to what it was made with
+    if made['package'] != job.sources and job.home != dynad.__file__: return Outcome(job.name, 'failed', error=f'{dynad.__file__} is not the dynad that the batch was started with; install the same version on every machine')
+    job = replace(here, sources=made['package'], key=content_key(made)) # sources edited since the batch began: the result belongs to what it was made with
     with FileLock(folder/f'.{job.name}.lock'):
         old = final.with_name(f'.{final.name}.old')
         if not final.exists() and old.exists(): os.replace(old, final)
         if job.done:
             shutil.rmtree(_failed(job), ignore_errors=True)
             return Outcome(job.name, 'already done', job.note.get('minutes', 0.))
+        if job.reason: return Outcome(job.name, 'not run', error=job.reason)
         for stale in folder.glob(f'.{job.name}.*.part'): shutil.rmtree(stale, ignore_errors=True)
         work = folder/f'.{job.name}.{uuid.uuid4().hex[:8]}.part'
         work.mkdir()
@@ -422,7 +533,7 @@ def run_job(job: Job) -> Outcome:
         wrong = _execute(job, work, executed)
         cell, error, trace = wrong or (None, '', '')
         out = Outcome(job.name, 'failed' if wrong else 'done', round((time.perf_counter() - start)/60, 3), cell, error, trace)
-        (work/'run.json').write_text(json.dumps(dict(asdict(out), key=job.key, target=job.target, title=job.title, profile=job.profile, parameters=job.parameters, notebook=Path(job.notebook).name, data=job.data,
+        (work/'run.json').write_text(json.dumps(dict(asdict(out), key=job.key, target=job.target, title=job.title, profile=job.profile, parameters=job.parameters, notebook=Path(job.notebook).name, path=job.notebook, made={k: made[k] for k in ('notebook', 'package', 'stamps')}, data=job.data,
                                                       finished=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())), indent=1, ensure_ascii=False), encoding='utf-8')
         for f in (executed, work/f'{job.target}.json'): # nothing kept names the working folder
             if f.is_file(): f.write_text(f.read_text(encoding='utf-8').replace(str(work), str(final)), encoding='utf-8')
@@ -478,9 +589,10 @@ def run_jobs(
     def take(o: Outcome):
         found[o.name] = o
         report(str(o))
+    if scheduler: jobs = [replace(j, elsewhere=True) for j in jobs]
     todo = [j for j in jobs if j.reason is None and not j.done]
     for j in jobs:
-        if j not in todo: take(run_job(j))
+        if j not in todo: take(run_job(replace(j, elsewhere=False)))
     if workers is None: workers = min(local_workers(), max(1, len(todo)))
     if workers < 0: raise RunnerError(f"--workers {workers}: 0 (in this process) or more")
     if todo and not scheduler and workers == 0:
@@ -491,8 +603,9 @@ def run_jobs(
         todo = [replace(j, threads=threads) for j in todo]
         with cluster(scheduler, workers) as client:
             known = client.scheduler_info(n_workers=-1)['workers'].values()
-            gpu = {'GPU': 1} if known and all(w.get('resources', {}).get('GPU') for w in known) else None
-            futures = {client.submit(run_job, j, key=f'dynad-{j.name}-{j.key}', pure=False, retries=2, resources=gpu): j for j in todo}
+            have = [bool(w.get('resources', {}).get('GPU')) for w in known]
+            gpu = lambda j: {'GPU': 1} if have and (all(have) or any(have) and j.parameters['preset'] in ('paper', 'authors')) else None
+            futures = {client.submit(run_job, j, key=f'dynad-{j.name}-{j.key}', pure=False, retries=2, resources=gpu(j)): j for j in todo}
             from distributed import as_completed
             for f in as_completed(futures, loop=client.loop):
                 try: take(f.result())

@@ -1,5 +1,6 @@
 "The runner on small notebooks of its own: real kernels, real kills, a real dask scheduler."
-import json, os, signal, socket, subprocess, sys, time
+import json, os, platform, re, shutil, signal, socket, subprocess, sys, time
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -7,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from dynad.cli import app
-from dynad.runner import PROFILES, TARGETS, RunnerError, find_target, notebook_parameters, plan, run_job, run_jobs, source_hash, variants
+from dynad import runner
+from dynad.runner import PROFILES, TARGETS, RunnerError, find_target, folder_stamp, notebook_parameters, plan, run_job, run_jobs, source_hash, variants
 
 FIVE = """data: str = 'synthetic:board'  # pictures
 preset: str = 'smoke'          # settings
@@ -18,7 +20,7 @@ WORK = """import json, os, time
 from pathlib import Path
 time.sleep({wait})
 target = {target!r}
-Path(out, target + '.json').write_text(json.dumps(dict(target=target, n_boot=n_boot, seeds=seeds, cwd=os.getcwd(), threads=os.environ.get('OMP_NUM_THREADS'))))"""
+Path(out, target + '.json').write_text(json.dumps(dict(target=target, n_boot=n_boot, seeds=seeds, cwd=os.getcwd(), threads=os.environ.get('OMP_NUM_THREADS'), root=os.environ.get('DYNAD_DATA'))))"""
 
 def notebook(folder, name, wait=0, cells=None, tagged=True, parameters=FIVE):
     "A notebook of a few cells."
@@ -28,6 +30,13 @@ def notebook(folder, name, wait=0, cells=None, tagged=True, parameters=FIVE):
     folder.mkdir(parents=True, exist_ok=True)
     nbformat.write(nb, folder/f'{name}.ipynb')
     return str(folder/f'{name}.ipynb')
+
+def real_set(root, folder='btad', categories=('01',), pictures=1):
+    "Folders that are found as a set of the paper; their pictures are never read."
+    for c in categories:
+        (root/folder/c).mkdir(parents=True)
+        for i in range(pictures): (root/folder/c/f'{i}.png').write_bytes(b'x')
+    return root
 
 def events(root, profile='smoke'):
     log = root/profile/'log.jsonl'
@@ -114,8 +123,7 @@ def test_paper_profile_says_what_is_missing(tmp_path, monkeypatch):
     job, = plan([nb], 'paper', root=tmp_path/'runs')
     assert job.parameters['preset'] == 'paper' and 'the weights of KL-f8 are not here' in job.reason
     assert plan([nb], 'paper', {'preset': 'smoke'}, tmp_path/'runs')[0].reason is None
-    from dynad import runner
-    why = runner._why_not(Path(nb), dict(data='auto', preset='paper', seeds=[0]), PROFILES['paper'], 'visa')
+    why = runner._why_not(Path(nb), dict(data='auto', preset='paper', seeds=[0]), PROFILES['paper'], ('visa',))
     assert why == ('—', 'VisA is not here: set DYNAD_DATA to a folder that holds it as visa or VisA or VisA_20220922')
 
 def test_failures_are_reported_and_stop_nothing_else(tmp_path):
@@ -149,12 +157,10 @@ def test_a_failure_keeps_the_last_good_result(tmp_path):
     assert (Path(job.out)/'one.json').exists()
 
 def test_the_key_follows_the_modules_that_a_notebook_rests_on(tmp_path):
-    from dynad import runner
     assert runner._imported('%matplotlib inline\nimport dynad.store\ndef f():\n    from dynad.config import x\nfrom dynad import show, __version__') == {'store', 'config', 'show', '__version__'}
     assert source_hash('import json') == source_hash('x = 1') != source_hash('import dynad.config') != source_hash('from dynad.store import Store') # store rests on config
 
 def test_another_package_on_a_worker_is_refused(tmp_path):
-    from dataclasses import replace
     job, = plan([notebook(tmp_path/'nbs', 'one')], root=tmp_path/'runs')
     assert 'install the same version on every machine' in run_job(replace(job, sources='0'*16, home='/elsewhere/dynad/__init__.py')).error
     Path(job.notebook).unlink()
@@ -164,6 +170,86 @@ def test_a_notebook_edited_since_the_batch_began_counts_as_what_it_is_now(tmp_pa
     old, = plan([notebook(tmp_path/'nbs', 'one')], root=tmp_path/'runs')
     notebook(tmp_path/'nbs', 'one', wait=.01)
     assert run_job(old).status == 'done' and not old.done and plan([old.notebook], root=tmp_path/'runs')[0].done
+
+# what a target runs on, and what that costs
+
+def test_wanted_sets_are_those_that_the_notebooks_open():
+    for t in TARGETS.values():
+        text = '\n'.join(c.source for c in runner.read_notebook(Path(__file__).parents[1]/'nbs'/'papers'/t.notebook) if c.kind == 'code')
+        assert set(re.findall(r"subjects\(data, (?:wanted=)?'(\w+)'\)", text)) == {t.wanted[0]} and set(re.findall(r"subjects\('(\w+)'\)", text)) <= set(t.wanted[1:]), t.name
+    assert {n: TARGETS[n].wanted for n in ('fig2', 'fig5', 'fig7', 'fig14', 'fig8', 'table2')} == dict(fig2=('visa', 'btad'), fig5=('visa', 'btad'), fig7=('visa', 'mvtec'), fig14=('visa', 'mvtec'), fig8=('mvtec',), table2=('btad',))
+    assert TARGETS['fig8'].in_paper and TARGETS['table3'].in_paper and not TARGETS['scale'].in_paper and not TARGETS['spaces'].in_paper
+
+@pytest.mark.parametrize('name, folder, category, said', [('fig2', 'btad', '01', 'BTAD 01'), ('fig9', 'btad', '01', 'BTAD 01'), ('fig15', 'btad', '01', 'BTAD 01'), ('fig7', 'mvtec', 'hazelnut', 'MVTec AD hazelnut'), ('fig14', 'mvtec', 'hazelnut', 'MVTec AD hazelnut')])
+def test_the_second_set_of_a_figure_is_listed_and_counts(tmp_path, monkeypatch, name, folder, category, said):
+    monkeypatch.setenv('DYNAD_DATA', str(tmp_path/'data'))
+    job = lambda **p: plan([name], parameters=p, root=tmp_path/'runs')[0]
+    alone, fixed = job(), job(data='synthetic:board')
+    real_set(tmp_path/'data', folder, [category])
+    both = job()
+    assert alone.data == 'synthetic board (stand-in)' and both.data == f'synthetic board (stand-in); {said}' and alone.key != both.key and f'{folder}/{category}' in both.stamps['data']
+    assert job(data='synthetic:board').key == fixed.key # what was named is what is taken
+    real_set(tmp_path/'data', 'visa', ['candle', 'capsules', 'cashew', 'fryum'])
+    assert job().data == f'VisA, 4 categories; {said}'
+
+def test_a_notebook_of_ours_given_by_its_path_is_the_target(tmp_path, monkeypatch):
+    monkeypatch.setenv('DYNAD_DATA', str(real_set(tmp_path/'data')))
+    by_path, by_name = (plan([n], root=tmp_path/'runs')[0] for n in (str(Path(__file__).parents[1]/'nbs'/'papers'/'table2.ipynb'), 'table2'))
+    assert by_path == by_name and by_name.data == 'BTAD 01'
+
+def test_a_folder_named_from_here_is_found_by_the_kernel(tmp_path, monkeypatch):
+    (tmp_path/'mine'/'train').mkdir(parents=True); monkeypatch.chdir(tmp_path); monkeypatch.setenv('DYNAD_DATA', str(real_set(tmp_path/'data')))
+    nb = notebook(tmp_path/'nbs', 'one')
+    job = lambda data: plan([nb], parameters={'data': data}, root=tmp_path/'runs')[0]
+    assert job('./mine, btad').parameters['data'] == f"{tmp_path/'mine'},btad" and job('mine').data == 'mine (stand-in)' and job('synthetic:board').parameters['data'] == 'synthetic:board'
+
+def test_costs_say_where_they_come_from(tmp_path, monkeypatch):
+    monkeypatch.delenv('DYNAD_DATA', raising=False); monkeypatch.delenv('DYNAD_WEIGHTS', raising=False)
+    one = lambda name='fig13', profile='smoke', **p: plan([name], profile, p, tmp_path/'runs')[0]
+    assert (one().minutes, one().cost, one().measured) == (.7, 'measured on 2 cores', False)
+    assert one(seeds=[0, 1, 2]).minutes == pytest.approx(2.1) and one(seeds=[0, 1, 2]).cost == 'estimated'
+    assert one(profile='small').cost == 'measured on 2 cores' and one('fig14', 'small').cost == 'estimated' and one('fig14', 'small').minutes > one('fig14').minutes
+    assert one('table4', 'small').minutes > 10 # trains what no other target does
+    assert (one(profile='paper').minutes, one(profile='paper').cost) == (None, 'days, needs a GPU')
+    real_set(tmp_path/'data', categories=('01', '02', '03')); monkeypatch.setenv('DYNAD_DATA', str(tmp_path/'data'))
+    assert one('table2').minutes == pytest.approx(.6)
+    from dynad.reproduce import hardware
+    out = tmp_path/'runs'/'smoke'/'fig13'
+    out.mkdir(parents=True)
+    (out/'run.json').write_text(json.dumps(dict(minutes=3.2, key='k', parameters=one().parameters)))
+    for h, said in ((hardware(), 'measured here'), (dict(cpu='other', cores=64, gpu=None), 'measured on 64 cores'), (dict(cpu='other', cores=64, gpu='H100'), 'measured on H100')):
+        (out/'fig13.json').write_text(json.dumps(dict(hardware=h)))
+        assert (one().minutes, one().cost, one().measured) == (3.2, said, True)
+    assert one(seeds=[0, 1]).cost == 'estimated' # not what was measured
+    own, = plan([notebook(tmp_path/'nbs', 'own')], root=tmp_path/'runs')
+    assert own.minutes is None and own.cost == 'not known before it has run'
+    text = CliRunner().invoke(app, ['reproduce', 'fig13', 'table2', '--list', '--out', str(tmp_path/'runs')]).stdout
+    assert 'would run (3.2 min, measured on H100)' in text and 'would run (≈0.6 min, estimated)' in text and '2 would run, about 4 min one after another' in text
+
+def test_no_cell_may_run_for_ever(tmp_path):
+    limit = lambda profile, **p: plan(['table5'], profile, p, tmp_path)[0].timeout
+    assert (limit('smoke'), limit('small'), limit('paper'), limit('smoke', preset='authors')) == (600, 4*3600, 7*24*3600, 7*24*3600)
+    assert plan(['table5'], root=tmp_path, timeout=5)[0].timeout == 5
+    said = ' '.join(re.sub('[│\\s]+', ' ', CliRunner().invoke(app, ['reproduce', '--help'], env={'COLUMNS': '200'}).stdout).split())
+    assert '604800 (7 days) with paper and authors' in said
+
+def test_outdated_names_what_has_changed(tmp_path, monkeypatch):
+    monkeypatch.setenv('DYNAD_DATA', str(real_set(tmp_path/'data'))); monkeypatch.delenv('DYNAD_WEIGHTS', raising=False)
+    nb = notebook(tmp_path/'nbs', 'one')
+    job, = plan([nb], parameters={'n_boot': 3, 'data': 'btad'}, root=tmp_path/'runs')
+    assert run_job(job).status == 'done'
+    now, note = plan([nb], root=tmp_path/'runs')[0], job.note      # planned with other parameters: the run's own count
+    assert runner.outdated(now, note) == '' and note['made']['stamps']['data'] == {'btad/01': folder_stamp(tmp_path/'data'/'btad'/'01')}
+    assert runner.outdated(now, {k: v for k, v in note.items() if k != 'made'}) == '' and runner.outdated(now, dict({k: v for k, v in note.items() if k != 'made'}, key='k')) == 'notebook, package or data'
+    monkeypatch.delenv('DYNAD_DATA')                               # pictures that are not here cannot tell
+    assert runner.outdated(now, note) == ''
+    monkeypatch.setenv('DYNAD_DATA', str(tmp_path/'data'))
+    (tmp_path/'data'/'btad'/'01'/'new.png').write_bytes(b'y')
+    assert runner.outdated(now, note) == 'data'
+    notebook(tmp_path/'nbs', 'one', wait=.01)
+    assert runner.outdated(now, note) == 'notebook and data'
+    note['made']['package'] = 'another'
+    assert runner.outdated(now, note) == 'notebook, package and data'
 
 # by the command
 
@@ -220,8 +306,13 @@ def test_real_targets_at_smoke_by_the_command(tmp_path, monkeypatch):
     if missing: pytest.skip(f"nbs/papers has no {', '.join(missing)} yet")
     monkeypatch.delenv('DYNAD_POOL'); monkeypatch.delenv('DYNAD_DATA', raising=False); monkeypatch.chdir(root)
     call = lambda *w: CliRunner().invoke(app, ['reproduce', *w, '--out', str(tmp_path)])
-    r = call(*REAL, '--workers', '0', '-p', 'n_boot', '20')
-    assert r.exit_code == 0, r.output
+    trained = lambda: {p.relative_to(stages) for kind in ('autoencoder', 'denoiser', 'phi') for p in (stages/kind).iterdir() if p.is_dir()}
+    stages, seen = root/'nbs'/'_runs'/'pool'/'stages', []
+    for n in REAL:
+        r = call(n, '--workers', '0', '-p', 'n_boot', '20')
+        assert r.exit_code == 0, r.output
+        seen.append(trained())
+    assert len(seen[0]) >= 3 and all(s == seen[0] for s in seen) # the first may train, the others find
     for n in REAL:
         found = json.loads((tmp_path/'smoke'/n/f'{n}.json').read_text())
         assert found['target'] == n and found['stand_in'] and found['parameters']['n_boot'] == 20 and found['data'][0]['name'] == 'synthetic_board'
@@ -232,6 +323,62 @@ def test_real_targets_at_smoke_by_the_command(tmp_path, monkeypatch):
     assert (tmp_path/'book'/'index.html').read_text().count('<b>stand-in data</b>') == len(REAL)
 
 # many machines
+
+def elsewhere(monkeypatch, **env):
+    "The settings of another machine."
+    for k in ('DYNAD_DATA', 'DYNAD_WEIGHTS'): monkeypatch.setenv(k, str(env[k])) if k in env else monkeypatch.delenv(k, raising=False)
+
+def test_the_kernel_gets_the_folders_of_the_plan(tmp_path, monkeypatch):
+    elsewhere(monkeypatch, DYNAD_DATA=tmp_path/'data', DYNAD_WEIGHTS=tmp_path/'none')
+    real_set(tmp_path/'data')
+    job, = plan([notebook(tmp_path/'nbs', 'one')], parameters={'data': 'btad'}, root=tmp_path/'runs')
+    elsewhere(monkeypatch)
+    assert run_job(job).status == 'done' and json.loads((Path(job.out)/'one.json').read_text())['root'] == str(tmp_path/'data') and 'DYNAD_DATA' not in os.environ
+
+def test_a_worker_with_other_pictures_or_weights_refuses(tmp_path, monkeypatch):
+    real_set(tmp_path/'data', pictures=3); (tmp_path/'weights'/'kl-f8').mkdir(parents=True); (tmp_path/'weights'/'kl-f8'/'a').write_bytes(b'xyz')
+    elsewhere(monkeypatch, DYNAD_DATA=tmp_path/'data', DYNAD_WEIGHTS=tmp_path/'weights')
+    job, = plan(['table2'], root=tmp_path/'runs', elsewhere=True)
+    assert job.data == 'BTAD 01' and runner._here(job) == job
+    shutil.copytree(tmp_path/'data', tmp_path/'copy'); shutil.move(tmp_path/'data', tmp_path/'away') # the worker does not see the folder
+    for f in (tmp_path/'copy').rglob('*.png'): os.utime(f, (1, 1))
+    elsewhere(monkeypatch, DYNAD_WEIGHTS=tmp_path/'weights')
+    said = run_job(job)
+    assert said.status == 'failed' and said.error.startswith(f'worker on {platform.node()}: other data than planned (btad/01: 3 files of 3 bytes where the batch was planned, nothing here') and f"mount {tmp_path/'data'} there" in said.error
+    assert not Path(job.out).exists() and not job.done
+    monkeypatch.setenv('DYNAD_DATA', str(tmp_path/'copy'))
+    assert runner._here(job) == job                                                                 # its own copy, the same files at other times
+    (tmp_path/'copy'/'btad'/'01'/'0.png').unlink()
+    assert '3 files of 3 bytes where the batch was planned, 2 files of 2 bytes here' in run_job(job).error
+    shutil.move(tmp_path/'away', tmp_path/'data'); shutil.rmtree(tmp_path/'weights'/'kl-f8')
+    assert 'other weights than planned (the weights: 1 files of 3 bytes where the batch was planned, 0 files of 0 bytes here)' in run_job(job).error
+
+def test_a_machine_without_anything_leaves_the_judgement_to_the_workers(tmp_path, monkeypatch):
+    elsewhere(monkeypatch)
+    assert all(j.reason for j in plan(['all'], 'paper', root=tmp_path/'runs'))
+    jobs = plan(['all'], 'paper', root=tmp_path/'runs', elsewhere=True)
+    assert not any(j.reason for j in jobs) and {j.data for j in jobs} == {'what the worker finds'} and jobs[0].cost == 'the machine that runs it decides'
+    job = next(j for j in jobs if j.name == 'table2')
+    assert (o := run_job(job)).status == 'not run' and o.error.startswith(f'on {platform.node()}: BTAD is not here')
+    elsewhere(monkeypatch, DYNAD_DATA=real_set(tmp_path/'data'))
+    assert (o := run_job(job)).status == 'not run' and 'the weights of KL-f8 are not here' in o.error
+    (tmp_path/'weights'/'kl-f8').mkdir(parents=True)
+    elsewhere(monkeypatch, DYNAD_DATA=tmp_path/'data', DYNAD_WEIGHTS=tmp_path/'weights')
+    monkeypatch.setattr(runner, '_gpus', lambda: 0)
+    assert 'no GPU here' in run_job(job).error and 'no GPU here' in plan(['table2'], 'paper', root=tmp_path/'runs')[0].reason
+    assert plan(['table2'], 'paper', root=tmp_path/'runs', elsewhere=True)[0].reason is None          # a machine that only plans needs none
+    monkeypatch.setattr(runner, '_gpus', lambda: 1)
+    here, there = plan(['table2'], 'paper', root=tmp_path/'runs')[0], runner._here(job)
+    assert there.reason is None and (there.data, there.stamps) == (here.data, here.stamps) == ('BTAD 01', here.stamps)
+
+def test_a_stand_in_is_not_filed_as_the_real_set(tmp_path, monkeypatch):
+    elsewhere(monkeypatch, DYNAD_DATA=real_set(tmp_path/'data'))
+    cell = "import json\nfrom pathlib import Path\nPath(out, 'table2.json').write_text(json.dumps(dict(data=[dict(name={!r}, label='what it was', real={!r})])))"
+    job, = plan(['table2'], root=tmp_path/'runs')
+    fake = lambda *d: runner._keyed(replace(job, notebook=notebook(tmp_path/'nbs', 'table2', cells=[cell.format(*d)])))
+    o = run_job(fake('synthetic_board', None))
+    assert o.status == 'failed' and 'ran on what it was instead of BTAD 01' in o.error and not Path(job.out).exists()
+    assert run_job(fake('btad/01', 'btad')).status == 'done' and job.note['data'] == 'BTAD 01'
 
 def free_port():
     with socket.socket() as s:
@@ -248,7 +395,7 @@ def test_a_worker_is_killed_while_it_works_and_nothing_is_lost_or_counted_twice(
         worker = lambda n: subprocess.Popen([sys.executable, '-m', 'distributed.cli.dask_worker', address, '--name', n, '--nthreads', '1', '--no-nanny', '--no-dashboard', '--local-directory', str(tmp_path/n)], **quiet)
         workers = [worker('a'), worker('b')]
         processes += workers
-        batch = subprocess.Popen(dynad('reproduce', *nbs, '--scheduler', address, '--out', runs), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        batch = subprocess.Popen(dynad('reproduce', *nbs, '--scheduler', address, '--out', runs), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {'DYNAD_DATA': str(tmp_path)})
         processes.append(batch)
         begun = lambda: [e for e in events(runs) if e['event'] == 'started' and e['pid'] == workers[0].pid]
         mine = wait_for(begun)[-1]['name']
@@ -263,7 +410,8 @@ def test_a_worker_is_killed_while_it_works_and_nothing_is_lost_or_counted_twice(
     assert sorted(e['name'] for e in log if e['event'] == 'finished') == [f'n{i}' for i in range(4)]      # each once
     assert sum(e['event'] == 'started' and e['name'] == mine for e in log) == 2                             # the killed one was taken up again
     assert {e['pid'] for e in log if e['event'] == 'finished' and e['name'] == mine} == {workers[1].pid}
-    assert all((runs/'smoke'/f'n{i}'/f'n{i}.json').exists() for i in range(4)) and said.count(": done") == 4
+    assert all(json.loads((runs/'smoke'/f'n{i}'/f'n{i}.json').read_text())['root'] == str(tmp_path) for i in range(4)) # the planning machine's, which the workers were not told of
+    assert said.count(": done") == 4
 
 def test_the_local_cluster_is_the_default_and_a_missing_scheduler_is_named(tmp_path, monkeypatch):
     pytest.importorskip('distributed')
