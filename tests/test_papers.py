@@ -84,7 +84,8 @@ def test_no_printed_number_beside_stand_in_data(path):
     rows = [dict(zip(heads, (d.text for d in r.find_all('td')), strict=True)) for r in page.tbody.find_all('tr')]
     assert len(rows) > 5
     for r in rows:
-        assert 'stand-in' in r['data'] and 'smoke' in r['data']
+        if set(r.values()) == {'...'}: continue # pandas shortens a long table
+        assert 'stand-in' in r['data'] and 'smoke' in r['data'] or path.stem in TIMES and r['data'] == '—' # neighbours among random vectors
         assert r['paper'] == r['difference'] == '—' and r['ours'] != '—'
 
 @recorded
@@ -173,11 +174,14 @@ def test_numbers_of_a_detector_carry_its_settings(path):
     bare = [ast.unparse(c) for c in calls(read(path), 'add') if not {'model', None} & {k.arg for k in c.keywords} and {'subject', 'seed'} & {k.arg for k in c.keywords}]
     assert bare == []
 
+def plain(path): return '\n'.join(''.join(o['data']['text/plain']) for c in code(read(path)) for o in c.outputs if 'text/plain' in o.get('data', {}))
+
 def test_dic_by_the_authors_code_stands_beside_its_static_rows():
-    rows = html_rows(read(PAPERS/'table5.ipynb'), 'hardware, minutes')
-    assert any("authors' sampler" in t for t in texts(read(PAPERS/'table5.ipynb')))
-    source = '\n'.join(c.source for c in code(read(PAPERS/'table5.ipynb')))
-    assert "{'reconstruction.indices': 'authors'}" in source and rows
+    "What DIC gains over their static rows is counted from DIC at their indices."
+    path = PAPERS/'table5.ipynb'
+    source = '\n'.join(c.source for c in code(read(path)))
+    assert "theirs = measure(at(model, {'reconstruction.indices': 'authors'})" in source and """("DIC − static, authors' sampler", theirs)""" in source
+    assert re.search(r"^DIC +Ours +I-AUROC.*\n.*\n.*\n +Ours, authors' sampler +I-AUROC", plain(path), re.M)
 
 def test_a_space_that_training_made_worse_is_not_compared():
     [source] = [c.source for c in code(read(PAPERS/'spaces.ipynb')) if 'def weak' in c.source]
@@ -198,6 +202,4 @@ def test_figures_of_two_sets_open_both(name, monkeypatch, tmp_path):
         assert [s.name for s in space['found']] == found
 
 def test_nothing_but_t_hat_0_is_called_the_null_model_of_attribution():
-    rows = html_rows(read(PAPERS/'attribution.ipynb'), 'hardware, minutes')
-    html = ''.join(texts(read(PAPERS/'attribution.ipynb')))
-    assert 'T̂ = 0 (null model)' in html and 'only autoencoder, on the scale of its T̂' in html and 'only autoencoder (null model)' not in html and rows
+    assert set(re.findall(r'^(.*) \(null model\)', plain(PAPERS/'attribution.ipynb'), re.M)) == {'T̂ = 0'} and 'only autoencoder, on the scale of its T̂' in plain(PAPERS/'attribution.ipynb')
