@@ -305,3 +305,9 @@ def test_scale_where_all_pictures_get_one_t_hat(pool, monkeypatch, tmp_path):
     space = executed('scale', monkeypatch, tmp_path, {'reconstruction.severity': 'static'}, data='synthetic:board', n_boot=20)
     assert any('T̂ rises with area' in n and 'not defined, DIC gives all defective pictures T̂ = 160' in n for n in space['record'].notes)
     assert all(r['settings'] for r in space['record'].rows)
+
+def test_fig14_keeps_whole_pictures_of_those_shown_only(pool, monkeypatch, tmp_path):
+    space = executed('fig14', monkeypatch, tmp_path, data='synthetic:board', levels=[80], pictures=2)
+    assert len(space['runs']) == 2 and len(space['shown']['synthetic_board']['rows']) == 2
+    for r in (*space['runs'].values(), *space['shown'].values()): assert all(len(v) == 2 for k, v in r.items() if isinstance(v, torch.Tensor) and k != 'abar')
+    assert all(r['settings'] for r in space['record'].rows)
