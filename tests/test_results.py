@@ -45,3 +45,11 @@ def test_kept_records_have_intervals(path):
     lines = [l for l in r['comparison'] if l['metric'] in ('i_auroc', 'p_auroc', 'pro') and l['ours'] is not None]
     assert lines and all(l['low'] <= l['ours'] + .5 and l['high'] >= l['ours'] - .5 for l in lines) # percentile intervals may leave their value out by a little
     assert all((l['least'] is not None) == (len(l['seeds']) > 1) for l in lines)
+
+def test_sentences_are_split_at_their_verdicts():
+    "A claim may hold a colon, and so may the reason of 'not comparable'."
+    [source] = [c.source for c in nbformat.read(NBS/'20_results.ipynb', 4).cells if 'def sentences' in c.source]
+    exec(source[source.index('def sentences'):source.index('directions =')], space := {'re': re})
+    for claim, found in (('DS, with DA: better with than without, PRO', 'holds (+1.0 points [+0.2, +1.8])'), ('a above b, PRO', 'not comparable: the pixel denoiser is not trained far enough (PRO 35.1, with random weights 72.0)')):
+        assert list(space['sentences']({'notes': [f'{claim}: {found}; on cookies (stand-in); small preset; seed 0.']})) == [(claim, found, 'cookies (stand-in); small preset; seed 0')]
+    assert list(space['sentences']({'notes': ['A remark.']})) == [('A remark.', '', '')]
