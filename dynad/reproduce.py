@@ -18,7 +18,7 @@ from filelock import FileLock
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from .config import ConfigError, content_key, data_root, make_config, parse_config, _merge, _nest
+from .config import Config, ConfigError, content_key, data_root, make_config, parse_config, _merge, _nest
 from .data import AnomalyDataset, load_masks, open_dataset
 from .datasets import count, missing
 from .detector import TRAINED, DynAD
@@ -32,9 +32,9 @@ from .synthetic import PRODUCTS, write_synthetic
 
 # %% auto #0
 __all__ = ['METRICS', 'SETS', 'TABLE_SET', 'NULLS', 'MAIN', 'printed', 'RealSet', 'pool', 'Subject', 'find_set', 'subjects',
-           'fitted', 'at', 'measure', 'null_rows', 'paired', 'hardware', 'Record', 'compared', 'comparison_table',
-           'enter', 'enter_nulls', 'enter_difference', 'verdict', 'Lines', 'said', 'oracle', 'by_class', 'part',
-           'area_groups', 'provenance', 'conclude', 'dots', 'pixel_space']
+           'fitted', 'at', 'measure', 'slim', 'null_rows', 'paired', 'hardware', 'Record', 'compared',
+           'comparison_table', 'enter', 'enter_nulls', 'enter_difference', 'verdict', 'Lines', 'said', 'oracle',
+           'by_class', 'part', 'area_groups', 'provenance', 'conclude', 'dots', 'pixel_space']
 
 # %% ../nbs/18_reproduce.ipynb #955f9a40
 METRICS = {'i_auroc': 'I-AUROC', 'p_auroc': 'P-AUROC', 'pro': 'PRO', 'i_ap': 'I-AP', 'p_ap': 'P-AP', 'i_f1_max': 'I-F1-max', 'p_f1_max': 'P-F1-max', 'fps': '1/s', 'seconds': 's per image'}
@@ -189,24 +189,31 @@ def _truth(names: tuple, size: int, key: str):
     "Masks of the test pictures of one opened set."
     return load_masks(list(names), size)
 
-def _measured(scores: Tensor, maps: Tensor | None, data: AnomalyDataset, size: int, n_boot: int, seed: int) -> dict[str, Any]:
-    labels = torch.tensor([s.label for s in data.test])
-    masks, has_mask = _truth(tuple(data.test), size, data.fingerprint)
+def _measured(scores: Tensor, maps: Tensor | None, data: AnomalyDataset, config: Config, n_boot: int) -> dict[str, Any]:
+    labels, seed = torch.tensor([s.label for s in data.test]), config.seed
+    masks, has_mask = _truth(tuple(data.test), config.data.image_size, data.fingerprint)
     out = {k: v for k, v in all_metrics(scores, labels, maps, masks, has_mask, n_boot, seed).items() if v is not None and v['value'] is not None} # what is not defined is not there
     pixels = StreamingPixelMetrics().update(maps, masks, has_mask) if maps is not None else None
-    return out | {'scores': scores, 'labels': labels, 'maps': maps, 'masks': masks, 'has_mask': has_mask, 'pixels': pixels, 'n': len(labels), 'seed': seed}
+    return out | {'scores': scores, 'labels': labels, 'maps': maps, 'masks': masks, 'has_mask': has_mask, 'pixels': pixels, 'n': len(labels), 'seed': seed, 'config': config}
 
 def measure(
     model: DynAD,
     dataset: AnomalyDataset,
     n_boot: int = 200,           # bootstrap resamples over pictures
     t_hat: Tensor | None = None  # [N] instead of what the settings choose
-) -> dict[str, Any]:             # metric -> value, low, high; and scores, labels, maps, masks, has_mask, t_hat, staged, n, seed
-    "Every metric on the test pictures, with what a paired comparison needs."
+) -> dict[str, Any]:             # metric -> value, low, high; and scores, labels, maps, masks, has_mask, pixels, t_hat, staged, n, seed, config
+    "Every metric on the test pictures, with what a paired comparison needs and the settings it was measured at."
     staged = model.stage(dataset.test, dataset.fingerprint, progress=False)
     T = staged.t_hat if t_hat is None else t_hat
-    A, l, f = staged.maps(T)
-    return _measured(score(A), A, dataset, model.config.data.image_size, n_boot, model.config.seed) | {'t_hat': T, 'latent_maps': l, 'feature_maps': f, 'staged': staged}
+    A = staged.maps(T)[0]
+    return _measured(score(A), A, dataset, model.config, n_boot) | {'t_hat': T, 'staged': staged}
+
+def slim(
+    measured: dict[str, Any], # of `measure`
+    pixels: bool = False      # keep what a paired comparison of pixel-level metrics needs: some 30 kB per picture
+) -> dict[str, Any]:          # the same without maps, masks and stages
+    "What may be kept of many measurements: at 256² the maps of VisA alone are half a gigabyte."
+    return {k: v for k, v in measured.items() if k not in ('maps', 'masks', 'staged') and (pixels or k != 'pixels')}
 
 NULLS = ('T̂ = 0', 'untrained denoiser', 'neighbour distance only')
 
@@ -218,17 +225,18 @@ def null_rows(
     "The rows that tell what the diffusion adds (SPEC §11)."
     staged = model.stage(dataset.test, dataset.fingerprint, progress=False)
     zero = measure(model, dataset, n_boot, torch.zeros(len(dataset.test), dtype=torch.long))
-    distance = _measured(staged.severity['distance'].float(), None, dataset, model.config.data.image_size, n_boot, model.config.seed)
+    distance = _measured(staged.severity['distance'].float(), None, dataset, model.config, n_boot)
     return dict(zip(NULLS, (zero, measure(untrained(model), dataset, n_boot), distance)))
 
 def paired(
     a: dict, b: dict,   # two results of `measure` on the same pictures
     metric: str,        # one of `evaluate.KEYS`
-    n_boot: int = 200,
+    n_boot: int = 200,  # 0: no interval
     seed: int = 0
 ) -> dict[str, float | None]: # difference a − b, low, high
     "The difference of two methods with its interval under common resamples of the pictures."
     if metric not in KEYS: raise ValueError(f"metric = {metric!r}; allowed: {', '.join(KEYS)}")
+    if not n_boot and a.get(metric) and b.get(metric): return {'difference': a[metric]['value'] - b[metric]['value'], 'low': None, 'high': None}
     if metric.startswith('i_'): m = paired_bootstrap(a['scores'], b['scores'], a['labels'], n_boot, seed)[metric]
     elif a['pixels'] is None or b['pixels'] is None: raise ValueError(f"metric = {metric!r}: one of the two methods gives no map; use an image-level metric")
     else: m = paired_bootstrap(a['pixels'], b['pixels'], n_boot=n_boot, seed=seed)[metric]
@@ -282,7 +290,9 @@ class Record:
         subject: Subject | None = None,
         oracle: bool = False,       # chosen by looking at the test pictures
         null: bool = False,         # a null model
-        model: DynAD | None = None  # whose settings are kept
+        model: DynAD | Config | None = None,   # whose settings are kept
+        against: DynAD | Config | None = None, # of a difference: the other side
+        repeats: bool = False       # low and high are the least and the most of repeated timings, no interval over pictures
     ) -> Record:
         "One number. Raises ValueError for a share outside 0…1: percent are never given."
         if value is not None and not np.isfinite(value): raise ValueError(f"{self.target}, row {row!r}, {column!r}, {metric}: value = {value}; a finite number or None is needed")
@@ -291,14 +301,17 @@ class Record:
             if subject is None: raise ValueError(f"{self.target}, {column!r}, {metric}: give a row, or a subject that has one")
             row = subject.row or subject.label
         if subject is not None: self._subjects[subject.name] = subject
-        key = None
-        if model is not None:
-            settings = model.config.model_dump(mode='json')
-            self.settings[key := content_key(settings)] = settings
         num = lambda v: None if v is None else float(v)
         self.rows.append(dict(row=str(row), column=column, metric=metric, value=num(value), low=num(low), high=num(high), n=None if n is None else int(n), seed=None if seed is None else int(seed),
-                              subject=subject.name if subject else None, oracle=bool(oracle), null=bool(null), settings=key))
+                              subject=subject.name if subject else None, oracle=bool(oracle), null=bool(null), repeats=bool(repeats), settings=self._keep(model), against=self._keep(against)))
         return self
+
+    def _keep(self, model: DynAD | Config | None) -> str | None:
+        "The key of a detector's settings, which are kept once."
+        if model is None: return None
+        settings = getattr(model, 'config', model).model_dump(mode='json')
+        self.settings[key := content_key(settings)] = settings
+        return key
 
     def figure(self,
         fig: Any, # a matplotlib figure or `show.Picture`
@@ -354,9 +367,21 @@ def _mean(values: list[float | None]) -> float | None:
     v = [x for x in values if x is not None]
     return sum(v)/len(v) if v and len(v) == len(values) else None
 
+def _ends(rows: list[dict[str, Any]]) -> tuple[float | None, float | None]:
+    """The interval of a mean over seeds and classes, from the intervals of its rows. Seeds see the same pictures, so that their half-widths are averaged, which is never too narrow;
+    classes hold different pictures, so that theirs add in squares. Of repeated timings: the least and the most."""
+    if not rows or any(r[k] is None for r in rows for k in ('value', 'low', 'high')): return None, None
+    if any(r['repeats'] for r in rows): return min(r['low'] for r in rows), max(r['high'] for r in rows)
+    by_subject: dict[Any, list] = {}
+    for r in rows: by_subject.setdefault(r['subject'], []).append((r['value'], r['low'], r['high']))
+    v, low, high = np.array([np.mean(x, axis=0) for x in by_subject.values()]).T
+    if len(v) == 1: return float(low[0]), float(high[0])
+    width = lambda d: float(np.sqrt((d.clip(0)**2).sum())/len(d))
+    return float(v.mean()) - width(v - low), float(v.mean()) + width(high - v)
+
 def compared(
     record: Record
-) -> list[dict[str, Any]]: # row, column, metric, null, data, paper, ours, difference (printed units), low, high, least, most, n, seeds, oracle, gap
+) -> list[dict[str, Any]]: # row, column, metric, null, data, paper, ours, difference (printed units), difference_low, difference_high, low, high, repeats, least, most (over seeds), n, seeds, oracle, gap
     "Means over seeds and, where the whole set is there, over its categories, beside the printed numbers."
     where = {s.name: s for s in record.subjects}
     about = next((TABLE_SET[t] for t in _tables(record.target)), None)
@@ -386,11 +411,13 @@ def _line(row, column, metric, null, data, rows, paper) -> dict[str, Any]:
     seeds = over_seeds(fixed)
     ours, best = _mean(list(seeds.values())), _mean(list(over_seeds(tuned).values()))
     up = lambda v: None if v is None else scale*v
-    one = fixed[0] if len(fixed) == 1 else {}
+    low, high = (up(v) for v in _ends(fixed))
+    repeats = any(r['repeats'] for r in rows)
+    off = lambda v: None if paper is None or v is None or repeats else v - paper
     values = [v for v in seeds.values() if v is not None]
     counts = {r['subject']: r['n'] for r in rows if r['n'] is not None}
-    return dict(row=row, column=column, metric=metric, null=null, data=data, paper=paper, ours=up(ours), difference=None if paper is None or ours is None else up(ours) - paper,
-                low=up(one.get('low')), high=up(one.get('high')), least=up(min(values)) if len(values) > 1 else None, most=up(max(values)) if len(values) > 1 else None,
+    return dict(row=row, column=column, metric=metric, null=null, data=data, paper=paper, ours=up(ours), difference=None if paper is None or ours is None else up(ours) - paper, difference_low=off(low), difference_high=off(high),
+                low=low, high=high, repeats=repeats, least=up(min(values)) if len(values) > 1 else None, most=up(max(values)) if len(values) > 1 else None,
                 n=sum(counts.values()) if counts else None, seeds=[s for s in seeds if s is not None] or sorted({r['seed'] for r in tuned if r['seed'] is not None}),
                 oracle=up(best), gap=None if best is None or ours is None else up(best) - up(ours))
 
@@ -414,12 +441,16 @@ def _text(v: float | None, metric: str, sign: bool = False) -> str:
     else: digits = 2 if metric == 'seconds' else 0 if abs(v) >= 1000 else 1 if abs(v) >= 10 else 3
     return f'{v:+.{digits}f}' if sign else f'{v:.{digits}f}'
 
+def _bracket(low: float | None, high: float | None, metric: str, sign: bool = False) -> str:
+    "A 95 % interval."
+    return '' if low is None else f'[{_text(low, metric, sign)}, {_text(high, metric, sign)}]'
+
 def _spread(l: dict[str, Any]) -> str:
-    "n, seeds, interval."
+    "n, seeds, interval; a range over seeds or repeats is written as one."
     out = [f"n = {l['n']}"] if l['n'] is not None else []
     if l['seeds']: out.append(f"seed{'s'*(len(l['seeds']) > 1)} {', '.join(map(str, l['seeds']))}")
-    if l['least'] is not None: out.append(f"{_text(l['least'], l['metric'])}…{_text(l['most'], l['metric'])} over seeds")
-    elif l['low'] is not None: out.append(f"[{_text(l['low'], l['metric'])}, {_text(l['high'], l['metric'])}]")
+    if l['low'] is not None: out.append(f"{_text(l['low'], l['metric'])} … {_text(l['high'], l['metric'])}" if l.get('repeats') else _bracket(l['low'], l['high'], l['metric']))
+    if l['least'] is not None: out.append(f"{_text(l['least'], l['metric'])} … {_text(l['most'], l['metric'])} over seeds")
     return ', '.join(out) or '—'
 
 def comparison_table(
@@ -434,7 +465,7 @@ def comparison_table(
     for l in lines:
         m = l['metric']
         r = {'row': l['row'] + (' (null model)' if l['null'] and marks else ''), 'method': l['column'], 'metric': METRICS.get(m, m), 'paper': _text(l['paper'], m), 'ours': _text(l['ours'], m),
-             'difference': _text(l['difference'], m, True), 'oracle': _text(l['oracle'], m), 'gap': _text(l['gap'], m, True), 'n, seeds, interval': _spread(l), 'data': (l['data'] + at_preset) if l['data'] else '—', 'hardware, minutes': machine or '—'}
+             'difference': f"{_text(l['difference'], m, True)} {_bracket(l.get('difference_low'), l.get('difference_high'), m, True)}".strip(), 'oracle': _text(l['oracle'], m), 'gap': _text(l['gap'], m, True), 'n, seeds, interval': _spread(l), 'data': (l['data'] + at_preset) if l['data'] else '—', 'hardware, minutes': machine or '—'}
         rows.append(r)
     df = pd.DataFrame(rows, columns=['row', 'method', 'metric', 'paper', 'ours', 'difference', 'oracle', 'gap', 'n, seeds, interval', 'data', 'hardware, minutes'])
     if (df.oracle == '—').all(): df = df.drop(columns=['oracle', 'gap'])
@@ -462,9 +493,10 @@ def enter(
     row: str | None, column: str,       # as for `Record.add`
     measured: dict[str, Any],           # of `measure`
     metrics: tuple[str, ...] = MAIN,
-    **more                              # subject, oracle, null, model
+    **more                              # subject, oracle, null
 ) -> None:
-    "The metrics of one measurement."
+    "The metrics of one measurement, with the settings it was made at."
+    more['model'] = measured.get('config') or more.get('model')
     for k in metrics:
         if measured.get(k): record.add(row, column, k, **{e: measured[k][e] for e in ('value', 'low', 'high')}, n=measured['n'], seed=measured['seed'], **more)
 
@@ -491,6 +523,7 @@ def enter_difference(
     "a − b in points, with the interval of common resamples."
     out = {k: paired(a, b, k, n_boot, a['seed']) for k in metrics if a.get(k) and b.get(k)}
     points = lambda v: None if v is None else 100*v
+    more |= {'model': a.get('config'), 'against': b.get('config')}
     for k, d in out.items(): record.add(row, column, f'Δ {METRICS[k]}, points', points(d['difference']), points(d['low']), points(d['high']), a['n'], a['seed'], **more)
     return out
 
@@ -500,6 +533,7 @@ def verdict(
 ) -> str:
     "Whether a direction holds: only where the interval leaves 0 out is it settled."
     d = [x for x in differences if x['difference'] is not None and x['low'] is not None]
+    if not d and (bare := [x['difference'] for x in differences if x['difference'] is not None]): return f"{claim}: not judged without an interval ({100*np.mean(bare):+.1f} points)."
     if not d: return f"{claim}: not defined on these pictures."
     up, down = sum(x['low'] > 0 for x in d), sum(x['high'] < 0 for x in d)
     point = lambda v: f"{100*v:+.{1 if max(abs(x[e]) for x in d for e in ('low', 'high')) >= .005 else 3}f}"
@@ -540,14 +574,14 @@ def by_class(
         for seed in seeds:
             model, data = fitted(s, preset, seed)
             fixed = measure(model, data, n_boot)
-            enter(record, row if s.real else None, 'Ours', fixed, metrics, subject=s, model=model)
+            enter(record, row if s.real else None, 'Ours', fixed, metrics, subject=s)
             nulls = enter_nulls(record, model, data, s, n_boot, metrics, row=(row or '') if s.real else '')
             for name, m in nulls.items():
                 for k in (x for x in metrics if m.get(x)): against.setdefault(f'Ours above {name}, {METRICS[k]}', []).append(paired(fixed, m, k, n_boot, seed))
             if not grid: continue
             by = 'pro' if fixed.get('pro') else 'i_auroc'
             g, best = oracle(model, data, list(grid), by, n_boot)
-            enter(record, row if s.real else None, 'Ours', best, metrics, subject=s, oracle=True, model=model)
+            enter(record, row if s.real else None, 'Ours', best, metrics, subject=s, oracle=True)
             chosen.append({'data': s.label, 'seed': seed, 'chosen': ', '.join(f"{k.split('.')[1]} = {v}" for k, v in g.items()) or 'the fixed settings', 'chosen by': METRICS[by],
                            **{f'gap, {METRICS[k]}': best[k]['value'] - fixed[k]['value'] for k in metrics if fixed.get(k)}})
     for claim, differences in against.items(): conclude(record, claim, differences)
@@ -562,7 +596,7 @@ def part(
     "One measurement restricted to some pictures; nothing is computed again but the metrics."
     s, y, A, M, h = (None if measured[k] is None else measured[k][rows] for k in ('scores', 'labels', 'maps', 'masks', 'has_mask'))
     pixels = None if A is None else StreamingPixelMetrics().update(A, M, h)
-    return {k: v for k, v in all_metrics(s, y, A, M, h, n_boot, measured['seed']).items() if v is not None and v['value'] is not None} | {'scores': s, 'labels': y, 'maps': A, 'masks': M, 'has_mask': h, 'pixels': pixels, 'n': len(s), 'seed': measured['seed']}
+    return {k: v for k, v in all_metrics(s, y, A, M, h, n_boot, measured['seed']).items() if v is not None and v['value'] is not None} | {'scores': s, 'labels': y, 'maps': A, 'masks': M, 'has_mask': h, 'pixels': pixels, 'n': len(s), 'seed': measured['seed'], 'config': measured.get('config')}
 
 def area_groups(
     measured: dict[str, Any], # of `measure`

@@ -8,7 +8,8 @@ from PIL import Image
 
 from dynad.config import ConfigError
 from dynad.datasets import PUBLISHED
-from dynad.reproduce import NULLS, Record, _opened, at, compared, find_set, fitted, measure, null_rows, paired, subjects
+import dynad.reproduce as reproduce
+from dynad.reproduce import NULLS, Record, _opened, at, by_class, compared, enter, enter_difference, find_set, fitted, measure, null_rows, paired, slim, subjects, verdict
 from dynad.show import curve
 
 QUICK = {'denoiser.steps': 10, 'latents.finetune_steps': 2, 'denoiser.checkpoint_every': 10}
@@ -140,6 +141,18 @@ def test_measures_and_pairs(run):
     with pytest.raises(ValueError, match='gives no map; use an image-level metric'): paired(m, nulls['neighbour distance only'], 'pro')
     with pytest.raises(ValueError, match="metric = 'auc'; allowed: i_auroc"): paired(m, m, 'auc')
 
+def test_what_is_kept_of_many_measurements(run):
+    a, b = (measure(at(run[0], {'fusion.lam': v}), run[1], n_boot=20) for v in (.2, .9))
+    small = slim(a, pixels=True)
+    assert not {'maps', 'masks', 'staged'} & small.keys() and 'pixels' not in slim(a) and slim(a)['pro'] == a['pro']
+    assert not [k for k, v in slim(a).items() if isinstance(v, torch.Tensor) and v.ndim > 1]
+    for k in ('i_auroc', 'pro'): assert paired(small, slim(b, pixels=True), k, 20) == paired(a, b, k, 20)
+
+def test_verdicts_without_an_interval():
+    assert verdict('a above b', [dict(difference=.02, low=None, high=None)]) == 'a above b: not judged without an interval (+2.0 points).'
+    assert paired(dict(pro=dict(value=.5)), dict(pro=dict(value=.4)), 'pro', 0) == dict(difference=pytest.approx(.1), low=None, high=None)
+    assert verdict('a above b', [dict(difference=None, low=None, high=None)]) == 'a above b: not defined on these pictures.'
+
 # the record
 
 def lines(record): return {(l['row'], l['column'], l['metric'], l['data']): l for l in compared(record)}
@@ -170,7 +183,24 @@ def test_a_whole_category_and_a_whole_set_are_compared(real, tmp_path):
     r.rows = [x for x in r.rows if x['subject'] != 'btad/03']
     assert lines(r)['average', 'Ours', 'pro', 'BTAD 01, BTAD 02']['paper'] is None # two of three classes are no average
     text = r.comparison()
-    assert text.loc[('class 01', 'Ours', 'PRO'), 'difference'] == '+11.0' and '90.0…92.0 over seeds' in text.loc[('class 01', 'Ours', 'PRO'), 'n, seeds, interval']
+    assert text.loc[('class 01', 'Ours', 'PRO'), 'difference'] == '+11.0 [+0.0, +20.0]' and '[80.0, 100.0], 90.0 … 92.0 over seeds' in text.loc[('class 01', 'Ours', 'PRO'), 'n, seeds, interval']
+
+def test_an_average_has_an_interval(real, tmp_path):
+    "Half-widths: the mean over seeds, which see the same pictures; in squares over classes, which do not."
+    r = Record('table2', tmp_path, PARAMETERS | {'preset': 'paper'})
+    for seed in (0, 1):
+        for s, v, w in zip(subjects('btad'), (.9, .8, .7), (.03, .04, .12)): r.add(None, 'Ours', 'pro', v, v - w - .01*seed, v + w/2, n=10, seed=seed, subject=s)
+    mean = lines(r)['average', 'Ours', 'pro', 'BTAD']
+    down = ((.035**2 + .045**2 + .125**2)**.5)/3
+    assert (mean['low'], mean['high']) == pytest.approx((80 - 100*down, 80 + 100*.13/6)) and (mean['least'], mean['most']) == pytest.approx((80, 80))
+    assert (mean['difference_low'], mean['difference_high']) == pytest.approx((mean['low'] - 83.2, mean['high'] - 83.2))
+    assert r.comparison().loc[('average', 'Ours', 'PRO'), 'difference'] == f"-3.2 [{mean['low'] - 83.2:+.1f}, {mean['high'] - 83.2:+.1f}]"
+    r.rows[0]['low'] = None # one row without: no interval is made up
+    assert lines(r)['average', 'Ours', 'pro', 'BTAD']['low'] is None and r.comparison().loc[('average', 'Ours', 'PRO'), 'difference'] == '-3.2'
+
+def test_repeats_are_a_range(board, tmp_path):
+    r = Record('table9', tmp_path, PARAMETERS).add('batch 1', 'Ours', 'seconds', .15, .13, .17, n=1, seed=0, subject=board, repeats=True).add('batch 1', 'Ours', 'pro', .5, .4, .6, n=1, seed=0, subject=board)
+    assert r.comparison()['n, seeds, interval'].tolist() == ['n = 1, seed 0, 0.13 … 0.17', 'n = 1, seed 0, [40.0, 60.0]']
 
 def test_null_models_have_no_printed_number(real, tmp_path):
     s = subjects('btad/01')[0]
@@ -221,3 +251,63 @@ def test_a_figure_without_numbers_still_names_its_data(board, tmp_path):
     r = Record('fig3', tmp_path, PARAMETERS)
     board.dataset()
     assert [s.name for s in r.subjects] == ['synthetic_board'] and r.stand_in
+
+# settings
+
+def test_every_row_carries_the_detector_that_it_was_measured_with(run, board, tmp_path, monkeypatch):
+    "The oracle's settings are those that it chose."
+    monkeypatch.setattr(reproduce, 'fitted', lambda s, preset, seed, overrides=None: run)
+    real = measure
+    monkeypatch.setattr(reproduce, 'measure', lambda model, *a, **k: (m := real(model, *a, **k)) | ({'pro': m['pro'] | {'value': .99}} if model.config.fusion.lam == .75 and model.config.reconstruction.t_max == 80 else {}))
+    r = Record('table1', tmp_path, PARAMETERS)
+    choices = by_class(r, [board], 'smoke', [0], ('i_auroc', 'pro'), 20, [{'reconstruction.t_max': 80, 'fusion.lam': .75}])
+    assert choices.chosen.tolist() == ['t_max = 80, lam = 0.75'] and {x['oracle'] for x in r.rows} == {True, False}
+    for x in r.rows:
+        c = r.settings[x['settings']]
+        assert (c['reconstruction']['t_max'], c['fusion']['lam']) == ((80, .75) if x['oracle'] else (run[0].config.reconstruction.t_max, run[0].config.fusion.lam))
+
+def test_a_difference_carries_both_sides(run, board, tmp_path):
+    a, b = (at(run[0], {'fusion.lam': v}) for v in (.2, .9))
+    r = Record('table5', tmp_path, PARAMETERS)
+    enter_difference(r, 'x', 'a − b', measure(a, run[1], 20), measure(b, run[1], 20), ('pro',), 20, subject=board)
+    enter(r, 'x', 'a', measure(a, run[1], 0), ('pro',), subject=board, model=b) # what was measured wins
+    assert [(r.settings[x['settings']]['fusion']['lam'], x['against'] and r.settings[x['against']]['fusion']['lam']) for x in r.rows] == [(.2, .9), (.2, None)]
+
+# notebooks of nbs/papers, their cells run here with a detector that is trained in a second
+
+def executed(name, monkeypatch, out, overrides=None, **given):
+    "The names that the cells of a notebook leave behind."
+    import nbformat
+    from pathlib import Path
+    monkeypatch.setattr(reproduce, 'fitted', lambda s, preset, seed, more=None: fitted(s, 'smoke', seed, QUICK | (overrides or {}) | (more or {})))
+    space = {}
+    for c in nbformat.read(Path(__file__).parent.parent/'nbs'/'papers'/f'{name}.ipynb', 4).cells:
+        if c.cell_type != 'code': continue
+        exec(compile(c.source, name, 'exec'), space)
+        if 'parameters' in c.metadata.get('tags', []): space |= dict(n_boot=0, out=str(out)) | given
+    return space
+
+def test_fig13_without_masks_and_without_intervals(pool, monkeypatch, tmp_path):
+    monkeypatch.setattr(reproduce, '_truth', lambda names, size, key: (torch.zeros(len(names), 1, size, size, dtype=torch.bool), torch.zeros(len(names), dtype=torch.bool)))
+    space = executed('fig13', monkeypatch, tmp_path, data='synthetic:board', omegas=[0, 1])
+    assert list(space['judged']) == ['i_auroc'] and [n for n in space['record'].notes if 'as the paper reports: not judged without an interval' in n]
+    assert all(r['settings'] for r in space['record'].rows) and len(space['curves']) == 2
+    assert not [k for c in (*space['curves'].values(), *space['nulls'].values()) for k in ('maps', 'masks', 'pixels') if c.get(k) is not None]
+
+def test_fig13_says_what_the_intervals_settle(pool, monkeypatch, tmp_path):
+    space = executed('fig13', monkeypatch, tmp_path, data='synthetic:board', omegas=[0, 1], n_boot=20)
+    assert len(space['record'].notes) == 3
+    for n, k in zip(space['record'].notes, ('i_auroc', 'p_auroc', 'pro')):
+        d = paired(space['ends']['synthetic_board', 0, 0], space['ends']['synthetic_board', 0, 1], k, 20)
+        assert ('not settled' in n) == (d['low'] <= 0 <= d['high']) and (': holds' in n) == (d['low'] > 0)
+
+def test_scale_where_all_pictures_get_one_t_hat(pool, monkeypatch, tmp_path):
+    space = executed('scale', monkeypatch, tmp_path, {'reconstruction.severity': 'static'}, data='synthetic:board', n_boot=20)
+    assert any('T̂ rises with area' in n and 'not defined, DIC gives all defective pictures T̂ = 160' in n for n in space['record'].notes)
+    assert all(r['settings'] for r in space['record'].rows)
+
+def test_fig14_keeps_whole_pictures_of_those_shown_only(pool, monkeypatch, tmp_path):
+    space = executed('fig14', monkeypatch, tmp_path, data='synthetic:board', levels=[80], pictures=2)
+    assert len(space['runs']) == 2 and len(space['shown']['synthetic_board']['rows']) == 2
+    for r in (*space['runs'].values(), *space['shown'].values()): assert all(len(v) == 2 for k, v in r.items() if isinstance(v, torch.Tensor) and k != 'abar')
+    assert all(r['settings'] for r in space['record'].rows)
