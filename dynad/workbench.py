@@ -155,7 +155,7 @@ class Explorer:
         self.t_maxes = sorted({*self.t_maxes, s.t_max})
         names = {x.name: k for k, x in enumerate(self.bench.samples)}
         if isinstance(picture, str) and picture not in names: raise ConfigError(f"picture = {picture!r} is not among the {len(names)} test pictures of {self.bench.dataset.name}")
-        with self._silently():
+        with self._lock, self._silently():
             if self.t_max.options != tuple(self.t_maxes): self.t_max.options = self.t_maxes
             self.t_max.value, self.severity.value, self.lam.value, self.sigma.value, self.eta.value, self.omega.value = s.t_max, s.severity, s.lam, s.sigma, s.eta, s.omega
             self.learned.value = s.threshold is None
@@ -356,6 +356,7 @@ class Explorer:
 
     def _follow(self, limit: float):
         "The threshold's slider shows what was learned."
+        if not self.learned.value: return # moved by hand meanwhile
         with self._silently():
             if limit > self.threshold.max: self.threshold.max = float(np.ceil(2*limit))
             self.threshold.value = self._learned = round(max(limit, 0.), 2)

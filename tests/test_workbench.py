@@ -1,21 +1,26 @@
 "The widgets in this process: values in, PNG bytes and labels out."
-import copy, io, json, subprocess, sys, time
-from dataclasses import asdict, replace
+import ast, copy, io, json, shlex, subprocess, sys, threading, time
+from dataclasses import replace
+from pathlib import Path
 
+import ipywidgets as W
+import nbformat
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from browser import demo
+from browser import APPS, demo
 from dynad.bench import Bench, QuickMetrics, Setting, _quantile, spread
-from dynad.config import ConfigError
+from dynad.config import ConfigError, make_config
 from dynad.detector import DynAD
 from dynad.fusion import score, smooth, upsample
 from dynad.live import Background, outline, png, shade
 from dynad.metrics import image_metrics, pixel_metrics
+from dynad.pictures import DataError
 from dynad.sweep import Sweep, best_settings
+from dynad.synthetic import write_synthetic
 from dynad.trajectory import Trajectory, walk
 from dynad.workbench import STATE, Explorer, t_max_grid
 
@@ -179,19 +184,22 @@ def test_figures_follow_the_last_move(explorer):
     assert 'dynad-stale' not in explorer.metrics._dom_classes
 
 def test_an_answer_that_comes_late_is_dropped(explorer):
-    real = explorer.bench.quick
-    def slow(maps, scores, alive=lambda: True):
-        time.sleep(.6)
-        return real(maps, scores, alive)
+    real, begun, go, shown = explorer.bench.quick, threading.Event(), threading.Event(), []
+    def slow(maps, scores, alive): # it answers though nobody wants it any more
+        begun.set(); go.wait(20)
+        return real(maps, scores)
+    explorer.metrics.observe(lambda change: shown.append((change['new'], explorer.lam.value)), 'value')
     explorer.bench.quick = slow
     try:
         explorer.lam.value = .05
-        time.sleep(.5) # its figures are being computed
+        assert begun.wait(20) # its figures are being computed
         explorer.lam.value = .95
+        go.set()
         explorer.wait()
     finally: explorer.bench.quick = real
     want = explorer.bench.metrics(replace(explorer.setting, lam=.95))[0]
-    assert f"P-AUROC <b>{want['p_auroc']:.3f}" in explorer.metrics.value
+    assert [lam for _, lam in shown] == [.95] and f"P-AUROC <b>{want['p_auroc']:.3f}" in shown[0][0]
+    assert want != explorer.bench.metrics(replace(explorer.setting, lam=.05))[0]
 
 def test_the_view_comes_back(explorer):
     explorer.load({'t_max': 320, 'lam': .25, 'threshold': .7}, 3)
@@ -204,7 +212,7 @@ def test_the_view_comes_back(explorer):
     assert {k: w.value for k, w in again.images.items()} == {k: w.value for k, w in explorer.images.items()}
     again.close()
 
-@pytest.mark.parametrize('text', ['{', '[]', '{"setting": {"t_max": 99999}}', '{"setting": {"speed": 3}}', '{"setting": {"t_max": "a"}}'])
+@pytest.mark.parametrize('text', ['{', '[]', '{"setting": {"t_max": 99999}}', '{"setting": {"speed": 3}}', '{"setting": {"t_max": "a"}}', '{"setting": {"threshold": "a"}}', '{"setting": {"threshold": -1}}', '{"setting": 3}'])
 def test_a_broken_state_is_named_and_passed_over(bench, text):
     (bench.run/STATE).write_text(text)
     x = Explorer(bench, t_maxes=GRID)
@@ -250,14 +258,79 @@ def test_gallery(explorer):
     assert sum(t.layout.display != 'none' for t in explorer.thumbs) == min(len(explorer.bench), len(explorer.thumbs))
 
 def test_the_setting_as_text(explorer):
-    explorer.load({'t_max': 80, 'lam': .3})
-    raw = json.loads(explorer.copied('JSON'))
-    assert raw.pop('threshold') is None and DynAD.open(explorer.bench.run, raw, progress=False).config.fusion.lam == .3
-    text = explorer.copied('papermill')
-    assert json.loads(text.removeprefix("-y '").removesuffix("'"))['setting'] == asdict(explorer.setting)
-    compile(explorer.copied('Python'), 'copied', 'exec')
+    explorer.load({'t_max': 80, 'lam': .3, 'threshold': .7}, 4)
+    want, name = explorer.setting, explorer.bench.samples[4].name
+    text, shell, code = (explorer.copied(k) for k in ('JSON', 'papermill', 'Python'))
+    explorer.load({'t_max': 160, 'lam': .9}, 2)
+    explorer.load(text)                                   # as text, as a parameter, as Python
+    assert (explorer.setting, explorer.i) == (want, 4)
+    flag, raw = shlex.split(shell)
+    parameters = json.loads(raw)                          # YAML of flow style
+    assert flag == '-y' and parameters['run'] == str(explorer.bench.run)
+    cell = next(c for c in nbformat.read(APPS/'explore.ipynb', 4).cells if 'parameters' in c.metadata.get('tags', [])).source
+    assert set(parameters) <= {t.id for node in ast.parse(cell).body for t in node.targets}
+    x = Explorer(explorer.bench, t_maxes=GRID, setting=parameters['setting'], prefetch=False)
+    assert (x.setting, x.bench.samples[x.i].name) == (want, name)
+    x.close()
+    space = {}
+    exec(code, space)
+    assert space['model'].config.fusion.lam == .3 and (space['explorer'].setting, space['explorer'].i) == (want, 4)
+    space['explorer'].close()
+    for bad in ('{', '3'):
+        with pytest.raises(ConfigError, match='is not'): explorer.load(bad)
     explorer.copy_button.click()
-    assert explorer.copy_text.layout.display is None and explorer.copy_text.value == explorer.copied('JSON')
+    assert explorer.copy_text.layout.display is None and explorer.copy_text.value == explorer.copied('JSON') and explorer.copy_now.layout.display is None
+    explorer.copy_format.value = 'Python'
+    assert explorer.copy_text.value == explorer.copied('Python')
+
+def test_what_is_known_before_anything_is_reconstructed(explorer):
+    held = threading.Event()
+    explorer.bench.make, real = lambda s: iter(lambda: held.wait(20) and None, 0), explorer.bench.make # does not end
+    i = next(k for k in range(len(explorer.bench)) if k != explorer.i)
+    try:
+        with explorer._silently(): explorer.picture.value, explorer.severity.value = i, 'static'
+        explorer.eta.value = 11.5
+        assert explorer.setting.cut not in explorer.bench.cuts
+        name = explorer.bench.samples[i].name
+        assert name in explorer.facts.value and 'T̂ = 160' in explorer.facts.value and 'score' not in explorer.facts.value and '⚠ overshoots' in explorer.overshoot.value
+        for w in (explorer.facts, explorer.made_of, explorer._panels, explorer.metrics): assert 'dynad-stale' in w._dom_classes
+        assert 'being reconstructed' in explorer.captions['mask'].value and explorer._shown['histogram'] == i
+    finally: explorer.bench.make = real; held.set()
+    explorer._makers.clear(); explorer.eta.value = 0.
+    explorer.wait()
+    assert 'score' in explorer.facts.value and not any('dynad-stale' in w._dom_classes for w in (explorer.facts, explorer.made_of, explorer._panels))
+
+def test_the_verdict_at_a_threshold_by_hand(explorer):
+    explorer.picture.value = next(k for k, y in enumerate(explorer.bench.labels) if y)
+    assert 'at your threshold' not in explorer.facts.value
+    explorer.threshold.value = explorer.threshold.max
+    assert '0.0% of the pixels' in explorer.captions['mask'].value
+    assert f'at your threshold: {explorer.bench.all_maps(explorer.setting)[explorer.i].max():.2f} ≤ {explorer.threshold.max:.2f}, called <b>good</b>, <b>✗ wrong</b>' in explorer.facts.value
+
+def test_neighbours_are_the_pictures_learned_from(bench, tmp_path):
+    "Also where another data set is shown; and where those pictures are gone, that is said."
+    board = write_synthetic(tmp_path/'other', 'weave', n_train=20, n_good=2, n_defect=2, size=128, seed=3)
+    other = Bench(bench.run, board)
+    assert [s.image for s in other.fit] == [s.image for s in bench.fit] and len(bench.fit) == len(bench.model.good)
+    root = Path(bench.dataset.root)
+    hidden = root.rename(root.with_name('hidden'))
+    try:
+        other = Bench(bench.run, board)
+        with pytest.raises(DataError, match='its neighbours cannot be shown'): other.fit
+        x = Explorer(other, t_maxes=GRID, prefetch=False).wait(300)
+        assert 'its neighbours cannot be shown' in x.neighbours_text.value and x.message.value == '' and x.neighbours.layout.display == 'none'
+        x.close()
+    finally: hidden.rename(root)
+    (bench.run/STATE).unlink(missing_ok=True)
+
+def test_a_failing_look_ahead_is_not_repeated(bench):
+    b, calls = copy.copy(bench), []
+    def missing(setting): calls.append(1); raise OSError('the store is gone')
+    b.cuts, b.missing = dict(b.cuts), missing
+    x = Explorer(b, t_maxes=(*GRID, 240), prefetch=False)
+    time.sleep(1)
+    assert len(calls) <= 4 and 'the store is gone' in x.message.value
+    x.close()
 
 def test_overshoot_is_marked(explorer):
     explorer.severity.value = 'static'
@@ -268,6 +341,22 @@ def test_overshoot_is_marked(explorer):
     m = explorer.bench.model
     want = 8*(1 - float(m.schedule.abar[explorer.t_max.value - 1]))
     assert f'= {want:.2f}' in explorer.overshoot.value and ('⚠' in explorer.overshoot.value) == (want > 1)
+    share = min(1., 1/(want/8)/12)
+    assert f'{explorer._id}-eta' in explorer.eta._dom_classes and f'.{explorer._id}-eta .noUi-connects' in explorer.overshoot.value and f'#0072B2 {share:.2%}' in explorer.overshoot.value
+
+def test_overshoot_by_the_runs_own_switches(bench):
+    def said(**switches):
+        b = copy.copy(bench)
+        b.model = copy.copy(bench.model)
+        b.model.config = make_config('smoke', {f'reconstruction.{k}': v for k, v in switches.items()} | {'data.image_size': 128})
+        x = Explorer.__new__(Explorer)
+        x.bench, x._id, x.overshoot, x.eta = b, 'dx', W.HTML(), W.FloatSlider(max=12)
+        x._show_pull(Setting(160, 'static', eta=12.), 160)
+        return x.overshoot.value
+    abar = bench.model.schedule.abar
+    assert f'= {12*(1 - float(abar[159])):.2f};' in said() and '⚠' in said()
+    assert '⚠' not in said(clamp_pull=True) and '= 1.00; above' in said(clamp_pull=True) and 'held at 1' in said(clamp_pull=True)
+    assert f'= {12*(1 - float(abar[144])):.2f};' in said(indices='authors') # its first call is one stride lower
 
 def test_t_max_grid(): assert t_max_grid(640, 10, 1000) == [160, 320, 480, 640, 960] and t_max_grid(10, 10, 1000) == [10, 20, 30]
 
