@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from PIL import Image
 
 from browser import APPS, demo
+from dynad import trajectory
 from dynad.bench import Bench, QuickMetrics, Setting, _quantile, spread
 from dynad.config import ConfigError, make_config
 from dynad.detector import DynAD
@@ -435,6 +437,7 @@ def test_600_pictures_at_128(bench, capsys):
 # sweep
 
 def test_sweep(bench):
+    (bench.run/'sweep.json').unlink(missing_ok=True)
     x = Explorer(bench, t_maxes=GRID, prefetch=False)
     s = Sweep(x, t_maxes=GRID).fill().wait(300)
     assert len(s.table) == len(GRID)*len(s.lams) and s.message.value == ''
@@ -449,17 +452,67 @@ def test_sweep(bench):
     s.lam.value = 1.
     assert size(s.curves.value) and s.curves.value != before
     s.severity.value = 'static'
-    s.wait(300)
-    assert set(s.table.severity) >= {'dynamic'} and s.chosen.severity == 'dynamic'
-    s.close()
+    s.fill().wait(300)
+    t = s.table[s.table.severity == 'static']
+    assert len(t) == len(GRID)*len(s.lams) and s.chosen.severity == 'dynamic' and s.start.disabled
+    assert s.cells['pro', 320, .15].description == f"{bench.metrics(Setting(320, 'static', .15))[0]['pro']:.3f}".lstrip('0')
+    again = Sweep(bench, t_maxes=GRID).wait(300)             # the same view after a restart
+    assert (again.severity.value, again.lam.value, again.chosen, again.picked.value) == ('static', 1., s.chosen, '<b>chosen: T_max 320, λ 0.15, dynamic</b>')
+    assert {k: w.description for k, w in again.cells.items()} == {k: w.description for k, w in s.cells.items()}
+    again.close(); s.close()
 
-def test_sweep_of_two_runs(bench):
-    s = Sweep([bench, Bench(bench.run)], t_maxes=(80, 160), lams=(.5,)).fill().wait(300)
+def test_sweep_of_two_runs(bench, monkeypatch):
+    (bench.run/'sweep.json').unlink(missing_ok=True)
+    other, bands = copy.copy(bench), []
+    other.metrics = lambda setting: ({k: v - .1 for k, v in bench.metrics(setting)[0].items()}, None) # another seed
+    monkeypatch.setattr(Axes, 'fill_between', lambda self, x, low, high, **_: bands.append((list(x), low.tolist(), high.tolist(), self)))
+    explorer = Explorer(bench, t_maxes=GRID, prefetch=False)
+    s = Sweep([bench, other], t_maxes=(80, 160), lams=(.5,), explorer=explorer).fill().wait(300)
     assert s.table.run.nunique() == 2 and s.run.options[0][0] == 'mean of all runs' and 'all runs' in s.best.value
-    s.pick(80, .5)
-    assert s.chosen == Setting(80, 'dynamic', .5)
+    one = {k: bench.metrics(Setting(80, 'dynamic', .5))[0][k] for k in ('i_auroc', 'p_auroc', 'pro')}
+    s.lam.value = .5
+    x, low, high, ax = bands[-1]
+    assert x == [80, 160] and low[0] == pytest.approx(one['pro'] - .1) and high[0] == pytest.approx(one['pro'])
+    assert all(b[3].get_ylim()[1] <= 1 for b in bands)      # no figure is above 1
+    assert float(s.cells['pro', 80, .5].tooltip.split()[1]) == pytest.approx(one['pro'] - .05, abs=1e-4)
+    s.run.value = 1
+    assert float(s.cells['pro', 80, .5].tooltip.split()[1]) == pytest.approx(one['pro'] - .1, abs=1e-4)
+    s.cells['pro', 80, .5].click()
+    assert s.chosen == Setting(80, 'dynamic', .5) and 'which shows run 1: run, seed 0' in s.picked.value
     s.close()
     with pytest.raises(ConfigError, match='no run was given'): Sweep([])
+
+def test_a_sweep_after_an_error(bench):
+    (bench.run/'sweep.json').unlink(missing_ok=True)
+    b = copy.copy(bench)
+    s = Sweep(b, t_maxes=(80, 160), lams=(.5,)).wait(300)
+    s.rows.clear()
+    real, b.metrics = b.metrics, lambda setting: 1/0
+    s.fill().wait(60)
+    assert 'ZeroDivisionError' in s.message.value and not s.start.disabled and s.stop.disabled and s.progress.layout.visibility == 'hidden'
+    b.metrics = real
+    s.start.click(); s.wait(300)
+    assert s.message.value == '' and len(s.table) == 2*len(s.lams)
+    b.cuts, b.make = {}, lambda setting: (1/0 for _ in range(3))   # a slice that cannot be made is tried again, not taken for done
+    s.rows.clear()
+    for _ in range(2):
+        s.fill().wait(60)
+        assert 'ZeroDivisionError' in s.message.value and not s.start.disabled and not s.rows
+    s.fill = lambda: 1/0
+    s.message.value = ''
+    s.start.click()
+    assert 'ZeroDivisionError' in s.message.value
+    s.close()
+
+def test_one_thread_paints_at_a_time(bench):
+    s = Sweep(bench, t_maxes=(80, 160), lams=(.5,)).wait(300)
+    for paint in (s._paint, s._curves):
+        done = threading.Event()
+        with s._lock:
+            threading.Thread(target=lambda: (paint(), done.set()), daemon=True).start()
+            assert not done.wait(.2)
+        assert done.wait(20)
+    s.close()
 
 def test_best_settings():
     import pandas as pd
@@ -478,16 +531,63 @@ def test_the_walk_ends_where_the_detector_does(bench):
     assert walk(m, z0, 80, 8., 0.).pulls[0] == pytest.approx(8*(1 - float(m.schedule.abar[79])))
     with pytest.raises(ValueError, match='T̂ = 0: there is no step'): walk(m, z0, 0, 0., 0.)
 
+def test_the_walk_is_the_runs_own(bench):
+    "Also with the public code's static sampler, and with a pull that is held at 1."
+    for switches in ({'clamp_pull': True}, {'severity': 'static', 'static_sampler': 'authors'}, {'steps': 'stride', 'indices': 'authors'}):
+        m = copy.copy(bench.model)
+        m.config = make_config('smoke', {f'reconstruction.{k}': v for k, v in switches.items()} | {'data.image_size': 128, 'reconstruction.t_max': 160, 'reconstruction.eta': 8.})
+        z0 = bench.staged.z0[3:4]
+        w, x = walk(m, z0, 160, 8., 0., row=3), m.decode(m.rebuild_latents(z0, torch.tensor([160]), [3]))
+        assert np.abs(w.z_t[-1].astype(float)/255 - x[0].permute(1, 2, 0).numpy()).max() < .01
+        assert (max(w.pulls) == 1.) == ('clamp_pull' in switches)
+
 def test_trajectory(bench):
-    t = Trajectory(bench, picture=bench.samples[9].name, t_hat=160, points=5).wait(120)
+    t = Trajectory(bench, picture=bench.samples[9].name, t_hat=160, eta=0., points=5).wait(120)
+    assert t.step.label == '1' and 'call 1, t = 160' in t.captions['z_t', 0.].value # counted from 1 everywhere
     before = {k: w.value for k, w in t.images.items()}
     t.step.value = 4
     changed = {k for k, w in t.images.items() if w.value != before[k]}
-    assert changed == {('z_t', 0.), ('x0', 0.), ('z_t', 1.), ('x0', 1.)} and 't = 96' in t.captions['z_t', 0.].value
+    assert changed == {('z_t', 0.), ('x0', 0.), ('z_t', 1.), ('x0', 1.)} and 'call 5, t = 96' in t.captions['z_t', 0.].value and t.step.label == '5'
+    assert t.out.label == '1' and 't = 1,' in t.captions['out', 0.].value
     t.out.value = t.ts[-1]
-    assert t.images['out', 1.].value != before['out', 1.] and 't = 1000' in t.captions['out', 0.].value
+    assert t.images['out', 1.].value != before['out', 1.] and 't = 1000' in t.captions['out', 0.].value and t.out.label == '1000'
     t.eta.value = 8.
     t.wait(120)
-    assert t.walks[0.].pulls[0] > 1 and t.message.value == ''
-    t.close()
+    assert t.walks[0.].pulls[0] > 1 and t.message.value == '' and t.step.value == 4
+    far = max(max(w.distance) for w in t.walks.values())
+    assert f'fill="#0072B2">{far:.2g}</text>' in t.curve.value and 'mean |z₀ − x̂₀|</text>' in t.curve.value # an axis of its own
+    again = Trajectory(bench, points=5).wait(120)          # the same view after a restart
+    assert again._key == t._key and (again.step.value, again.out.value) == (4, t.ts[-1]) and again.curve.value == t.curve.value
+    again.close(); t.close()
     with pytest.raises(ValueError, match="picture = 'x' is not among"): Trajectory(bench, picture='x')
+
+def test_t_hat_by_hand_stays(bench):
+    (bench.run/'trajectory.json').unlink(missing_ok=True)
+    t = Trajectory(bench, picture=bench.samples[9].name, t_hat=170, points=3).wait(120)
+    t.picture.value = 3
+    assert t.t_hat.value == 170 and not t.own.value
+    t.own.value = True
+    assert t.t_hat.value == int(bench.staged.t_hat[3])
+    t.picture.value = 0
+    assert t.t_hat.value == int(bench.staged.t_hat[0]) and t.own.value
+    t.t_hat.value = 200
+    assert not t.own.value
+    t.wait(120).close()
+    again = Trajectory(bench, points=3).wait(120)
+    assert again.t_hat.value == 200 and not again.own.value
+    again.close()
+
+def test_a_walk_that_fails_leaves_no_other_picture(bench, monkeypatch):
+    t = Trajectory(bench, picture=bench.samples[9].name, t_hat=80, points=3).wait(120)
+    def broken(*_): raise RuntimeError('no walk')
+    monkeypatch.setattr(trajectory, 'walk', broken)
+    t.picture.value = 3
+    t.wait(60)
+    before = {k: w.value for k, w in t.images.items()}
+    t.step.value = 3
+    assert 'no walk' in t.message.value and {k: w.value for k, w in t.images.items()} == before and 'dynad-stale' in t._back._dom_classes
+    monkeypatch.undo()
+    t.eta.value = 1.
+    t.wait(120)
+    assert t.message.value == '' and t.images['z_t', 0.].value != before['z_t', 0.] and 'dynad-stale' not in t._back._dom_classes
+    t.close()
