@@ -275,7 +275,9 @@ class OwnPictures:
         else: self.warnings.value = f'<span class="dynad-soft">The good pictures in {html.escape(str(root))} are gone or have changed since the fit: no warnings can be computed. Press fit to learn from them as they are now.</span>'
         self._fitted(model)
         files = [p for p in map(Path, judged) if p.is_file()]
-        if files and len(files) == len(judged): self._judge(files)
+        if files and len(files) == len(judged):
+            if not self.judge_folder.value.strip(): self._dropped = files
+            self._judge(files)
 
     # fitting
     def fit(self) -> OwnPictures:
@@ -384,7 +386,7 @@ class OwnPictures:
         doubt = (f'<p><span class="dynad-note">careful: {int(strange.sum())} of {len(self.files)} pictures are unlike the training pictures</span><br>They are twice as far out as the farthest good one: a gross defect, or another product, light or position. '
                  f'Then the score says only "unlike", and the map is not to be trusted.</p>') if strange.any() else ''
         self.scores.value = (f'{doubt}<table style="border-spacing:14px 0"><tr><th></th><th>picture</th><th>score</th><th>above {m.image_threshold:.2f}</th><th>T̂</th><th></th></tr>{"".join(line(k, i) for k, i in enumerate(order[:200]))}</table>'
-                             f'<span class="dynad-soft">Below, highest score first{f" (the first {most})" if len(order) > most else ""}: picture, overlay, map (bright from twice the threshold), reconstruction.</span>')
+                             f'<span class="dynad-soft">Below, highest score first{f" (the first {most})" if len(order) > most else ""}: picture, overlay (contour: above the threshold for pixels), map (bright from twice that threshold), reconstruction.</span>')
 
     @guarded
     def export(self) -> Path | None:

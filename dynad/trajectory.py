@@ -66,8 +66,8 @@ def outward(
     z = torch.cat([q_sample(z0, torch.tensor([t]), abar, noise=noise, omega=omega) for t in ts])
     return _pixels(model, z)
 
-# %% ../nbs/17a_trajectory.ipynb #78135f7f
-PAIRS = {0.: 'noiseless (ω = 0, only scaled)', 1.: 'noised (ω = 1)'}
+# %% ../nbs/17a_trajectory.ipynb #060126ec
+PAIRS = {0.: 'noiseless (ω = 0)', 1.: 'noised (ω = 1)'}
 
 STATE = 'trajectory.json'
 
@@ -76,7 +76,7 @@ def pull_svg(pulls: list[float], k: int, distance: dict[str, list[float]]) -> st
     n, top = len(pulls), max(1.1, max(pulls, default=0))
     far = max(1e-9, max(max(d) for d in distance.values()))
     px, py, qy = (lambda j: 40 + j*320/max(1, n)), (lambda v: 96 - v/top*78), (lambda v: 96 - v/far*78)
-    parts = [f'<line x1="40" x2="360" y1="{py(v):.1f}" y2="{py(v):.1f}" stroke="currentColor" opacity="{o}"/><text x="28" y="{py(v) + 3:.1f}" text-anchor="end" fill="#B97700">{v:g}</text>' for v, o in ((0, .4), (1, .4))]
+    parts = [f'<line x1="40" x2="360" y1="{py(v):.1f}" y2="{py(v):.1f}" stroke="currentColor" opacity="{o}"/><text x="28" y="{py(v) + 3:.1f}" text-anchor="end" fill="#B97700">{v:g}</text>' for v, o in ((0, .4), (1, .4), *[(int(top), .15)]*(top >= 2))]
     parts += [f'<line x1="372" x2="375" y1="{qy(v):.1f}" y2="{qy(v):.1f}" stroke="#0072B2"/><text x="378" y="{qy(v) + 3:.1f}" fill="#0072B2">{v:.2g}</text>' for v in (0, far/2, far)]
     parts += [f'<line x1="372" x2="372" y1="{qy(far):.1f}" y2="96" stroke="#0072B2"/>', '<text x="408" y="57" fill="#0072B2" text-anchor="middle" transform="rotate(90 408 57)">mean |z₀ − x̂₀|</text>', '<text x="10" y="57" fill="#B97700" text-anchor="middle" transform="rotate(-90 10 57)">pull η(1 − ᾱ)</text>']
     parts += [f'<rect x="{px(j) - 9:.1f}" y="{py(v):.1f}" width="18" height="{96 - py(v):.1f}" fill="#E69F00" opacity="{1 if j == k else .45}"><title>call {j + 1}: pull {v:.2f}</title></rect>' for j, v in enumerate(pulls)]
@@ -219,7 +219,7 @@ class Trajectory:
             v = self.walks[w]
             end = k == len(v.t)
             where = 'end' if end else f'call {k + 1}, t = {v.t[k] + 1}'
-            for kind, text in (('z_t', 'ẑ₀ decoded' if end else 'z_t decoded'), ('x0', 'reconstruction' if end else 'x̂₀ seen in it')):
+            for kind, text in (('z_t', 'ẑ₀ decoded' if end else 'z_t decoded'), ('x0', 'reconstruction' if end else 'x̂₀')):
                 self.images[kind, w].value = png(getattr(v, kind)[k])
                 self.captions[kind, w].value = f'<b>{text}</b>, {where}<br>{name}' + ('' if end or kind == 'z_t' else f'; pull {v.pulls[k]:.2f}')
             j = self.ts.index(t_out)

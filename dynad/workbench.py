@@ -348,7 +348,7 @@ class Explorer:
             self._caption('l_map', f'<b>l_map</b> moved in the latent, T̂ = {T}{scale_html(tops[0], "1 = end of good")}')
             self._caption('f_map', f'<b>f_map</b> looks different to φ, T̂ = {T}{scale_html(tops[1], "1 = end of good")}')
             self._caption('A_map', f'<b>A_map</b> = {s.lam:.2f}·l + {1 - s.lam:.2f}·f, σ = {s.sigma:g}{scale_html(top, "1 = end of good")}')
-            self._caption('mask', f'<b>predicted mask</b> (orange; blue outline: truth) A_map &gt; {about if s.threshold is None else ""}{limit:.2f}, {mask.mean():.1%} of the pixels')
+            self._caption('mask', f'<b>predicted mask</b> (truth: blue line) A_map &gt; {about if s.threshold is None else ""}{limit:.2f}, {mask.mean():.1%} of the pixels')
             self._caption('overlay', f'<b>overlay</b> white contour: predicted mask{scale_html(top, "A_map", "inferno")}')
             self._rebuilt_panels(cut, i, s, T)
             self._explain(i, s, A, lmap, fmap, image_limit, about, T)
