@@ -17,21 +17,22 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from .config import Config, content_key, make_config, parse_config, _merge, _nest
-from .data import AnomalyDataset, load_masks, open_dataset
+from .data import AnomalyDataset, Sample, load_masks, open_dataset
 from .denoiser import make_unet, save_denoiser, train_denoiser
 from .detector import DynAD, Staged, _PAIR
 from .diffusion import make_schedule
 from .fusion import Calibration, feature_map, upsample
 from .latents import load_latents, shipped
+from .layouts import _pictures
 from .lesson import runs_folder
 from .metrics import _ordered, region_weights
-from .pictures import to_float
+from .pictures import EXTENSIONS, DataError, to_float
 from .store import atomic_write, file_sha256, load_tensors, save_tensors
 from .synthetic import nominal, picture_rng, write_synthetic
 
 # %% auto #0
-__all__ = ['NOTE', 'DEMO_NOTE', 'blur_matrix', 'spread', 'Setting', 'Cut', 'QuickMetrics', 'Bench', 'demo_config', 'demo_weights',
-           'demo_run', 'train_demo']
+__all__ = ['PLACES', 'NOTE', 'DEMO_NOTE', 'blur_matrix', 'spread', 'Setting', 'Cut', 'QuickMetrics', 'heap', 'Bench',
+           'demo_config', 'demo_weights', 'demo_run', 'train_demo']
 
 # %% ../nbs/15b_bench.ipynb #19f41d30
 @lru_cache(512)
@@ -87,7 +88,25 @@ class Setting:
         "What decides which reconstructions are looked at."
         return self.t_max, self.severity, self.eta, self.omega
 
-# %% ../nbs/15b_bench.ipynb #4bf50ac0
+# %% ../nbs/15b_bench.ipynb #5bc1e358
+PLACES = 200_000 # of held-out maps that a drag looks at
+
+def _quantile(
+    a: np.ndarray, # any shape; put into another order
+    q: float
+) -> float:
+    "Of all values, by the same rule as `DynAD`'s thresholds."
+    a = a.reshape(-1)
+    if a.size >= 10_000_000:
+        k = int(q*a.size)
+        a.partition(k)
+        return float(a[k])
+    at = q*(a.size - 1)
+    k = int(at)
+    a.partition((k, min(k + 1, a.size - 1)))
+    low, high = float(a[k]), float(a[min(k + 1, a.size - 1)])
+    return low + (at - k)*(high - low)
+
 def _calibrated(
     l: Tensor, f: dict[int, Tensor], t_hat: Tensor, calibration: Calibration
 ) -> list[Tensor]: # l_map [N,h,w], then the layers of f_map [N,h_j,w_j], whose enlarged sum is the calibrated f_map
@@ -106,7 +125,8 @@ class Cut:
     size: int                # of the pictures
     quantile: float          # of held-out pixels, for the threshold
     top: tuple[float, float] = (1., 1.) # l_map and f_map that are shown in the brightest colour
-    _held: dict = field(default_factory=dict, repr=False)
+    _exact: dict = field(default_factory=dict, init=False, repr=False)  # (λ, σ) -> thresholds
+    _coarse: dict = field(default_factory=dict, init=False, repr=False) # σ -> l_map, f_map at the places of the grid; the last one only
 
     def __post_init__(self):
         top = lambda parts: max(1., float(np.quantile(sum(F.interpolate(p[:, None], size=parts[0].shape[1:]) for p in parts).numpy(), .998)))
@@ -120,26 +140,44 @@ class Cut:
         l, *f = (m[rows] for m in self.maps)
         return spread(l, self.size, sigma), sum(spread(x, self.size, sigma) for x in f)
 
-    def _held_pair(self, sigma: float) -> tuple[np.ndarray, np.ndarray]:
-        pair = self._held.get(sigma)
-        if pair is None:
-            l, *f = self.held
-            pair = spread(l, self.size, sigma).flatten(1).numpy(), sum(spread(x, self.size, sigma) for x in f).flatten(1).numpy()
-            self._held.clear()
-            self._held[sigma] = pair
-        return pair
-
     def thresholds(self,
-        lam: float, sigma: float,
-        most: int = 400_000   # pixels looked at for the first quantile; more are thinned out evenly
-    ) -> tuple[float, float]: # for pixels, for pictures
-        "Learned on held-out good pictures, as `DynAD` does."
-        l, f = self._held_pair(sigma)
-        A = lam*l + (1 - lam)*f
-        flat = A.ravel()[::-(-A.size//most)]
-        return float(np.quantile(flat, self.quantile)), float(np.quantile(A.max(1).astype(np.float64), self.quantile))
+        lam: float, sigma: float, alive: Callable[[], bool] = lambda: True
+    ) -> tuple[float, float] | None: # for pixels, for pictures; None when no longer alive
+        "Learned on every pixel of the held-out good pictures, as `DynAD` does."
+        if (lam, sigma) not in self._exact:
+            l, *f = self.held
+            A = np.empty((len(l), self.size, self.size), np.float32)
+            for a in range(0, len(l), 32):
+                if not alive(): return None
+                b = slice(a, a + 32)
+                torch.lerp(sum(spread(x[b], self.size, sigma) for x in f), spread(l[b], self.size, sigma), lam, out=torch.from_numpy(A[b]))
+            top = A.max((1, 2)).astype(np.float64)
+            if not alive(): return None
+            if len(self._exact) > 999: self._exact.clear()
+            self._exact[lam, sigma] = _quantile(A, self.quantile), float(np.quantile(top, self.quantile))
+        return self._exact[lam, sigma]
 
-# %% ../nbs/15b_bench.ipynb #cf6322d7
+    @property
+    def step(self) -> int:
+        "Distance in pixels between the places that `estimate` looks at."
+        return max(1, int(np.ceil(self.size*(len(self.held[0])/PLACES)**.5)))
+
+    def estimate(self,
+        lam: float, sigma: float
+    ) -> tuple[float, float, bool]: # for pixels, for pictures, whether they are exact
+        "The thresholds at once: as learned when they are known, otherwise from a regular grid of places with their exact values."
+        if known := self._exact.get((lam, sigma)): return *known, True
+        pair, step = self._coarse.get(sigma), self.step
+        if pair is None:
+            at = lambda m: blur_matrix(m.shape[1], self.size, sigma)[step//2::step]
+            l, *f = (at(m) @ m @ at(m.mT).T for m in self.held)
+            pair = l, sum(f)
+            self._coarse = {sigma: pair}
+        A = torch.lerp(pair[1], pair[0], lam).flatten(1).numpy()
+        top = float(np.quantile(A.max(1).astype(np.float64), self.quantile))
+        return _quantile(A, self.quantile), top, False
+
+# %% ../nbs/15b_bench.ipynb #31ed128d
 class QuickMetrics:
     "I-AUROC, P-AUROC and PRO of many maps over the same ground truth."
     def __init__(self,
@@ -182,7 +220,7 @@ class QuickMetrics:
             out |= {'p_auroc': m['auroc'], 'pro': m['pro']}
         return out
 
-# %% ../nbs/15b_bench.ipynb #ed315ab9
+# %% ../nbs/15b_bench.ipynb #8234c654
 def _part(
     staged: Staged, rows: list[int]
 ) -> Staged:
@@ -190,6 +228,23 @@ def _part(
     s = copy.copy(staged)
     s._pairs = lambda t_hat: [i*_PAIR + int(t_hat[i]) for i in rows]
     return s
+
+def heap(
+    folder: str | Path
+) -> AnomalyDataset:
+    "Every picture below the folder as a good training picture; a folder in MVTec's layout is opened as such. Raises DataError when there is none."
+    root = Path(folder).expanduser().resolve()
+    if not root.is_dir(): raise DataError(f"{root}: {'a file, not a folder' if root.exists() else 'no such folder'}; name the folder that holds your good pictures")
+    if (root/'train'/'good').is_dir(): return open_dataset(root)
+    found = _pictures(root)
+    if not found: raise DataError(f"{root}: no picture in there ({', '.join(sorted(EXTENSIONS))})")
+    return AnomalyDataset(root.name, root, 'heap', None, tuple(Sample(p.relative_to(root).as_posix(), p, 0, 'good', 'train') for p in found))
+
+def _own(info: dict[str, Any], c: Config) -> AnomalyDataset:
+    "The data set that a run was fitted on."
+    d = info['data']
+    if d['layout'] == 'heap': return heap(d['root'])
+    return open_dataset('elpv' if d['layout'] == 'elpv' else d['root'], layout=d['layout'], category=d['category'] if d['layout'] == 'elpv' else None, seed=c.seed)
 
 class Bench:
     "A fitted detector on a data set, seen at any `Setting`."
@@ -203,13 +258,11 @@ class Bench:
         if data is None:
             info = getattr(model, 'info', None)
             if info is None: raise ValueError("Bench: a detector fitted in this session does not know where its pictures are; give data=")
-            d = info['data']
-            data = open_dataset('elpv' if d['layout'] == 'elpv' else d['root'], layout=d['layout'], category=d['category'] if d['layout'] == 'elpv' else None, seed=c.seed)
+            data = _own(info, c)
         self.dataset = data if isinstance(data, AnomalyDataset) else open_dataset(data, seed=c.seed)
         self.samples, self.size = self.dataset.test, c.data.image_size
         if not self.samples: raise ValueError(f"{self.dataset.name}: no test picture to look at; put some under test/good and test/<defect>")
         self.staged = model.stage(self.samples, self.dataset.fingerprint, progress=False)
-        self.fit, _ = self.dataset.holdout(c.data.holdout, c.data.min_holdout, c.seed)
         self.labels = torch.tensor([s.label for s in self.samples])
         self.masks, self.has_mask = load_masks(self.samples, self.size)
         self.quick = QuickMetrics(self.labels, self.masks, self.has_mask)
@@ -218,6 +271,20 @@ class Bench:
         self._levels: dict[str, Calibration] = {}
         self.lock = threading.RLock() # one thread at a time calls the model
         for s in (self.staged, model.held_out): s.z0, s.fx, s.severity; s.__dict__.setdefault('_open', {})
+
+    @cached_property
+    def fit(self) -> list[Sample]:
+        "The good pictures that the run learned from, to which DIC's neighbours point; they need not belong to the data set that is shown. Raises DataError when they are not at hand."
+        c, good, info = self.model.config, self.model.good, getattr(self.model, 'info', None)
+        def learned(data):
+            fit = data.holdout(c.data.holdout, c.data.min_holdout, c.seed)[0] if len(data.train) else []
+            return fit if content_key(dict(data=data.fingerprint, names=[s.name for s in fit], size=self.size)) == good.pictures else None
+        if fit := learned(self.dataset): return fit
+        d = info['data'] if info else {}
+        try: fit = learned(_own(info, c)) if info else None
+        except DataError: fit = None
+        if fit: return fit
+        raise DataError(f"{d.get('root', 'the fitted data set')}: the pictures that this run learned from are not there, or no longer the same; its neighbours cannot be shown, all else can")
 
     def __len__(self): return len(self.samples)
 
@@ -318,7 +385,7 @@ class Bench:
             x = torch.cat([m.decode(b) for b in torch.stack(z).split(m.config.batch)])
         return dict(zip(t_hats, (x.clamp(0, 1)*255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()))
 
-# %% ../nbs/15b_bench.ipynb #59a05971
+# %% ../nbs/15b_bench.ipynb #e4d31d58
 NOTE = 'note.txt' # in a run directory: a line that every widget shows above it
 DEMO_NOTE = 'demo model on synthetic pictures: a demonstration, not a result'
 
@@ -353,7 +420,7 @@ def demo_run(
     if not (run/NOTE).exists(): atomic_write(run/NOTE, DEMO_NOTE)
     return run
 
-# %% ../nbs/15b_bench.ipynb #a604cb66
+# %% ../nbs/15b_bench.ipynb #e2b2e924
 def train_demo(
     path: str | Path # the weights to write
 ) -> Path:

@@ -96,7 +96,7 @@ class View:
     def __init__(self, page):
         self.page, self.errors = page, []
         page.on('pageerror', lambda e: self.errors.append(f'pageerror: {e}'))
-        page.on('console', lambda m: self.errors.append(f'{m.type}: {m.text}') if m.type == 'error' else None)
+        page.on('console', lambda m: self.errors.append(f"{m.type}: {m.text} ({m.location.get('url', '')})") if m.type == 'error' else None)
 
     def open_in_lab(self, url, name, timeout):
         "Open a notebook alone in a fresh workspace, without kernels of earlier ones, and run all its cells."
@@ -109,6 +109,7 @@ class View:
         self.page.click('.lm-Menu-item[data-command="runmenu:run-all"]')
         self.until(started.count, timeout, f'{name}: cells run')
 
+    def track(self, name): return self.slider(name).locator('xpath=ancestor::*[contains(@class, "noUi-base")]').locator('.noUi-connects')
     def slider(self, name): return self.page.locator('.widget-slider', has=self.page.locator('label', has_text=name)).first.locator('.noUi-handle')
     def readout(self, name): return self.page.locator('.widget-slider', has=self.page.locator('label', has_text=name)).first.locator('.widget-readout').inner_text()
     def panel(self, text): return self.page.locator('.dynad-panel', has_text=text).first
@@ -122,5 +123,5 @@ class View:
         raise AssertionError(f"{what or test}: not within {timeout} s; errors in the page: {self.errors[-3:]}")
 
     def unexpected(self):
-        "Errors of the page that are not about files which a browser asks for by itself."
-        return [e for e in self.errors if not any(k in e for k in ('favicon', 'ERR_INTERNET_DISCONNECTED', 'ERR_NAME_NOT_RESOLVED', 'status of 404'))]
+        "Errors of the page that are not about files which a browser or JupyterLab asks for by itself."
+        return [e for e in self.errors if not any(k in e for k in ('favicon', 'ERR_INTERNET_DISCONNECTED', 'ERR_NAME_NOT_RESOLVED'))]
