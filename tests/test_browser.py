@@ -177,8 +177,9 @@ def test_browser_voila(view, tmp_path, name):
             ready(view)
             before = view.bytes('A_map =')
             if name == 'explore': view.slider('λ').focus(); view.page.keyboard.press('ArrowRight')
-            else: view.page.locator('button[title^="PRO"][title*="T_max 80, λ 0.15"]').click()
-            view.until(lambda: view.bytes('A_map =') != before and f"A_map = {view.readout('λ')}·l" in view.panel('A_map =').inner_text(), 60, 'A_map follows')
+            else: view.page.locator('button[title^="PRO"][title*="T_max 160, λ 0.30"]').click()
+            want = 'A_map = 0.51·l' if name == 'explore' else 'A_map = 0.30·l'
+            view.until(lambda: view.bytes('A_map =') != before and want in view.panel('A_map =').inner_text(), 60, want)
         elif name == 'trajectory':
             view.until(lambda: 't = 160' in text(), WAIT, 'the walk')
             before = view.bytes('z_t decoded')
