@@ -17,11 +17,15 @@ def pytest_cmdline_main(config):
     "The whole suite runs on up to four cores at once; named files, `-n 0` and a debugger stay in one process."
     o = config.option
     if config.pluginmanager.hasplugin('xdist') and not (config.args_source.name == 'ARGS' or 'PYTEST_XDIST_WORKER' in os.environ or o.numprocesses is not None or o.usepdb or o.collectonly):
-        o.numprocesses, o.dist = min(4, os.cpu_count() or 1), 'loadgroup'
+        o.numprocesses, o.dist = min(4, os.cpu_count() or 1), 'loadfile'
 
-def pytest_collection_modifyitems(items):
-    "A file's tests share its fixtures and stay together; each notebook is a process of its own anyway."
-    for item in items: item.add_marker(pytest.mark.xdist_group(item.nodeid if 'test_notebook[' in item.nodeid else item.path.name))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "A file's tests share its fixtures and stay together, in their order; each notebook is a process of its own anyway."
+    from xdist.scheduler import LoadScopeScheduling
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid): return nodeid if 'test_notebook[' in nodeid else nodeid.split('::')[0]
+    return Files(config, log)
 
 @pytest.fixture(scope='session')
 def authors():

@@ -37,7 +37,7 @@ def test_faiss_and_torch_and_the_definition_agree(seed, n, m, d, offset):
     g = torch.Generator().manual_seed(seed)
     x, bank = (torch.randn(k, d, generator=g) + offset for k in (n, m))
     want = (x[:, None].double() - bank.double()).norm(dim=2).amin(1)
-    tol = 1e-5 if offset == 0 else 2e-2
+    tol = 1e-5 if offset == 0 else .1 # |x|² = 10⁴ leaves some 10⁻³ of a squared distance in float32: the row found may be a close second
     for backend in ('faiss', 'torch'):
         got, i = nearest(x, bank, backend, chunk=7)
         assert torch.allclose(got.double(), want, atol=tol) and torch.allclose((x - bank[i]).norm(dim=1), got)

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from matplotlib.axes import Axes
 from PIL import Image
 
-from browser import APPS, demo
+from browser import APPS
 from dynad import trajectory
-from dynad.bench import Bench, QuickMetrics, Setting, _quantile, spread
+from dynad.bench import Bench, QuickMetrics, Setting, _quantile, demo_run, spread
 from dynad.config import ConfigError, make_config
 from dynad.detector import DynAD
 from dynad.fusion import score, smooth, upsample
@@ -29,7 +29,7 @@ from dynad.workbench import STATE, Explorer, t_max_grid
 GRID = (80, 160, 320)
 
 @pytest.fixture(scope='module')
-def bench(): return Bench(demo())
+def bench(tmp_path_factory): return Bench(demo_run(tmp_path_factory.mktemp('demo'))) # its own: views keep their state beside the run
 
 @pytest.fixture
 def explorer(bench):
