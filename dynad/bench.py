@@ -19,7 +19,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from .config import Config, content_key, make_config, parse_config, _merge, _nest
 from .data import AnomalyDataset, Sample, load_masks, open_dataset
 from .denoiser import make_unet, save_denoiser, train_denoiser
-from .detector import DynAD, Staged, _PAIR
+from .detector import DynAD, Staged, pictures_key, split, _PAIR
 from .diffusion import make_schedule
 from .fusion import Calibration, feature_map, upsample
 from .latents import load_latents, shipped
@@ -256,7 +256,7 @@ class Bench:
         self.model = model = run if isinstance(run, DynAD) else DynAD.open(run, progress=False)
         c = model.config
         if data is None:
-            info = getattr(model, 'info', None)
+            info = model.info
             if info is None: raise ValueError("Bench: a detector fitted in this session does not know where its pictures are; give data=")
             data = _own(info, c)
         self.dataset = data if isinstance(data, AnomalyDataset) else open_dataset(data, seed=c.seed)
@@ -275,10 +275,10 @@ class Bench:
     @cached_property
     def fit(self) -> list[Sample]:
         "The good pictures that the run learned from, to which DIC's neighbours point; they need not belong to the data set that is shown. Raises DataError when they are not at hand."
-        c, good, info = self.model.config, self.model.good, getattr(self.model, 'info', None)
+        c, good, info = self.model.config, self.model.good, self.model.info
         def learned(data):
-            fit = data.holdout(c.data.holdout, c.data.min_holdout, c.seed)[0] if len(data.train) else []
-            return fit if content_key(dict(data=data.fingerprint, names=[s.name for s in fit], size=self.size)) == good.pictures else None
+            fit = split(data, c)[0] if len(data.train) else []
+            return fit if pictures_key(fit, data.fingerprint, self.size) == good.pictures else None
         if fit := learned(self.dataset): return fit
         d = info['data'] if info else {}
         try: fit = learned(_own(info, c)) if info else None

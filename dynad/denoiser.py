@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from .config import HOW, DenoiserSettings
 from .diffusion import Schedule, q_sample
 from .launch import accelerator, check_trackers, tracked
-from .store import StoreError, TrainingStopped, atomic_write, load_json, load_tensors, save_tensors, state_hash
+from .store import StoreError, TrainingStopped, atomic_write, load_json, load_state, load_tensors, save_tensors, state_hash
 
 # %% auto #0
 __all__ = ['CHECKPOINT', 'WEIGHTS', 'DenoiserError', 'Denoiser', 'check_denoiser', 'make_unet', 'set_compiled', 'compile_errors',
@@ -336,8 +336,5 @@ def load_denoiser(
     if config.get('_class_name') != 'UNet2DModel' or 'heads' not in config:
         raise DenoiserError(f"{folder/'config.json'}: describes {config.get('_class_name')!r} with heads = {config.get('heads')!r}, no denoiser of dynad (UNet2DModel with heads)")
     unet = UNet2DModel.from_config({k: v for k, v in config.items() if k != 'heads'})
-    try: unet.load_state_dict(load_tensors(folder/WEIGHTS))
-    except RuntimeError as e:
-        if 'state_dict' not in str(e): raise
-        raise DenoiserError(f"{folder/WEIGHTS}: does not fit config.json beside it ({str(e).splitlines()[1].strip()}); restore the pair or train again") from None
+    load_state(unet, folder/WEIGHTS)
     return Denoiser(unet, config['heads']).eval()

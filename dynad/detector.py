@@ -25,13 +25,13 @@ from .diffusion import make_schedule
 from .features import load_features
 from .fusion import Calibration, anomaly_map, feature_map, feature_maps, latent_map, score, upsample
 from .latents import finetune, load_latents
-from .reconstruction import noise_for, overshoots, reconstruct
+from .reconstruction import generators_for, noise_for, overshoots, reconstruct
 from .launch import check_trackers, processes, together
 from .patchcore import PatchBank
 from .store import HEAL, Shards, Store, StoreError, atomic_write, load_json, load_state, load_tensors, save_tensors, state_hash
 
 # %% auto #0
-__all__ = ['TRAINED', 'Prediction', 'FeatureRows', 'Staged', 'DynAD']
+__all__ = ['TRAINED', 'Prediction', 'FeatureRows', 'Staged', 'split', 'pictures_key', 'DynAD']
 
 # %% ../nbs/14_detector.ipynb #f229bcaa
 @dataclass
@@ -223,6 +223,23 @@ class Staged:
         return out
 
 # %% ../nbs/14_detector.ipynb #adc99077
+def split(
+    dataset: AnomalyDataset,
+    config: Config
+) -> tuple[list[Sample], list[Sample]]: # to fit on; held out for calibration and thresholds
+    "The good pictures as `DynAD.fit` divides them. Raises DataError when there are too few."
+    d = config.data
+    fit, held = dataset.holdout(d.holdout, d.min_holdout, config.seed)
+    return fit, held[::-(-len(held)//d.max_calibration)]
+
+def pictures_key(
+    samples: list[Sample],
+    fingerprint: str,     # of their data set
+    size: int             # side in pixels
+) -> str:
+    "Identity of these pictures in a run's store."
+    return content_key(dict(data=fingerprint, names=[s.name for s in samples], size=size))
+
 TRAINED = ('seed', 'precision', 'data', 'features', 'latents', 'diffusion', 'denoiser', 'adaptation') # changing one of these means fitting again
 
 def _trained(c: Config) -> dict[str, Any]:
@@ -240,6 +257,7 @@ class DynAD:
         self.device = processes(self.config.device).device
         self.ae = self.unet = self.phi = self.dic = None
         self.hashes: dict[str, str] = {}
+        self.info: dict[str, Any] | None = None # run.json
         self.calibration, self.threshold, self.image_threshold = Calibration({}), None, None
         self.held_out: Staged | None = None
         self.good: Staged | None = None
@@ -269,7 +287,7 @@ class DynAD:
         rows: list[int] | None = None # positions in their set (default: in the batch): they fix the draw when latents are sampled
     ) -> Tensor:                      # [B,C,h,w]
         "z_0 of pictures."
-        draws = [torch.Generator().manual_seed((self.config.seed*1_000_003 + 2**40 + i) % 2**63) for i in (range(len(image)) if rows is None else rows)] if self.config.latents.latent_sampling == 'sample' else None
+        draws = generators_for([i + 2**40 for i in (range(len(image)) if rows is None else rows)], self.config.seed) if self.config.latents.latent_sampling == 'sample' else None
         with self._autocast(): return self.ae.encode(image.to(self.device), draws).float().cpu()
 
     @torch.no_grad()
@@ -364,8 +382,7 @@ class DynAD:
     ) -> DynAD:
         "Train every part on the good pictures, keeping all stages in `run_dir`; a second call finds what is done. Raises DataError for too few good pictures."
         c = self.config
-        fit, held = dataset.holdout(c.data.holdout, c.data.min_holdout, c.seed)
-        held = held[::-(-len(held)//c.data.max_calibration)]
+        fit, held = split(dataset, c)
         check_trackers(c.trackers)
         state, store = processes(c.device), Store(run_dir)
         progress = progress and state.is_main_process
@@ -373,7 +390,7 @@ class DynAD:
         if new and state.is_main_process: atomic_write(store.root/'config.json', dump_config(c))
         info = {'data': {'name': dataset.name, 'layout': dataset.layout, 'category': dataset.category, 'fingerprint': dataset.fingerprint, 'root': str(dataset.root)},
                 'fit': [s.name for s in fit], 'held_out': [s.name for s in held]}
-        keys = {part: content_key(dict(data=dataset.fingerprint, names=info[part], size=c.data.image_size)) for part in ('fit', 'held_out')}
+        keys = {part: pictures_key(samples, dataset.fingerprint, c.data.image_size) for part, samples in (('fit', fit), ('held_out', held))}
         read = lambda samples: lambda: load_images(samples, c.data.image_size, progress=progress)
         self.good, self.held_out = Staged(self, store, keys['fit'], read(fit), progress), Staged(self, store, keys['held_out'], read(held), progress)
         if new: self.good.images, self.held_out.images # a picture that cannot be read ends it now, not after hours of training
@@ -396,6 +413,7 @@ class DynAD:
         if state.is_main_process:
             atomic_write(store.root/'config.json', dump_config(c))
             atomic_write(store.root/'run.json', json.dumps(info, indent=1, ensure_ascii=False))
+        self.info = info
         return self
 
     def _fit_autoencoder(self, store: Store, key: str, phi0: nn.Module, callback, should_stop) -> Path:
@@ -503,8 +521,7 @@ class DynAD:
     def stage(self, samples: list[Sample], fingerprint: str, progress: bool = True) -> Staged:
         "Pictures of a data set, to be walked through in the run's store (needs `fit` or `open`)."
         size = self.config.data.image_size
-        key = content_key(dict(data=fingerprint, names=[s.name for s in samples], size=size))
-        return Staged(self, self.good.store, key, lambda: load_images(samples, size, progress=progress), progress)
+        return Staged(self, self.good.store, pictures_key(samples, fingerprint, size), lambda: load_images(samples, size, progress=progress), progress)
 
     def replaced(self,
         **parts # config=…, unet=…

@@ -17,10 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from .bench import heap, _own
-from .config import ConfigError, content_key, make_config
+from .config import ConfigError, make_config
 from .data import load_images
 from .denoiser import TrainingStopped
-from .detector import DynAD, Prediction
+from .detector import DynAD, Prediction, pictures_key, split
 from .latents import psnr
 from .layouts import _pictures
 from .live import CSS, Background, error_html, guarded, png, told
@@ -267,9 +267,8 @@ class OwnPictures:
         if c.preset in [v for _, v in self.preset.options]: self.preset.value = c.preset
         try: data = _own(model.info, c)
         except DataError: data = None
-        held = data.holdout(c.data.holdout, c.data.min_holdout, c.seed)[1] if data else []
-        held = held[::-(-len(held)//c.data.max_calibration)]
-        if data and content_key(dict(data=data.fingerprint, names=[s.name for s in held], size=c.data.image_size)) == model.held_out.pictures:
+        held = split(data, c)[1] if data else []
+        if data and pictures_key(held, data.fingerprint, c.data.image_size) == model.held_out.pictures:
             model.held_out._load = lambda: load_images(held, c.data.image_size, progress=False)
             self.warnings.value = doubts_html(doubts(model, [s.image for s in data.train]))
         else: self.warnings.value = f'<span class="dynad-soft">The good pictures in {html.escape(str(root))} are gone or have changed since the fit: no warnings can be computed. Press fit to learn from them as they are now.</span>'
@@ -296,7 +295,7 @@ class OwnPictures:
     def _fit(self):
         c = make_config(self.preset.value, self.overrides)
         data = heap(self.good_place)
-        n, a = len(data.holdout(c.data.holdout, c.data.min_holdout, c.seed)[0]), c.adaptation
+        n, a = len(split(data, c)[0]), c.adaptation
         self._steps = {'autoencoder': c.latents.finetune_steps, 'denoiser': c.denoiser.total_steps(n), 'phi': a.gamma*(n//min(a.batch, n))}
         self.losses, self._stage, self._at, self.progress.value = {}, None, 0, 0
         self.status.value = f'{len(data.train)} good pictures: autoencoder and latents'
@@ -313,8 +312,7 @@ class OwnPictures:
         self._keep()
 
     def _fitted(self, model: DynAD):
-        run, stages = model.good.store.root, getattr(model, 'info', None) or json.loads((model.good.store.root/'run.json').read_text(encoding='utf-8'))
-        paths = {k: run/stages['stages'][k]/'data.safetensors' for k in STAGES}
+        paths = {k: model.good.store.root/model.info['stages'][k]/'data.safetensors' for k in STAGES}
         self.losses = {k: load_tensors(p)['losses'].tolist() for k, p in paths.items() if p.is_file()}
         self.model, self.progress.value = model, 1
         self._draw_loss()

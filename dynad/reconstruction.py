@@ -14,7 +14,8 @@ from torch import Tensor
 from .diffusion import Schedule
 
 # %% auto #0
-__all__ = ['timesteps', 'pull', 'overshoots', 'guide', 'ddim_step', 'Reconstruction', 'reconstruct', 'noise_for']
+__all__ = ['timesteps', 'pull', 'overshoots', 'guide', 'ddim_step', 'Reconstruction', 'reconstruct', 'generators_for',
+           'noise_for']
 
 # %% ../nbs/09_reconstruction.ipynb #36438867
 def timesteps(
@@ -137,11 +138,17 @@ def reconstruct(
     out.z_hat = z
     return out
 
+def generators_for(
+    index: list[int],        # positions of the pictures in their set
+    seed: int
+) -> list[torch.Generator]:  # on the CPU
+    "A source of chance that belongs to a picture: the same whatever batch it comes in."
+    return [torch.Generator().manual_seed((seed*1_000_003 + i) % 2**63) for i in index]
+
 def noise_for(
     index: list[int],        # positions of the pictures in their set
     shape: tuple[int, ...],  # (C,h,w)
     seed: int
 ) -> Tensor:                 # [len(index),C,h,w] standard normal
     "Noise that belongs to a picture: the same whatever batch it comes in."
-    gs = (torch.Generator().manual_seed((seed*1_000_003 + i) % 2**63) for i in index)
-    return torch.stack([torch.randn(shape, generator=g) for g in gs]) if index else torch.empty(0, *shape)
+    return torch.stack([torch.randn(shape, generator=g) for g in generators_for(index, seed)]) if index else torch.empty(0, *shape)
