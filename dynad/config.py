@@ -8,7 +8,7 @@ import hashlib, json, math, os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
 # %% auto #0
 __all__ = ['HOW', 'PRESETS', 'ConfigError', 'Settings', 'DataSettings', 'FeatureSettings', 'LatentSettings', 'DiffusionSettings',
@@ -58,6 +58,7 @@ class DenoiserSettings(Settings):
     layers_per_block: int = Field(2, ge=1)
     attention: tuple[int, ...] = (0, 1, 2, 3)                     # levels with self-attention, 0 = full latent resolution
     heads: int = Field(8, ge=1)
+    patch: int = Field(1, ge=1)                                   # side of the squares that the network sees as one place; above 1 for pixel space
     epochs: int | None = Field(300, ge=1)                         # passes over the good pictures; None: `steps`
     steps: int | None = Field(None, ge=1)                         # optimiser steps; None: `epochs`
     min_epochs: int = Field(0, ge=0)                              # with `steps`: more of them where a set is so large that they would be fewer passes
@@ -69,6 +70,10 @@ class DenoiserSettings(Settings):
     checkpoint_every: int = Field(100, ge=1)                      # optimiser steps between checkpoints
     gradient_checkpointing: bool = False                          # less memory, more time, the same gradients
     compile: bool = False                                         # torch.compile, also at inference
+
+    @model_serializer(mode='wrap')
+    def _dump(self, dump):
+        return {k: v for k, v in dump(self).items() if (k, v) != ('patch', 1)} # runs and stages from before there was `patch` keep their keys
 
     def total_steps(self, n: int) -> int:
         "Optimiser steps of a training on n good pictures; those that `min_epochs` asks for come in blocks of 200."

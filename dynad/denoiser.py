@@ -15,6 +15,7 @@ from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .config import HOW, DenoiserSettings
@@ -32,13 +33,14 @@ class DenoiserError(RuntimeError):
     "A denoiser that cannot be built, read or trained: the text names what is wrong and the cure."
 
 class Denoiser(nn.Module):
-    "ε_θ(z_t, t): `diffusers`' UNet2DModel with equal heads at all levels, and counters of its calls."
+    "ε_θ(z_t, t): `diffusers`' UNet2DModel with equal heads at all levels, squares of places as one place, and counters of its calls."
     def __init__(self,
-        unet: UNet2DModel,
-        heads: int # attention heads at every level
+        unet: UNet2DModel, # on patches: [B,C·patch²,h/patch,w/patch]
+        heads: int,        # attention heads at every level
+        patch: int = 1     # side of the squares that it sees as one place
     ):
         super().__init__()
-        self.unet, self.heads = unet, heads
+        self.unet, self.heads, self.patch = unet, heads, patch
         self.calls = self.samples = 0 # batches and latents evaluated since they were last set to 0
         for m in unet.modules():
             if isinstance(m, Attention): m.heads, m.scale = heads, (m.inner_dim // heads)**-.5
@@ -50,17 +52,18 @@ class Denoiser(nn.Module):
         "The noise in z_t."
         self.calls += 1
         self.samples += len(z_t)
-        return self.unet(z_t, t).sample
+        if self.patch == 1: return self.unet(z_t, t).sample
+        return F.pixel_shuffle(self.unet(F.pixel_unshuffle(z_t, self.patch), t).sample, self.patch)
 
     @property
     def latent_channels(self) -> int:
         "C of the latents."
-        return self.unet.config.in_channels
+        return self.unet.config.in_channels//self.patch**2
 
     @property
     def latent_size(self) -> int:
         "Side of the latents that it was built for."
-        return self.unet.config.sample_size
+        return self.unet.config.sample_size*self.patch
 
     @property
     def weights_hash(self) -> str:
@@ -75,10 +78,11 @@ def check_denoiser(
     device: str = 'cpu'         # its kind
 ) -> None:
     "Raises `DenoiserError` when latent and levels do not fit, or the device cannot train so: before hours are spent on what comes first."
-    w, levels, unit = settings.widths, len(settings.widths), 2**(len(settings.widths) - 1)
+    w, levels, unit, p = settings.widths, len(settings.widths), 2**(len(settings.widths) - 1), settings.patch
     if not levels: raise DenoiserError("denoiser.widths = () has no level: give at least one width, e.g. [64,128,128]")
-    if latent_size < unit or latent_size % unit:
-        raise DenoiserError(f"denoiser.widths = {list(w)} has {levels} levels and halves the latent {levels-1} times, but its side is {latent_size}, no multiple of {unit}: "
+    if latent_size % p: raise DenoiserError(f"denoiser.patch = {p} does not divide the side of the latent, {latent_size}: choose a divisor")
+    if (latent_size := latent_size//p) < unit or latent_size % unit:
+        raise DenoiserError(f"denoiser.widths = {list(w)} has {levels} levels and halves the latent {levels-1} times, but its side is {latent_size}{f' (in patches of {p})' if p > 1 else ''}, no multiple of {unit}: "
                             f"use fewer widths, or a larger data.image_size")
     if extra := [a for a in settings.attention if not 0 <= a < levels]:
         raise DenoiserError(f"denoiser.attention = {list(settings.attention)}: there is no level {extra[0]}; denoiser.widths = {list(w)} has the levels 0…{levels-1}")
@@ -94,14 +98,14 @@ def make_unet(
 ) -> Denoiser:
     "A UNet with random weights, in eval mode. Raises `DenoiserError` when latent and levels do not fit."
     check_denoiser(settings, latent_size)
-    w, levels = settings.widths, len(settings.widths)
+    w, levels, p = settings.widths, len(settings.widths), settings.patch
     kind = lambda side: [f"{'Attn' if i in settings.attention else ''}{side}Block2D" for i in range(levels)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = UNet2DModel(sample_size=latent_size, in_channels=latent_channels, out_channels=latent_channels, layers_per_block=settings.layers_per_block,
+        unet = UNet2DModel(sample_size=latent_size//p, in_channels=latent_channels*p**2, out_channels=latent_channels*p**2, layers_per_block=settings.layers_per_block,
                            block_out_channels=w, down_block_types=tuple(kind('Down')), up_block_types=tuple(reversed(kind('Up'))),
                            norm_num_groups=math.gcd(32, *w), attention_head_dim=w[-1] // settings.heads)
-    return Denoiser(unet, settings.heads).eval()
+    return Denoiser(unet, settings.heads, p).eval()
 
 def set_compiled(
     unet: Denoiser,
@@ -322,7 +326,7 @@ def save_denoiser(
 ) -> Path: # the folder
     "Write config.json and the weights."
     folder = Path(folder)
-    atomic_write(folder/'config.json', json.dumps({**json.loads(unet.unet.to_json_string()), 'heads': unet.heads}, indent=2, sort_keys=True) + '\n')
+    atomic_write(folder/'config.json', json.dumps({**json.loads(unet.unet.to_json_string()), 'heads': unet.heads, **({'patch': unet.patch} if unet.patch > 1 else {})}, indent=2, sort_keys=True) + '\n')
     save_tensors(folder/WEIGHTS, unet.unet.state_dict(), metadata={'format': 'pt'})
     return folder
 
@@ -335,6 +339,8 @@ def load_denoiser(
     except StoreError as e: raise DenoiserError(str(e)) from None
     if config.get('_class_name') != 'UNet2DModel' or 'heads' not in config:
         raise DenoiserError(f"{folder/'config.json'}: describes {config.get('_class_name')!r} with heads = {config.get('heads')!r}, no denoiser of dynad (UNet2DModel with heads)")
-    unet = UNet2DModel.from_config({k: v for k, v in config.items() if k != 'heads'})
+    patch = config.get('patch', 1)
+    if type(patch) is not int or patch < 1: raise DenoiserError(f"{folder/'config.json'}: patch = {patch!r}; allowed: a whole number from 1")
+    unet = UNet2DModel.from_config({k: v for k, v in config.items() if k not in ('heads', 'patch')})
     load_state(unet, folder/WEIGHTS)
-    return Denoiser(unet, config['heads']).eval()
+    return Denoiser(unet, config['heads'], patch).eval()

@@ -68,6 +68,39 @@ def test_latent_too_small(size):
     with pytest.raises(DenoiserError, match=f'3 levels and halves the latent 2 times, but its side is {size}, no multiple of 4: use fewer widths'):
         make_unet(tiny(widths=(16, 16, 32)), 2, size)
 
+# patches
+
+def test_patches_are_a_permutation():
+    "One place of the network is a square of the latent, all its channels together, and nothing mixes before the network."
+    u, z, t = make_unet(tiny(patch=2), 2, 8), LATENTS, torch.arange(5)
+    assert (u.latent_channels, u.latent_size, u.unet.config.in_channels, u.unet.config.sample_size) == (2, 8, 8, 4)
+    squares = torch.stack([z[:, c, i::2, j::2] for c in (0, 1) for i in (0, 1) for j in (0, 1)], 1)
+    with torch.no_grad(): out, ref = u(z, t), u.unet(squares, t).sample
+    for k, (c, i, j) in enumerate((c, i, j) for c in (0, 1) for i in (0, 1) for j in (0, 1)): assert torch.equal(out[:, c, i::2, j::2], ref[:, k])
+
+def test_patches_are_trained_kept_and_resumed(tmp_path):
+    s = tiny(patch=2, steps=6)
+    whole = make_unet(s, 2, 8); train(whole, s, tmp_path/'whole')
+    with pytest.raises(Cut): train(make_unet(s, 2, 8), s, tmp_path/'cut', callback=cut_after(3))
+    again = make_unet(s, 2, 8); assert train(again, s, tmp_path/'cut').resumed_at == 4
+    save_denoiser(again, tmp_path/'unet')
+    v = load_denoiser(tmp_path/'unet')
+    assert whole.weights_hash == again.weights_hash == v.weights_hash and v.patch == 2
+    with torch.no_grad(): assert torch.equal(v(LATENTS, torch.arange(5)), whole(LATENTS, torch.arange(5)))
+    train(build(), tiny(), tmp_path/'plain')
+    with pytest.raises(DenoiserError, match='patch = None, now 2'): train(make_unet(s, 2, 8), s, tmp_path/'plain')
+    (tmp_path/'unet'/'config.json').write_text((tmp_path/'unet'/'config.json').read_text().replace('"patch": 2', '"patch": 0'))
+    with pytest.raises(DenoiserError, match='config.json: patch = 0; allowed: a whole number from 1'): load_denoiser(tmp_path/'unet')
+
+def test_patches_that_do_not_fit():
+    with pytest.raises(DenoiserError, match='denoiser.patch = 3 does not divide the side of the latent, 8: choose a divisor'): build(tiny(patch=3))
+    with pytest.raises(DenoiserError, match=r'halves the latent 1 times, but its side is 1 \(in patches of 8\), no multiple of 2'): build(tiny(patch=8))
+
+def test_without_patches_no_key_changes():
+    "Stages and runs made before there was `patch` are found again."
+    assert 'patch' not in tiny().model_dump() and 'patch' not in make_config('small').model_dump(mode='json')['denoiser'] and tiny(patch=2).model_dump()['patch'] == 2
+    assert DenoiserSettings(**tiny(patch=4).model_dump()) == tiny(patch=4) and tiny().patch == 1
+
 def test_bad_attention_heads_and_widths():
     with pytest.raises(DenoiserError, match=r'there is no level 2; denoiser.widths = \[16, 32\]'): build(tiny(attention=(2,)))
     with pytest.raises(DenoiserError, match='denoiser.heads = 5 does not divide the width 32 of level 1'): build(tiny(heads=5))
