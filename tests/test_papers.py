@@ -189,7 +189,7 @@ def test_a_space_that_training_made_worse_is_not_compared():
     exec(ast.unparse(next(n for n in ast.parse(source).body if getattr(n, 'name', '') == 'weak')), space)
     value = lambda v: {'pro': {'value': v}}
     assert space['weak']('latents, tiny', value(.87), value(.70), 'pro') == []
-    assert space['weak']('pixels', value(.351), value(.72), 'pro') == ['the pixel denoiser is not trained far enough (PRO 35.1, with random weights 72.0)']
+    assert space['weak']('pixels', value(.351), value(.72), 'pro') == ['the pixel denoiser is worse than random weights there (35.1 against 72.0)']
 
 @pytest.mark.parametrize('name', ['fig7', 'fig14'])
 def test_figures_of_two_sets_open_both(name, monkeypatch, tmp_path):
