@@ -1,10 +1,15 @@
 "The notebooks of nbs/papers as they are committed: parameters, executed without errors, honest about their data. They are executed elsewhere."
 import ast, re
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
+import torch
 from bs4 import BeautifulSoup
+
+from dynad.data import to_float
+from dynad.reproduce import area_groups
 
 PAPERS = Path(__file__).parent.parent/'nbs'/'papers'
 TABLES = ('table1', 'table2', 'table3', 'table4', 'table5', 'table6', 'table8', 'table9', 'scale', 'spaces', 'sensitivity', 'severity', 'speed')
@@ -183,13 +188,25 @@ def test_dic_by_the_authors_code_stands_beside_its_static_rows():
     assert "theirs = measure(at(model, {'reconstruction.indices': 'authors'})" in source and """("DIC − static, authors' sampler", theirs)""" in source
     assert re.search(r"^DIC +Ours +I-AUROC.*\n.*\n.*\n +Ours, authors' sampler +I-AUROC", plain(path), re.M)
 
-def test_a_space_that_training_made_worse_is_not_compared():
+def test_a_space_that_training_made_worse_is_named():
     [source] = [c.source for c in code(read(PAPERS/'spaces.ipynb')) if 'def weak' in c.source]
     space = {'METRICS': {'pro': 'PRO'}}
     exec(ast.unparse(next(n for n in ast.parse(source).body if getattr(n, 'name', '') == 'weak')), space)
     value = lambda v: {'pro': {'value': v}}
     assert space['weak']('latents, tiny', value(.87), value(.70), 'pro') == []
     assert space['weak']('pixels', value(.351), value(.72), 'pro') == ['the pixel denoiser is worse than random weights there (35.1 against 72.0)']
+
+def test_change_inside_a_defect_by_that_outside():
+    [source] = [c.source for c in code(read(PAPERS/'spaces.ipynb')) if 'def changes' in c.source]
+    space = {'torch': torch, 'to_float': to_float, 'area_groups': area_groups}
+    exec(ast.unparse(next(n for n in ast.parse(source).body if getattr(n, 'name', '') == 'changes')), space)
+    masks = torch.zeros(3, 1, 8, 8, dtype=torch.bool); masks[0, :, :4] = True; masks[1] = True # half of the picture, all of it, a good picture
+    rebuilt = torch.full((3, 3, 8, 8), .1); rebuilt[0, :, :4] = .4
+    m = {'masks': masks, 'labels': torch.tensor([1, 1, 0]), 'has_mask': torch.ones(3, dtype=torch.bool), 't_hat': torch.zeros(3, dtype=torch.long),
+         'staged': SimpleNamespace(images=torch.zeros(3, 3, 8, 8, dtype=torch.uint8), reconstructions=lambda t_hat, rows: rebuilt[rows])}
+    ratio, large = space['changes'](m)
+    assert ratio.tolist() == pytest.approx([4.]) and large.tolist() == [False]
+    assert len(space['changes'](m | {'has_mask': torch.zeros(3, dtype=torch.bool)})[0]) == 0
 
 @pytest.mark.parametrize('name', ['fig7', 'fig14'])
 def test_figures_of_two_sets_open_both(name, monkeypatch, tmp_path):

@@ -62,7 +62,7 @@ def test_kept_records_have_intervals(path):
     assert all((l['least'] is not None) == (len(l['seeds']) > 1) for l in lines)
 
 def test_sentences_are_split_at_their_verdicts():
-    "A claim may hold a colon, and so may the reason of 'not comparable'."
+    "A claim may hold a colon, and what follows the verdict belongs to it."
     [source] = [c.source for c in nbformat.read(NBS/'20_results.ipynb', 4).cells if 'def sentences' in c.source]
     exec(source[source.index('def sentences'):source.index('directions =')], space := {'re': re})
     for claim, found in (('DS, with DA: better with than without, PRO', 'holds (+1.0 points [+0.2, +1.8])'), ('a above b, PRO', 'holds in 2, the reverse in 0, not settled in 1 of 3 runs (mean +1.0 points), although in 1 of them the pixel denoiser is worse than random weights there (35.1 against 72.0)')):
