@@ -11,13 +11,16 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
 # %% auto #0
-__all__ = ['HOW', 'PRESETS', 'ConfigError', 'Settings', 'DataSettings', 'FeatureSettings', 'LatentSettings', 'DiffusionSettings',
-           'DenoiserSettings', 'DICSettings', 'ReconstructionSettings', 'AdaptationSettings', 'FusionSettings',
-           'Config', 'make_config', 'parse_config', 'parse_overrides', 'dump_config', 'load_config', 'content_key',
-           'data_root', 'weights_root']
+__all__ = ['HOW', 'PRESETS', 'DynadError', 'ConfigError', 'Settings', 'DataSettings', 'FeatureSettings', 'LatentSettings',
+           'DiffusionSettings', 'DenoiserSettings', 'DICSettings', 'ReconstructionSettings', 'AdaptationSettings',
+           'FusionSettings', 'Config', 'make_config', 'parse_config', 'parse_overrides', 'dump_config', 'load_config',
+           'content_key', 'data_root', 'weights_root']
 
 # %% ../nbs/00_config.ipynb #5dd11911
-class ConfigError(ValueError):
+class DynadError(Exception):
+    "Base of every error that this package raises on purpose: its text names what is wrong, the value and the cure."
+
+class ConfigError(DynadError, ValueError):
     "A setting that cannot be used: the text names the key, the value and what is allowed."
 
 class Settings(BaseModel):
@@ -26,9 +29,9 @@ class Settings(BaseModel):
 
 # %% ../nbs/00_config.ipynb #b0076b9e
 class DataSettings(Settings):
-    "What is read, and which good pictures are held out for calibration (never seen by any training stage)."
-    image_size: int = Field(256, ge=32, le=1024, multiple_of=32)  # side of the square picture in pixels
-    holdout: float = Field(.2, gt=0, lt=1)                        # share of the good training pictures
+    "What is read, and which normal images are held out for calibration (never seen by any training stage)."
+    image_size: int = Field(256, ge=32, le=1024, multiple_of=32)  # side of the square image in pixels
+    holdout: float = Field(.2, gt=0, lt=1)                        # share of the normal training images
     min_holdout: int = Field(5, ge=1)                             # at least so many
     max_calibration: int = Field(256, ge=2)                       # at most so many of them are reconstructed for calibration
 
@@ -59,7 +62,7 @@ class DenoiserSettings(Settings):
     attention: tuple[int, ...] = (0, 1, 2, 3)                     # levels with self-attention, 0 = full latent resolution
     heads: int = Field(8, ge=1)
     patch: int = Field(1, ge=1)                                   # side of the squares that the network sees as one place; above 1 for pixel space
-    epochs: int | None = Field(300, ge=1)                         # passes over the good pictures; None: `steps`
+    epochs: int | None = Field(300, ge=1)                         # passes over the normal images; None: `steps`
     steps: int | None = Field(None, ge=1)                         # optimiser steps; None: `epochs`
     min_epochs: int = Field(0, ge=0)                              # with `steps`: more of them where a set is so large that they would be fewer passes
     batch: int = Field(30, ge=1)
@@ -76,7 +79,7 @@ class DenoiserSettings(Settings):
         return {k: v for k, v in dump(self).items() if (k, v) != ('patch', 1)} # runs and stages from before there was `patch` keep their keys
 
     def total_steps(self, n: int) -> int:
-        "Optimiser steps of a training on n good pictures; those that `min_epochs` asks for come in blocks of 200."
+        "Optimiser steps of a training on n normal images; those that `min_epochs` asks for come in blocks of 200."
         if self.steps is None: return max(1, math.ceil(self.epochs*n/self.batch))
         return max(self.steps, 200*math.ceil(self.min_epochs*n/self.batch/200))
 
@@ -120,7 +123,7 @@ class FusionSettings(Settings):
     "The anomaly map (Section 4.2, Eq. 10) and the decision."
     lam: float = Field(.85, ge=0, le=1)                           # λ, the weight of the latent map
     layers: tuple[Literal[1, 2, 3], ...] = (2, 3)                 # J of the feature map
-    sigma: float = Field(4., ge=0)                                # Gaussian σ in pixels at 256², scaled with the picture
+    sigma: float = Field(4., ge=0)                                # Gaussian σ in pixels at 256², scaled with the image
     calibration: Literal['train', 'test'] = 'train'               # authors: 'test', a leak
     quantile: float = Field(.99, gt=.5, lt=1)                     # upper quantile of held-out maps that is mapped to 1
     threshold_quantile: float = Field(.995, gt=.5, lt=1)          # of held-out pixels: above is defective
@@ -133,7 +136,7 @@ class Config(Settings):
     precision: Literal['no', 'bf16', 'fp16'] = 'no'               # accelerate's mixed precision
     device: Literal['auto', 'cpu'] = 'auto'                       # auto: whatever accelerate finds
     trackers: tuple[Literal['tensorboard', 'mlflow', 'wandb'], ...] = () # where the losses of a training are logged
-    batch: int = Field(32, ge=1)                                  # pictures per batch at inference
+    batch: int = Field(32, ge=1)                                  # images per batch at inference
     data: DataSettings = DataSettings()
     features: FeatureSettings = FeatureSettings()
     latents: LatentSettings = LatentSettings()

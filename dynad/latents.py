@@ -12,7 +12,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .config import LatentSettings, weights_root
+from .config import DynadError, LatentSettings, weights_root
 from .store import StoreError, TrainingStopped, atomic_write, load_json, load_tensors, save_tensors, state_hash
 
 # %% auto #0
@@ -20,7 +20,7 @@ __all__ = ['FILES', 'HUB', 'LatentError', 'Autoencoder', 'psnr', 'IdentityAE', '
            'load_latents', 'reconstruction_loss', 'maps', 'one_cycle', 'save_training', 'load_training', 'finetune']
 
 # %% ../nbs/06_latents.ipynb #8df96f4b
-class LatentError(RuntimeError):
+class LatentError(DynadError, RuntimeError):
     "An autoencoder that cannot be loaded or used: the text names the file, what is wrong and the cure."
 
 class Autoencoder(nn.Module):
@@ -54,7 +54,7 @@ def psnr(
     a: Tensor, # [B,3,H,W] in [0,1]
     b: Tensor  # the same
 ) -> Tensor:   # [B] in dB
-    "Peak signal-to-noise ratio of each picture."
+    "Peak signal-to-noise ratio of each image."
     return -10 * ((a - b) ** 2).flatten(1).mean(1).clamp_min(1e-12).log10()
 
 # %% ../nbs/06_latents.ipynb #a738ae34
@@ -133,7 +133,7 @@ class TinyAE(Autoencoder):
     kind, downsample = 'tiny', 8
     def __init__(self,
         latent_channels: int = 8,
-        widths: tuple[int, int, int] = (32, 64, 128),      # channels at 1/2, 1/4, 1/8 of the picture's side
+        widths: tuple[int, int, int] = (32, 64, 128),      # channels at 1/2, 1/4, 1/8 of the image's side
         encoder_blocks: tuple[int, int, int] = (1, 2, 2),  # residual blocks there
         decoder_blocks: tuple[int, int, int] = (1, 2, 2)
     ):
@@ -173,7 +173,7 @@ class TinyAE(Autoencoder):
         images: Tensor,  # [N,3,H,W] uint8
         batch: int = 32
     ) -> None:
-        "Renew the buffers: over these pictures every latent channel has mean 0 and variance 1."
+        "Renew the buffers: over these images every latent channel has mean 0 and variance 1."
         h = torch.cat([self.hidden(images[i:i+batch].to(self.mean.device).float() / 255).cpu() for i in range(0, len(images), batch)]).double()
         self.mean.copy_(h.mean((0, 2, 3), keepdim=True)); self.std.copy_(h.std((0, 2, 3), keepdim=True).clamp_min(1e-4))
 
@@ -228,7 +228,7 @@ def _diffusers(kind: str, weights: str | None) -> nn.Module:
 
 def load_latents(
     settings: LatentSettings,
-    image_size: int           # side of the pictures that it will see
+    image_size: int           # side of the images that it will see
 ) -> Autoencoder:             # in eval mode, without gradients
     "The autoencoder of the settings. Raises `LatentError` that names the file and the cure."
     if settings.kind == 'identity': ae = IdentityAE()
@@ -307,7 +307,7 @@ def _shift(
     most: int,                  # pixels
     generator: torch.Generator
 ) -> Tensor:
-    "Each picture moved by up to `most` pixels, its border continued."
+    "Each image moved by up to `most` pixels, its border continued."
     b, _, h, w = images.shape
     padded = F.pad(images, (most,) * 4, mode='replicate')
     at = torch.randint(0, 2 * most + 1, (b, 2), generator=generator).tolist()
@@ -315,7 +315,7 @@ def _shift(
 
 def finetune(
     ae: Autoencoder,
-    images: Tensor,                 # [N,3,H,W] uint8, good pictures
+    images: Tensor,                 # [N,3,H,W] uint8, normal images
     settings: LatentSettings,       # finetune_steps, finetune_batch, finetune_lr
     phi: nn.Module | None = None,   # φ of the perceptual part
     seed: int = 0,
@@ -325,7 +325,7 @@ def finetune(
     callback: Callable[[int, float], None] | None = None, # called with step and loss after each step
     should_stop: Callable[[], bool] | None = None         # asked after each step; True: write a checkpoint, raise `TrainingStopped`
 ) -> list[float]:                   # loss per step
-    "Fit E and D to the good pictures, in place and on the device they are on; the same seed gives the same weights."
+    "Fit E and D to the normal images, in place and on the device they are on; the same seed gives the same weights."
     steps, batch = settings.finetune_steps, settings.finetune_batch
     if steps == 0: return []
     if not isinstance(ae, TinyAE): raise LatentError(f"latents.finetune_steps = {steps}, but latents.kind = {ae.kind} is used as it is; set it to 0")
@@ -355,5 +355,5 @@ def finetune(
     return losses
 
 def _draw(n: int, batch: int, generator: torch.Generator) -> Tensor:
-    "Indices of a batch; each picture once before any comes twice."
+    "Indices of a batch; each image once before any comes twice."
     return torch.cat([torch.randperm(n, generator=generator) for _ in range(-(-batch // n))])[:batch]

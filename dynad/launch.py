@@ -20,7 +20,7 @@ from .config import ConfigError
 from .store import Store
 
 # %% auto #0
-__all__ = ['PATIENCE', 'TRACKERS', 'processes', 'accelerator', 'check_trackers', 'tracked', 'together', 'processes_now']
+__all__ = ['PATIENCE', 'TRACKERS', 'processes', 'accelerator', 'check_trackers', 'tracked', 'run_collectively', 'processes_now']
 
 # %% ../nbs/07a_launch.ipynb #3e7aa28d
 PATIENCE = timedelta(days=1) # how long a process waits for the first one, which prepares the stages that only one process makes
@@ -83,7 +83,7 @@ def tracked(
         for t in acc.trackers: t.finish()
 
 # %% ../nbs/07a_launch.ipynb #6fc5615c
-def together(
+def run_collectively(
     store: Store,
     name: str,
     parts: dict[str, Any],

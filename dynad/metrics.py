@@ -76,10 +76,10 @@ def _ordered(
 
 # %% ../nbs/13_metrics.ipynb #ec9cfe57
 def resample_weights(
-    n: int,          # pictures
+    n: int,          # images
     n_boot: int = 1000,
     seed: int = 0
-) -> np.ndarray:     # [n_boot,n] how often each picture is drawn; rows sum to n
+) -> np.ndarray:     # [n_boot,n] how often each image is drawn; rows sum to n
     "Bootstrap draws as weights."
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1/n), size=n_boot)
 
@@ -120,7 +120,7 @@ def _checked(scores, labels) -> tuple[np.ndarray, np.ndarray]:
     if len(s) != len(y): raise ValueError(f"{len(s)} scores but {len(y)} labels: give one label per score")
     if s.size and not np.isfinite(s).all():
         i = int(np.flatnonzero(~np.isfinite(s))[0])
-        raise ValueError(f"score {i} is {s[i]}: a score must be finite; look at the picture or the map that it was made from")
+        raise ValueError(f"score {i} is {s[i]}: a score must be finite; look at the image or the map that it was made from")
     if not np.isin(y, (0, 1)).all(): raise ValueError(f"labels hold {sorted(set(np.unique(y).tolist()) - {0, 1})[:3]}: only 0 (good) and 1 (defective) are labels")
     return s, y.astype(bool)
 
@@ -145,7 +145,7 @@ def image_metrics(
     "Image-level measures with percentile bootstrap intervals over images."
     s, y = _checked(scores, labels)
     if y.all() or not y.any():
-        return dict.fromkeys(IMAGE_KEYS, Metric(None, reason='no picture' if not len(y) else 'no good picture' if y.all() else 'no defective picture'))
+        return dict.fromkeys(IMAGE_KEYS, Metric(None, reason='no image' if not len(y) else 'no normal image' if y.all() else 'no anomalous image'))
     values = _ordered(np.sort(s[~y]), np.sort(s[y]))
     draws = _image_draws(s, y, resample_weights(len(s), n_boot, seed)) if n_boot else {}
     return {f'i_{k}': _with_interval(v, draws.get(f'i_{k}'), level) for k, v in values.items()}
@@ -160,8 +160,8 @@ def region_weights(
     return 1/np.bincount(inside, minlength=n + 1)[inside] if n else np.zeros(0), n
 
 # %% ../nbs/13_metrics.ipynb #cabe362c
-def _pictures(maps, masks, has_mask=None) -> tuple[np.ndarray, np.ndarray]:
-    "Maps [n,H,W] float and masks [n,H,W] bool of the pictures that count at pixel level."
+def _images(maps, masks, has_mask=None) -> tuple[np.ndarray, np.ndarray]:
+    "Maps [n,H,W] float and masks [n,H,W] bool of the images that count at pixel level."
     maps, masks = _array(maps), _array(masks)
     if maps.ndim != 4 or maps.shape[1] != 1: raise ValueError(f"maps have the shape {list(maps.shape)}: expected [N,1,H,W]")
     if masks.shape != maps.shape: raise ValueError(f"masks have the shape {list(masks.shape)}, maps {list(maps.shape)}: resize the masks (nearest neighbour) to the maps")
@@ -172,7 +172,7 @@ def _pictures(maps, masks, has_mask=None) -> tuple[np.ndarray, np.ndarray]:
     if not keep.all(): maps, masks = maps[keep], masks[keep]
     if maps.size and not np.isfinite(maps.sum(dtype=np.float64)):
         bad = np.flatnonzero(~np.isfinite(maps).reshape(len(maps), -1).all(1))
-        if len(bad): raise ValueError(f"map {int(np.flatnonzero(keep)[bad[0]])} holds values that are not finite: look at the picture or at the stage that made it")
+        if len(bad): raise ValueError(f"map {int(np.flatnonzero(keep)[bad[0]])} holds values that are not finite: look at the image or at the stage that made it")
     return maps, masks
 
 def _pooled(maps: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -182,20 +182,20 @@ def _pooled(maps: np.ndarray, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray
     order = np.argsort(pos, kind='stable')
     return np.sort(maps[~masks]), pos[order], w[order]
 
-def _missing(n_pictures: int, n_neg: int, n_pos: int) -> str | None:
-    if not n_pictures: return 'no picture with a mask'
+def _missing(n_images: int, n_neg: int, n_pos: int) -> str | None:
+    if not n_images: return 'no image with a mask'
     if not n_pos: return 'no defective pixel'
     return None if n_neg else 'no normal pixel'
 
 def pro(
     maps: Any,              # [N,1,H,W] finite, larger = more anomalous
     masks: Any,             # bool [N,1,H,W]
-    has_mask: Any = None,   # bool [N]; False: the picture does not count. None: all count
+    has_mask: Any = None,   # bool [N]; False: the image does not count. None: all count
     limit: float = .3       # largest false-positive rate
 ) -> float | None:          # None without a region or without a normal pixel
     "Exact PRO."
     if not 0 < limit <= 1: raise ValueError(f"limit = {limit}: a false-positive rate in (0,1] is needed")
-    neg, pos, w = _pooled(*_pictures(maps, masks, has_mask))
+    neg, pos, w = _pooled(*_images(maps, masks, has_mask))
     return _ordered(neg, pos, region_w=w, limit=limit)['pro'] if len(neg) and len(pos) else None
 
 def pro_curve(
@@ -204,7 +204,7 @@ def pro_curve(
     points: int | None = 1000 # about so many are kept for drawing; None: every vertex
 ) -> tuple[np.ndarray, np.ndarray]: # false-positive rate, mean overlap; both ascending
     "The curve whose area `pro` is (times 1/limit)."
-    neg, pos, w = _pooled(*_pictures(maps, masks, has_mask))
+    neg, pos, w = _pooled(*_images(maps, masks, has_mask))
     if not (len(neg) and len(pos)): raise ValueError("no PRO curve: " + _missing(len(_array(maps)), len(neg), len(pos)))
     t = np.unique(pos)[::-1]
     fp, fp_gt = _above(neg, _cumulate(len(neg), None), t)
@@ -250,20 +250,20 @@ def _condense(values: np.ndarray, bins: int, w: np.ndarray | None = None):
 
 # %% ../nbs/13_metrics.ipynb #8c4b615b
 class StreamingPixelMetrics:
-    "Pixel-level measures of any number of pictures, one batch at a time; from ten pictures on within 1e-4 of the exact ones (F1-max within 5e-4)."
+    "Pixel-level measures of any number of images, one batch at a time; from ten images on within 1e-4 of the exact ones (F1-max within 5e-4)."
     def __init__(self,
-        bins: int = 2000,  # runs per picture: what is held grows with pictures × bins, not with pixels
+        bins: int = 2000,  # runs per image: what is held grows with images × bins, not with pixels
         limit: float = .3  # largest false-positive rate of PRO
     ):
-        if bins < 10: raise ValueError(f"bins = {bins}: at least 10 runs per picture are needed, 2000 for an error below 1e-4")
+        if bins < 10: raise ValueError(f"bins = {bins}: at least 10 runs per image are needed, 2000 for an error below 1e-4")
         if not 0 < limit <= 1: raise ValueError(f"limit = {limit}: a false-positive rate in (0,1] is needed")
         self.bins, self.limit = bins, limit
-        self.neg: list[tuple] = []  # per picture: medians [k], run lengths [k]
-        self.pos: list[tuple] = []  # per picture: medians, run lengths, region weights
+        self.neg: list[tuple] = []  # per image: medians [k], run lengths [k]
+        self.pos: list[tuple] = []  # per image: medians, run lengths, region weights
 
     def __len__(self): return len(self.neg)
 
-    def __repr__(self): return f'{type(self).__name__}({len(self)} pictures, bins={self.bins}, {self.nbytes/2**20:.1f} MB)'
+    def __repr__(self): return f'{type(self).__name__}({len(self)} images, bins={self.bins}, {self.nbytes/2**20:.1f} MB)'
 
     @property
     def nbytes(self) -> int:
@@ -273,10 +273,10 @@ class StreamingPixelMetrics:
     def update(self,
         maps: Any,            # [B,1,H,W] finite; size may differ between calls
         masks: Any,           # bool [B,1,H,W]
-        has_mask: Any = None  # bool [B]; False: the picture does not count
+        has_mask: Any = None  # bool [B]; False: the image does not count
     ) -> StreamingPixelMetrics:
         "Take in a batch."
-        for a, m in zip(*_pictures(maps, masks, has_mask)):
+        for a, m in zip(*_images(maps, masks, has_mask)):
             some = m.any()
             self.neg.append(_condense(np.sort(a[~m] if some else a, axis=None), self.bins)[:2])
             if some:
@@ -300,8 +300,8 @@ class StreamingPixelMetrics:
         return self._undefined() or {k: Metric(v) for k, v in _pixel_names(_ordered(*self._pool(), limit=self.limit)).items()}
 
     def tables(self,
-        bins: int = 1000 # groups of scores common to all pictures
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # each [pictures,G], by falling score: normal pixels, defective pixels, region weights
+        bins: int = 1000 # groups of scores common to all images
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # each [images,G], by falling score: normal pixels, defective pixels, region weights
         "Histograms over common edges, which are quantiles of the pooled normal and defective scores."
         nv, pv, _, nc, pc = self._pool()
         at = lambda v, c, k: v[len(v) - 1 - np.searchsorted(c[::-1].cumsum(), rank_cuts(int(c.sum()), k)[:-1], 'right').clip(0, len(v) - 1)]
@@ -314,11 +314,11 @@ class StreamingPixelMetrics:
         return spread(self.neg, 1), spread(self.pos, 1), spread(self.pos, 2)
 
     def draws(self,
-        weights: np.ndarray # [B,pictures] e.g. of `resample_weights`
+        weights: np.ndarray # [B,images] e.g. of `resample_weights`
     ) -> dict[str, np.ndarray]: # each [B]; nan where undefined
-        "The measures under weightings of the pictures."
+        "The measures under weightings of the images."
         neg, pos, reg = self.tables()
-        some = pos.any(1)   # good pictures add nothing to the two other products
+        some = pos.any(1)   # normal images add nothing to the two other products
         exact, parts = self.compute(), []
         for w in np.array_split(np.vstack([np.ones(len(self)), weights]), 1 + len(weights)//250):
             parts.append(_pixel_names(_grouped(w@neg, w[:, some]@pos[some], w[:, some]@reg[some], self.limit)))
@@ -328,7 +328,7 @@ class StreamingPixelMetrics:
     def bootstrap(self,
         n_boot: int = 1000, seed: int = 0, level: float = .95
     ) -> dict[str, Metric]:
-        "The measures with percentile intervals over pictures."
+        "The measures with percentile intervals over images."
         if (none := self._undefined()) or not n_boot: return none or self.compute()
         draws = self.draws(resample_weights(len(self), n_boot, seed))
         return {k: _with_interval(m.value, draws[k], level) for k, m in self.compute().items()}
@@ -338,15 +338,15 @@ def _pixel_names(values: dict) -> dict: return {k if k == 'pro' else f'p_{k}': v
 def pixel_metrics(
     maps: Any,             # [N,1,H,W] finite, larger = more anomalous
     masks: Any,            # bool [N,1,H,W]
-    has_mask: Any = None,  # bool [N]; False: a defective picture without a mask, image level only
+    has_mask: Any = None,  # bool [N]; False: an anomalous image without a mask, image level only
     exact: bool = True,    # False: `StreamingPixelMetrics`
-    n_boot: int = 1000,    # resamples of whole pictures, 0 = no intervals
+    n_boot: int = 1000,    # resamples of whole images, 0 = no intervals
     seed: int = 0,
     level: float = .95,
     limit: float = .3      # largest false-positive rate of PRO
 ) -> dict[str, Metric]:    # p_auroc, p_ap, p_f1_max, pro
     "Pixel-level measures with percentile bootstrap intervals over images (the intervals are always streaming)."
-    a, m = _pictures(maps, masks, has_mask)
+    a, m = _images(maps, masks, has_mask)
     stream = StreamingPixelMetrics(limit=limit)
     if n_boot or not exact: stream.update(a[:, None], m[:, None])
     if not exact: return stream.bootstrap(n_boot, seed, level)
@@ -359,15 +359,15 @@ def pixel_metrics(
 # %% ../nbs/13_metrics.ipynb #a27c1cc8
 def paired_bootstrap(
     first: Any,           # [N] scores, or a `StreamingPixelMetrics`
-    second: Any,          # the other method, same pictures in the same order
+    second: Any,          # the other method, same images in the same order
     labels: Any = None,   # [N], with scores only
     n_boot: int = 1000, seed: int = 0, level: float = .95
 ) -> dict[str, Metric]:   # per measure first − second, in [-1,1], with its interval
-    "Differences of two methods under common resamples of the pictures."
+    "Differences of two methods under common resamples of the images."
     if isinstance(first, StreamingPixelMetrics):
         one, two, n = first.compute(), second.compute(), len(first)
         if [v.sum() + c.sum() for (_, v), (_, c, _) in zip(first.neg, first.pos)] != [v.sum() + c.sum() for (_, v), (_, c, _) in zip(second.neg, second.pos)]:
-            raise ValueError(f"the two methods saw different pictures ({n} and {len(second)}): pair them picture by picture")
+            raise ValueError(f"the two methods saw different images ({n} and {len(second)}): pair them image by image")
         draws = lambda w: (first.draws(w), second.draws(w))
     else:
         (s, y), (z, _) = _checked(first, labels), _checked(second, labels)

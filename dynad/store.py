@@ -16,18 +16,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .config import content_key
+from .config import DynadError, content_key
 
 # %% auto #0
-__all__ = ['HEAL', 'SCHEMA', 'StoreError', 'TrainingStopped', 'WriteError', 'replacing', 'make_folder', 'atomic_write',
+__all__ = ['REPAIR_HINT', 'SCHEMA', 'StoreError', 'TrainingStopped', 'WriteError', 'replacing', 'make_folder', 'atomic_write',
            'save_tensors', 'open_tensors', 'load_tensors', 'load_state', 'load_json', 'file_sha256', 'state_hash',
            'Store', 'Shards']
 
 # %% ../nbs/01_store.ipynb #10bfd59d
-class StoreError(RuntimeError):
+class StoreError(DynadError, RuntimeError):
     "An artefact that cannot be read or written: the text names the file, what is wrong and the cure."
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(DynadError, RuntimeError):
     "A training ended because it was asked to; what is finished is kept."
 
 class WriteError(StoreError, OSError):
@@ -111,9 +111,9 @@ class _Tensors(dict):
         super().__init__(tensors)
         self.path = path
 
-    def __missing__(self, key: str): raise StoreError(f"{self.path}: holds {', '.join(sorted(self)[:5]) or 'no tensor'} and no {key!r}: a file of something else; {HEAL}")
+    def __missing__(self, key: str): raise StoreError(f"{self.path}: holds {', '.join(sorted(self)[:5]) or 'no tensor'} and no {key!r}: a file of something else; {REPAIR_HINT}")
 
-HEAL = "put the right file back, or delete it (in a run: the folder of its stage) and run again"
+REPAIR_HINT = "put the right file back, or delete it (in a run: the folder of its stage) and run again"
 
 def load_state(
     net: torch.nn.Module,   # takes the weights, in place
@@ -123,7 +123,7 @@ def load_state(
     try: net.load_state_dict(load_tensors(path))
     except RuntimeError as e:
         if 'state_dict' not in str(e): raise
-        raise StoreError(f"{path}: the weights of another network ({str(e).splitlines()[1].strip()[:160]}); {HEAL}") from None
+        raise StoreError(f"{path}: the weights of another network ({str(e).splitlines()[1].strip()[:160]}); {REPAIR_HINT}") from None
 
 def load_json(
     path: str | Path,
@@ -131,13 +131,13 @@ def load_json(
 ) -> dict[str, Any]:
     "Read a JSON object. Raises `StoreError` that names the file when it is missing, not JSON, or lacks a key."
     try: raw = json.loads(Path(path).read_text(encoding='utf-8'))
-    except FileNotFoundError: raise StoreError(f"{path}: no such file; {HEAL}") from None
-    except (ValueError, RecursionError, OSError) as e: raise StoreError(f"{path}: cannot be read as JSON ({e}); {HEAL}") from None
-    if not isinstance(raw, dict): raise StoreError(f"{path}: no JSON object: a file of something else; {HEAL}")
+    except FileNotFoundError: raise StoreError(f"{path}: no such file; {REPAIR_HINT}") from None
+    except (ValueError, RecursionError, OSError) as e: raise StoreError(f"{path}: cannot be read as JSON ({e}); {REPAIR_HINT}") from None
+    if not isinstance(raw, dict): raise StoreError(f"{path}: no JSON object: a file of something else; {REPAIR_HINT}")
     for key in keys:
         at = raw
         for part in key.split('.'):
-            if not isinstance(at, dict) or part not in at: raise StoreError(f"{path}: has no {key!r}: a file of something else; {HEAL}")
+            if not isinstance(at, dict) or part not in at: raise StoreError(f"{path}: has no {key!r}: a file of something else; {REPAIR_HINT}")
             at = at[part]
     return raw
 

@@ -14,12 +14,13 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
+from .config import DynadError
 from .scene import Canvas, Defect, box, cut, disc, extent, hexagon, letter, pit, scratch, stain
 
 # %% auto #0
 __all__ = ['TEETH', 'BOLTS', 'LAYOUT', 'ROUTES', 'SILVER', 'GOLD', 'INK', 'BODY', 'PRODUCTS', 'KINDS', 'PAINTERS', 'POSE',
            'CHANGED', 'SMALLEST', 'VERSION', 'weave', 'gear', 'row', 'component', 'board', 'SyntheticError', 'Scene',
-           'make_scene', 'nominal', 'add_defect', 'picture_rng', 'scale_of', 'defective', 'write_synthetic',
+           'make_scene', 'nominal', 'add_defect', 'image_rng', 'scale_of', 'defective', 'write_synthetic',
            'nominal_batch']
 
 # %% ../nbs/04_synthetic.ipynb #32c7bf19
@@ -324,12 +325,12 @@ PAINTERS = dict(weave=weave, gear=gear, board=board)
 POSE = dict(weave=dict(turn=.8, shift=0., zoom=.01), gear=dict(turn=1.2, shift=.006, zoom=.008), board=dict(turn=.45, shift=.004, zoom=.003))
 CHANGED = 8 # grey levels of 255: a pixel belongs to the mask when its strongest channel changes by at least this
 
-class SyntheticError(ValueError):
+class SyntheticError(DynadError, ValueError):
     "A synthetic set that cannot be made: the text names the value and what is allowed."
 
 @dataclass(frozen=True)
 class Scene:
-    "One picture before it is drawn."
+    "One image before it is drawn."
     product: str
     size: int                    # pixels
     seed: int                    # of its natural variation
@@ -355,7 +356,7 @@ def make_scene(
 def nominal(
     product: str, rng: np.random.Generator, size: int = 256
 ) -> np.ndarray: # uint8 [size,size,3]
-    "A good picture of one product."
+    "A normal image of one product."
     return make_scene(product, rng, size).render()
 
 def add_defect(
@@ -363,9 +364,9 @@ def add_defect(
     kind: str,                # one of KINDS[scene.product]
     scale: float,             # (0,1]
     rng: np.random.Generator,
-    good: np.ndarray | None = None # the scene's picture, when it is at hand
-) -> tuple[np.ndarray, np.ndarray, Scene]: # picture uint8 [size,size,3], mask bool [size,size], the scene with its defect
-    "The scene with one defect; the mask is where the picture changed by at least `CHANGED` grey levels, and never empty."
+    good: np.ndarray | None = None # the scene's image, when it is at hand
+) -> tuple[np.ndarray, np.ndarray, Scene]: # image uint8 [size,size,3], mask bool [size,size], the scene with its defect
+    "The scene with one defect; the mask is where the image changed by at least `CHANGED` grey levels, and never empty."
     if kind not in KINDS[scene.product]: raise SyntheticError(f"kind = {kind!r} does not exist for {scene.product}; allowed: {', '.join(KINDS[scene.product])}")
     if not 0 < scale <= 1: raise SyntheticError(f"scale = {scale!r}; allowed: 0 < scale <= 1")
     good = scene.render() if good is None else good
@@ -380,23 +381,23 @@ def add_defect(
 
 # %% ../nbs/04_synthetic.ipynb #83dbe6ba
 SMALLEST = .06 # scale of the smallest defect of a written set
-VERSION = 1    # raised when the same settings give other pictures
+VERSION = 1    # raised when the same settings give other images
 
-def picture_rng(product: str, part: str, index: int, seed: int) -> np.random.Generator:
-    "The source of randomness of one picture, independent of all others."
+def image_rng(product: str, part: str, index: int, seed: int) -> np.random.Generator:
+    "The source of randomness of one image, independent of all others."
     return np.random.default_rng([seed, zlib.crc32(f'{product}/{part}'.encode()), index])
 
 def scale_of(
-    index: int # of the defective picture
+    index: int # of the anomalous image
 ) -> float:    # in [SMALLEST, 1)
     "Log-uniform scale by the golden-ratio sequence."
     return SMALLEST**(1 - (.5 + index*0.6180339887498949) % 1)
 
 def defective(
     product: str, index: int, size: int = 256, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray, Defect, np.ndarray]: # picture, mask, defect, the same picture without it
-    "Defective picture number `index` of a set: its kind goes round, its scale is stratified."
-    rng = picture_rng(product, 'defect', index, seed)
+) -> tuple[np.ndarray, np.ndarray, Defect, np.ndarray]: # image, mask, defect, the same image without it
+    "Anomalous image number `index` of a set: its kind goes round, its scale is stratified."
+    rng = image_rng(product, 'defect', index, seed)
     scene, kinds = make_scene(product, rng, size), KINDS[product]
     good = scene.render()
     image, mask, bad = add_defect(scene, kinds[index % len(kinds)], scale_of(index), rng, good)
@@ -415,7 +416,7 @@ def write_synthetic(
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         try:
             note = json.loads((root/'synthetic.json').read_text())
-            there, names = note['settings'], [name for r in note['pictures'] for name in (r['image'], r['mask']) if name]
+            there, names = note['settings'], [name for r in note['images'] for name in (r['image'], r['mask']) if name]
         except (OSError, ValueError, KeyError, TypeError): raise SyntheticError(f"{root}: exists and is not a whole synthetic set; remove it or choose another folder") from None
         if there != settings:
             differ = ', '.join(f"{k} is {there.get(k)!r}, wanted {v!r}" for k, v in settings.items() if there.get(k) != v)
@@ -435,7 +436,7 @@ def write_synthetic(
             Image.fromarray(array).save(work/name)
         for part, n in (('train', n_train), ('test', n_good)):
             for i in range(n):
-                save(nominal(product, picture_rng(product, part, i, seed), size), name := f'{part}/good/{i:03d}.png')
+                save(nominal(product, image_rng(product, part, i, seed), size), name := f'{part}/good/{i:03d}.png')
                 rows.append(dict(image=name, mask=None, kind='good', scale=0., area=0, contrast=0.))
         for i in range(n_defect):
             image, mask, defect, good = defective(product, i, size, seed)
@@ -444,7 +445,7 @@ def write_synthetic(
             save(mask.astype(np.uint8)*255, truth := f'ground_truth/{kind}/{k:03d}_mask.png')
             change = np.abs(image.astype(np.float32) - good).max(-1)[mask].mean()/255
             rows.append(dict(image=name, mask=truth, kind=kind, scale=round(defect.scale, 6), area=int(mask.sum()), contrast=round(float(change), 4)))
-        text = dict(note='synthetic pictures, drawn by dynad.synthetic', settings=settings, changed=CHANGED, pictures=rows)
+        text = dict(note='synthetic images, drawn by dynad.synthetic', settings=settings, changed=CHANGED, images=rows)
         (work/'synthetic.json').write_text(json.dumps(text, indent=1))
         os.chmod(work, 0o755)
         try:
@@ -459,6 +460,6 @@ def write_synthetic(
 def nominal_batch(
     n: int, size: int = 128, seed: int = 0
 ) -> Tensor: # uint8 [n,3,size,size]
-    "Good pictures of all products in turn; picture i does not depend on n."
-    images = [nominal(PRODUCTS[i % len(PRODUCTS)], picture_rng('batch', 'nominal', i, seed), size) for i in range(n)]
+    "Normal images of all products in turn; image i does not depend on n."
+    images = [nominal(PRODUCTS[i % len(PRODUCTS)], image_rng('batch', 'nominal', i, seed), size) for i in range(n)]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous() if n else torch.empty(0, 3, size, size, dtype=torch.uint8)

@@ -21,7 +21,7 @@ def test_app_runs_headless(name, tmp_path, monkeypatch):
     NotebookClient(nb, timeout=400, startup_timeout=120, kernel_name='python3', resources={'metadata': {'path': str(tmp_path)}}).execute()
     data = [o.get('data', {}) for c in nb.cells if c.cell_type == 'code' for o in c.outputs]
     assert any('application/vnd.jupyter.widget-view+json' in d for d in data), 'no widget was shown'
-    assert any('image/png' in d or 'text/html' in d for d in data), 'no picture or table was shown'
+    assert any('image/png' in d or 'text/html' in d for d in data), 'no image or table was shown'
     state = ' '.join(str(m['state'].get('value', '')) for m in nb.metadata.widgets['application/vnd.jupyter.widget-state+json']['state'].values())
     assert 'dynad-error' not in state.replace('.dynad-error{', ''), 'an error is shown in a widget'
     if name == 'explore': assert '= 0.30·l + 0.70·f' in state

@@ -11,7 +11,7 @@ from dynad import runner
 from dynad.book import formula, headline, paper_prints, status, write_book
 from dynad.cli import app
 from dynad.runner import TARGETS, RunnerError, plan
-from dynad.reproduce import SETS
+from dynad.experiments import SETS
 from dynad.show import curve
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +54,7 @@ class Table(html.parser.HTMLParser):
     def handle_data(self, data):
         if self.cells: self.cells[-1] += f'{data.strip()} ' if data.strip() else ''
 
-PICTURE, TARGET, PAPER, OURS, DIFFERENCE, STANDIN, STATUS = range(7)
+IMAGE, TARGET, PAPER, OURS, DIFFERENCE, STANDIN, STATUS = range(7)
 
 def test_the_front_page_row_by_row(tmp_path):
     result(tmp_path, 'table1', [line('synthetic board (stand-in)', 'i_auroc', 85.6, 'synthetic board (stand-in)'), line('synthetic board (stand-in)', 'pro', 59.9, 'synthetic board (stand-in)')])

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from browser import APPS, BYTES, FLAGS, WATCH, View, chromium, demo, server, with_parameters
-from dynad.bench import Bench, Setting
+from dynad.session import Bench, Setting
 
 playwright = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
 if chromium() is None: pytest.skip('no chromium on this machine', allow_module_level=True)
@@ -54,7 +54,7 @@ def drag(view, name, by):
 
 def ready(view, timeout=WAIT):
     view.page.wait_for_selector('.dynad-panel img', timeout=timeout*1000)
-    view.until(lambda: 'A_map =' in view.page.locator('.dynad-x').first.inner_text() and not view.page.locator('.dynad-panel img.dynad-stale, .dynad-stale .dynad-panel').count(), timeout, 'the picture')
+    view.until(lambda: 'A_map =' in view.page.locator('.dynad-x').first.inner_text() and not view.page.locator('.dynad-panel img.dynad-stale, .dynad-stale .dynad-panel').count(), timeout, 'the image')
 
 def test_browser_explore(view, lab, folder, capsys):
     with_parameters('explore', folder, run=str(demo()), setting={'t_max': 160, 'lam': .5})
@@ -62,7 +62,7 @@ def test_browser_explore(view, lab, folder, capsys):
     view.open_in_lab(lab, 'explore.ipynb', WAIT)
     ready(view)
     bench = Bench(demo())
-    def t_hat(t_max): # of the picture in view, by DIC
+    def t_hat(t_max): # of the image in view, by DIC
         name = view.page.locator('.dynad-big', has_text='test/').inner_text()
         return int(bench.at(Setting(int(t_max))).test.t_hat[[x.name for x in bench.samples].index(name)])
     img = view.panel('A_map =').locator('img')
@@ -94,14 +94,14 @@ def test_browser_explore(view, lab, folder, capsys):
     text = view.page.locator('.dynad-copy textarea').input_value()
     view.until(lambda: view.page.evaluate('navigator.clipboard.readText()') == text, 10, 'the clipboard')
     assert json.loads(text)['t_max'] == int(view.readout('T_max'))
-    with capsys.disabled(): print(f'\nbrowser, milliseconds from a key to a new picture, 128², λ: median {moves[len(moves)//2]:.0f}, worst {moves[-1]:.0f} of {len(moves)}')
+    with capsys.disabled(): print(f'\nbrowser, milliseconds from a key to a new image, 128², λ: median {moves[len(moves)//2]:.0f}, worst {moves[-1]:.0f} of {len(moves)}')
     assert moves[len(moves)//2] < 300 # of a machine that does other work
 
     assert view.page.locator('.dynad-x input[type=checkbox]').first.is_checked() # the threshold is still the learned one
     name, before = view.page.locator('.dynad-big', has_text='test/'), view.bytes('input')
     old = name.inner_text()
-    view.page.locator('.dynad-thumb').nth(5).click()        # another picture
-    view.until(lambda: name.inner_text() != old and view.bytes('input') != before, 60, 'another picture')
+    view.page.locator('.dynad-thumb').nth(5).click()        # another image
+    view.until(lambda: name.inner_text() != old and view.bytes('input') != before, 60, 'another image')
     view.slider('η').focus()                                # the mark of the overshoot is on the way of the handle
     for key, share in (('Home', 0.), ('End', 1.)):
         view.page.keyboard.press(key)
@@ -115,7 +115,7 @@ def test_browser_explore(view, lab, folder, capsys):
     assert not view.page.locator('.dynad-error').count() and view.unexpected() == []
 
 def test_browser_narrow_panel(view, lab, folder):
-    "As in a side panel: nothing runs out of the picture."
+    "As in a side panel: nothing runs out of the image."
     with_parameters('trajectory', folder, run=str(demo()), t_hat=160, eta=8.)
     view.open_in_lab(lab, 'trajectory.ipynb', WAIT)
     view.page.wait_for_selector('.dynad-panel img', timeout=WAIT*1000)
@@ -157,9 +157,9 @@ def test_browser_upload(view, lab, folder, boards):
     assert len(list((folder/'mine'/'good').iterdir())) == 6
     shot(view, 'your_pictures', folder)
     bad = folder/'notes.png'
-    bad.write_bytes(b'not a picture')
+    bad.write_bytes(b'not an image')
     drop([bad])
-    view.until(lambda: 'notes.png: not a picture that can be read' in view.page.locator('.dynad-x').inner_text(), WAIT, 'the error')
+    view.until(lambda: 'notes.png: not an image that can be read' in view.page.locator('.dynad-x').inner_text(), WAIT, 'the error')
     assert view.unexpected() == []
 
 @pytest.mark.parametrize('name', sorted(p.stem for p in APPS.glob('*.ipynb')))
@@ -187,6 +187,6 @@ def test_browser_voila(view, tmp_path, name):
             view.until(lambda: view.bytes('z_t decoded') != before and 'call 2, t = 144' in text(), 60, 'the step')
         else:
             view.page.locator('.dynad-x button', has_text='fit').first.click()
-            view.until(lambda: 'no such folder; name the folder that holds your good pictures' in text(), 60, 'the answer to an empty form')
+            view.until(lambda: 'no such folder; name the folder that holds your normal images' in text(), 60, 'the answer to an empty form')
         shot(view, f'voila_{name}', tmp_path)
         assert view.unexpected() == []

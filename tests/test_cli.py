@@ -44,7 +44,7 @@ def test_the_installed_command_fits_evaluates_and_predicts(boards, tmp_path):
     out = call('predict', tmp_path/'run', *[tmp_path/n for n in names], '--out', tmp_path/'out')
     assert out.returncode == 0, out.stderr
     scores = pd.read_csv(tmp_path/'out'/'scores.csv')
-    assert list(scores.picture) == [str(tmp_path/n) for n in names]
+    assert list(scores.image) == [str(tmp_path/n) for n in names]
     for stem in scores.files:
         for kind in ('map', 'overlay', 'reconstruction'): assert Image.open(tmp_path/'out'/f'{stem}_{kind}.png').size == (64, 64)
 
@@ -56,7 +56,7 @@ def test_the_installed_command_fits_evaluates_and_predicts(boards, tmp_path):
     (['fit', '--data', '{tmp}', '--out', '{tmp}/r', '--preset', 'huge'], ["preset = 'huge' does not exist; allowed: paper, authors, small, smoke"]),
     (['evaluate', '{tmp}/norun', '--data', '{tmp}', '--json', '{tmp}/x.json'], ['norun', 'no such file']),
     (['predict', '{tmp}/norun', '{tmp}/none.png', '--out', '{tmp}/o'], ['none.png: no such file or folder']),
-    (['predict', '{tmp}/norun', '{tmp}', '--out', '{tmp}/o'], ['no picture in there']),
+    (['predict', '{tmp}/norun', '{tmp}', '--out', '{tmp}/o'], ['no image in there']),
     (['demo', '--product', 'shoe', '--out', '{tmp}/d'], ["--product 'shoe' does not exist"]),
 ])
 def test_mistakes_end_in_one_line_and_status_2(words, said, tmp_path):
@@ -82,7 +82,7 @@ def test_doctor_tells_what_is_there_and_what_to_do(monkeypatch, tmp_path):
     assert now['tracker: tensorboard'] != 'not installed'
 
 
-def test_predict_reads_every_picture_before_it_writes_one(smoke, boards, tmp_path):
+def test_predict_reads_every_image_before_it_writes_one(smoke, boards, tmp_path):
     folder = tmp_path/'new'; folder.mkdir()
     for i, s in enumerate(boards.test[:2]): Image.open(s.image).save(folder/f'{i}.png')
     (folder/'._0.png').write_bytes(b'what a Mac leaves')
@@ -111,6 +111,6 @@ def test_the_category_of_a_run_is_not_asked_of_another_folder(boards, tmp_path):
     assert judged(boards.root).exit_code == 0 and json.loads((tmp_path/'x.json').read_text())['data']['category'] is None
 
 
-def test_single_pictures_have_no_scale_of_a_test_set(smoke, boards, tmp_path):
+def test_single_images_have_no_scale_of_a_test_set(smoke, boards, tmp_path):
     out = run.invoke(app, ['predict', str(smoke[1]), str(boards.test[0].image), '--out', str(tmp_path/'o'), '--set', 'fusion.calibration=test'])
-    assert out.exit_code == 2 and "fusion.calibration = 'test' scales a picture by the others" in out.output and not (tmp_path/'o').exists()
+    assert out.exit_code == 2 and "fusion.calibration = 'test' scales an image by the others" in out.output and not (tmp_path/'o').exists()

@@ -1,4 +1,4 @@
-"Room 03: pictures, masks and layouts, on files written here and on real data sets where they are at hand."
+"Room 03: images, masks and layouts, on files written here and on real data sets where they are at hand."
 import importlib.util
 import os
 import re
@@ -21,22 +21,22 @@ RAMP = np.tile(np.linspace(0, 1, 16, dtype=np.float32), (16, 1))
 
 
 def put(path: Path, a=None, **kw) -> Path:
-    "Write an array (default: a grey ramp of 8 bits) as a picture."
+    "Write an array (default: a grey ramp of 8 bits) as an image."
     path.parent.mkdir(parents=True, exist_ok=True)
     im = a if isinstance(a, Image.Image) else Image.fromarray((RAMP*255).round().astype('uint8') if a is None else a)
     im.save(path, **kw)
     return path
 
 def tree(root: Path, n=8, good=2, bad=2, side=16) -> Path:
-    "A folder in MVTec's layout; every picture differs."
+    "A folder in MVTec's layout; every image differs."
     k = 0
-    def picture(p):
+    def image(p):
         nonlocal k; k += 1
         put(root/p, np.full((side, side), k, np.uint8) + np.linspace(0, 100, side).astype('uint8'))
-    for i in range(n): picture(f'train/good/{i:03}.png')
-    for i in range(good): picture(f'test/good/{i:03}.png')
+    for i in range(n): image(f'train/good/{i:03}.png')
+    for i in range(good): image(f'test/good/{i:03}.png')
     for i in range(bad):
-        picture(f'test/crack/{i:03}.png')
+        image(f'test/crack/{i:03}.png')
         m = np.zeros((side, side), np.uint8); m[2:9, 3:6 + i] = 255
         put(root/f'ground_truth/crack/{i:03}_mask.png', m)
     return root
@@ -62,7 +62,7 @@ def kinds(tmp):
     yield put(tmp/'web.webp', Image.fromarray(np.dstack([g8]*3)), lossless=True)
     yield put(tmp/'portable.pgm', g8)
 
-def test_every_kind_of_file_gives_the_same_picture(tmp_path):
+def test_every_kind_of_file_gives_the_same_image(tmp_path):
     want = torch.from_numpy(RAMP).expand(3, -1, -1)
     for p in kinds(tmp_path):
         assert p.suffix.lower() in EXTENSIONS
@@ -112,7 +112,7 @@ def test_the_first_page_counts(tmp_path):
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 24), st.integers(0, 255))
-def test_a_flat_picture_stays_flat_at_any_size(tmp_path, h, w, size, value):
+def test_a_flat_image_stays_flat_at_any_size(tmp_path, h, w, size, value):
     x = read_image(put(tmp_path/'a.png', np.full((h, w), value, np.uint8)), size)
     assert x.shape == (3, size, size) and torch.equal(x, torch.full_like(x, value/255))
 
@@ -123,9 +123,9 @@ def test_unreadable_files_are_named_with_a_cure(tmp_path):
         with pytest.raises(DataError) as e: read_image(p, 16)
         assert str(e.value).startswith(str(p)) and all(t in str(e.value) for t in texts), e.value
     fails(tmp_path/'no.png', 'no such file')
-    fails(tmp_path, 'a folder, not a picture')
+    fails(tmp_path, 'a folder, not an image')
     (tmp_path/'empty.png').write_bytes(b''); fails(tmp_path/'empty.png', 'the file is empty (0 bytes)', 'copy it again')
-    (tmp_path/'text.png').write_text('hello, I am no picture'); fails(tmp_path/'text.png', 'not a picture', '22 bytes', 'convert it')
+    (tmp_path/'text.png').write_text('hello, I am no image'); fails(tmp_path/'text.png', 'not an image', '22 bytes', 'convert it')
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     for name in ('a.png', 'a.jpg', 'a.bmp', 'a.tif'):
         p = put(tmp_path/name, noise); p.write_bytes(p.read_bytes()[:p.stat().st_size//2])
@@ -182,7 +182,7 @@ def test_mvtec_layout(tmp_path):
     assert [s.mask.name if s.mask else None for s in data.test] == ['000_mask.png', '001_mask.png', None, None]
     assert {(s.label, s.defect, s.split) for s in data.samples} == {(0, 'good', 'train'), (0, 'good', 'test'), (1, 'crack', 'test')}
     assert repr(data) == "AnomalyDataset 'nuts' (mvtec): 8 train, 2 good + 2 defective test, 2 masks" and 'nuts' in data._repr_html_()
-    assert data.summary()['pictures'].tolist() == [8, 2, 2] and data.summary()['masks'].sum() == 2
+    assert data.summary()['images'].tolist() == [8, 2, 2] and data.summary()['masks'].sum() == 2
 
 def test_ordinary_untidiness_is_taken_in_stride(tmp_path):
     root = tree(tmp_path/'a')
@@ -194,13 +194,13 @@ def test_ordinary_untidiness_is_taken_in_stride(tmp_path):
     assert masks == {'test/crack/000.png': '000_mask.png', 'test/crack/001.png': '001_mask.png', 'test/crack/deep/y.Tif': 'y.PNG', 'test/defect_nomask/x.JPEG': None}
     assert len(data.train) == 8
 
-def test_a_picture_called_mask_keeps_its_own_mask(tmp_path):
+def test_a_image_called_mask_keeps_its_own_mask(tmp_path):
     root = tree(tmp_path/'a', bad=0)
     put(root/'test/crack/x.png'); put(root/'test/crack/x_mask.png')
     put(root/'ground_truth/crack/x_mask_mask.png', np.full((16, 16), 255, np.uint8))
     assert {s.image.name: s.mask and s.mask.name for s in open_dataset(root).test if s.label} == {'x.png': None, 'x_mask.png': 'x_mask_mask.png'}
 
-def test_training_pictures_alone_are_enough(tmp_path):
+def test_training_images_alone_are_enough(tmp_path):
     for i in range(3): put(tmp_path/f'only/train/good/{i}.png')
     data = open_dataset(tmp_path/'only')
     assert len(data.train) == 3 and data.test == [] and 'train' in data._repr_html_()
@@ -225,12 +225,12 @@ def test_folders_that_hold_no_data_set(tmp_path):
     with pytest.raises(DataError, match='not a folder of layout mtd, which holds MT_Free'): open_dataset(tmp_path/'odd', layout='mtd')
     with pytest.raises(DataError, match="layout = 'coco' does not exist; allowed: auto, " + ', '.join(LAYOUTS)): open_dataset(tmp_path/'odd', layout='coco')
 
-def test_no_good_training_picture(tmp_path):
+def test_no_good_training_image(tmp_path):
     put(tmp_path/'loose/train/1.png')
-    with pytest.raises(DataError, match=r'good: no good training picture \(found in .*train: 1\.png\); put pictures of good parts there'): open_dataset(tmp_path/'loose')
+    with pytest.raises(DataError, match=r'good: no normal training image \(found in .*train: 1\.png\); put images of normal parts there'): open_dataset(tmp_path/'loose')
     (tmp_path/'b/train/good').mkdir(parents=True); (tmp_path/'b/train/good/a.heic').write_bytes(b'x')
-    with pytest.raises(DataError, match=r'no good training picture.*\.png'): open_dataset(tmp_path/'b')
-    with pytest.raises(DataError, match='no good training picture'): AnomalyDataset('x', tmp_path, 'mvtec', None, ())
+    with pytest.raises(DataError, match=r'no normal training image.*\.png'): open_dataset(tmp_path/'b')
+    with pytest.raises(DataError, match='no normal training image'): AnomalyDataset('x', tmp_path, 'mvtec', None, ())
 
 def test_names_that_differ_in_the_extension_only(tmp_path):
     root = tree(tmp_path/'a'); put(root/'test/crack/000.bmp')
@@ -242,31 +242,31 @@ def test_the_same_sample_twice(tmp_path):
 
 def test_masks_that_do_not_fit(tmp_path):
     root = tree(tmp_path/'a'); p = put(root/'ground_truth/crack/001_mask.png', np.full((16, 32), 255, np.uint8))
-    with pytest.raises(DataError, match=re.escape(f'{p}: the mask is 32×16 pixels, but its picture 001.png is 16×16; make a mask')): open_dataset(root)
+    with pytest.raises(DataError, match=re.escape(f'{p}: the mask is 32×16 pixels, but its image 001.png is 16×16; make a mask')): open_dataset(root)
     root = tree(tmp_path/'b'); put(root/'ground_truth/crack/001.png', np.full((16, 16), 255, np.uint8))
     with pytest.raises(DataError, match=r'001_mask\.png: a second mask of 001\.png beside 001\.png'): open_dataset(root)
     root = tree(tmp_path/'c')
     for i in (0, 1): (root/f'ground_truth/crack/00{i}_mask.png').rename(root/f'ground_truth/crack/00{i}-seg.png')
-    with pytest.raises(DataError, match=r"000-seg\.png: no mask in this folder fits a picture's name"): open_dataset(root)
+    with pytest.raises(DataError, match=r"000-seg\.png: no mask in this folder fits an image's name"): open_dataset(root)
 
-def test_a_mask_is_compared_with_the_upright_picture(tmp_path):
+def test_a_mask_is_compared_with_the_upright_image(tmp_path):
     root = tree(tmp_path/'a'); exif = Image.Exif(); exif[0x0112] = 6
     put(root/'test/crack/r.jpg', np.zeros((16, 32), np.uint8), exif=exif)                           # shown 16 wide, 32 high
     put(root/'ground_truth/crack/r.png', np.full((32, 16), 255, np.uint8))
     assert load_masks([s for s in open_dataset(root).test if s.image.name == 'r.jpg'], 8)[0].all()
     put(root/'ground_truth/crack/r.png', np.full((16, 32), 255, np.uint8))
-    with pytest.raises(DataError, match=r'the mask is 32×16 pixels, but its picture r\.jpg is 16×32'): open_dataset(root)
+    with pytest.raises(DataError, match=r'the mask is 32×16 pixels, but its image r\.jpg is 16×32'): open_dataset(root)
 
 def test_what_will_not_be_used_is_said(tmp_path):
     root = tree(tmp_path/'a')
     put(root/'ground_truth/crack/zzz_mask.png')
-    with pytest.warns(UserWarning, match=r'zzz_mask\.png: has no picture \(as do 0 more'): open_dataset(root)
+    with pytest.warns(UserWarning, match=r'zzz_mask\.png: has no image \(as do 0 more'): open_dataset(root)
     root = tree(tmp_path/'b'); put(root/'train/crack/a.png'); put(root/'test/b.png')
     with pytest.warns(UserWarning) as w: open_dataset(root)
     assert any('the folder crack will not be used' in str(x.message) for x in w) and any('b.png: lies outside' in str(x.message) for x in w)
     assert all(x.filename == __file__ for x in w)
 
-def test_a_damaged_masked_picture_is_found_on_opening(tmp_path):
+def test_a_damaged_masked_image_is_found_on_opening(tmp_path):
     root = tree(tmp_path/'a'); (root/'test/crack/000.png').write_bytes(b'')
     with pytest.raises(DataError, match=r'000\.png: the file is empty'): open_dataset(root)
 
@@ -309,11 +309,11 @@ def test_holdout_depends_on_the_seed():
     assert len({tuple(s.name for s in numbered(50).holdout(seed=i)[1]) for i in range(5)}) == 5
 
 @pytest.mark.parametrize('n, kw, text', [
-    (3, {}, '3 good training pictures, but 5 are held out for calibration and at least 2 must remain to learn from; add at least 4 good pictures, or set data.min_holdout to 1 or less'),
-    (6, {}, 'add at least 1 good pictures, or set data.min_holdout to 4 or less'),
-    (2, {}, '2 good training pictures, but 5 .*; add at least 5 good pictures$'),
-    (1, {}, '1 good training picture, but 5 .*; add at least 6 good pictures$'),
-    (10, dict(fraction=.95), r'10 good training pictures, but 10 are held out.*; lower data\.holdout = 0\.95')])
+    (3, {}, '3 normal training images, but 5 are held out for calibration and at least 2 must remain to learn from; add at least 4 normal images, or set data.min_holdout to 1 or less'),
+    (6, {}, 'add at least 1 normal images, or set data.min_holdout to 4 or less'),
+    (2, {}, '2 normal training images, but 5 .*; add at least 5 normal images$'),
+    (1, {}, '1 normal training image, but 5 .*; add at least 6 normal images$'),
+    (10, dict(fraction=.95), r'10 normal training images, but 10 are held out.*; lower data\.holdout = 0\.95')])
 def test_too_few_to_hold_out(n, kw, text):
     with pytest.raises(DataError, match='somewhere: .*' + text if not text[0].isdigit() else 'somewhere: ' + text): numbered(n).holdout(**kw)
 
@@ -352,7 +352,7 @@ def test_load_images_keeps_order_and_agrees_with_read_image(tmp_path):
 def test_load_images_names_the_damaged_file_and_stops(tmp_path):
     root = tree(tmp_path/'a', n=40); data = open_dataset(root)
     (root/'train/good/017.png').write_bytes(b'broken')
-    with pytest.raises(DataError, match=r'017\.png: not a picture'): load_images(data.samples, 12, progress=True)
+    with pytest.raises(DataError, match=r'017\.png: not an image'): load_images(data.samples, 12, progress=True)
 
 def test_a_bar_only_after_two_seconds(tmp_path, capfd, monkeypatch):
     import time, dynad.data as room
@@ -363,11 +363,11 @@ def test_a_bar_only_after_two_seconds(tmp_path, capfd, monkeypatch):
     slow = room.read_image
     monkeypatch.setattr(room, 'read_image', lambda *a: (time.sleep(.5), slow(*a))[1])
     load_images(data.train, 8, progress=True)
-    assert 'pictures' in capfd.readouterr().err
+    assert 'images' in capfd.readouterr().err
 
-def test_nearly_black_pictures_are_mentioned(tmp_path):
+def test_nearly_black_images_are_mentioned(tmp_path):
     p = put(tmp_path/'a/train/good/x.png', (RAMP*4095).astype('uint16'))
-    with pytest.warns(UserWarning, match=r'x\.png: all 1 pictures are nearly black \(highest value 15 of 255\); 12-bit values'):
+    with pytest.warns(UserWarning, match=r'x\.png: all 1 images are nearly black \(highest value 15 of 255\); 12-bit values'):
         load_images([Sample('x', p, 0, 'good', 'train')], 8)
 
 def test_load_masks_judges_pixels_only_where_there_is_a_truth(tmp_path):
@@ -387,7 +387,7 @@ def test_load_masks_judges_pixels_only_where_there_is_a_truth(tmp_path):
 
 def test_load_masks_checks_the_size_of_samples_made_by_hand(tmp_path):
     s = Sample('x', put(tmp_path/'x.png'), 1, 'crack', 'test', put(tmp_path/'m.png', np.full((4, 4), 255, np.uint8)))
-    with pytest.raises(DataError, match='the mask is 4×4 pixels, but its picture x.png is 16×16'): load_masks([s], 8)
+    with pytest.raises(DataError, match='the mask is 4×4 pixels, but its image x.png is 16×16'): load_masks([s], 8)
 
 def test_contact_sheet_spreads_over_the_samples(tmp_path):
     data = open_dataset(tree(tmp_path/'a'))
@@ -417,7 +417,7 @@ def test_mtd_errors(tmp_path):
     root = tiles(tmp_path/'t', free=2)
     with pytest.raises(DataError, match="category = 'x', but the layout mtd has no categories"): open_dataset(root, category='x')
     for p in (root/'MT_Free/Imgs').glob('*.jpg'): p.unlink()
-    with pytest.raises(DataError, match='Imgs: no good training picture'): open_dataset(root)
+    with pytest.raises(DataError, match='Imgs: no normal training image'): open_dataset(root)
 
 # ---- solar cells
 
@@ -460,7 +460,7 @@ def test_elpv_from_a_folder_and_its_errors(tmp_path, monkeypatch):
 def test_good_in_capitals_is_asked_about(tmp_path):
     root = tree(tmp_path)
     (root/'test/good').rename(root/'test/Good')
-    with pytest.raises(DataError, match=r'test/Good: good pictures or a kind of defect\? .*named good, in small letters'): open_dataset(root, layout='mvtec')
+    with pytest.raises(DataError, match=r'test/Good: normal images or a kind of defect\? .*named good, in small letters'): open_dataset(root, layout='mvtec')
 
 @real
 def test_cookies():
@@ -473,7 +473,7 @@ def test_cookies():
 @real
 def test_magnetic_tiles():
     data = open_dataset(Path(os.environ['DYNAD_DATA'])/'magnetic_tile')
-    counts = data.summary()['pictures'].droplevel([0, 1])
+    counts = data.summary()['images'].droplevel([0, 1])
     assert counts.drop('good').to_dict() == dict(blowhole=115, **{'break': 85}, crack=57, fray=32, uneven=103) and len(data.train) == 762
     native = [s.name for s in data.test if s.label and not (np.asarray(Image.open(s.mask)) > 127).any()]
     lost = [s.name for s, ok in zip(data.test, load_masks(data.test, 128)[1]) if not ok]
@@ -481,6 +481,6 @@ def test_magnetic_tiles():
 
 @real
 def test_a_part_of_mvtec_with_masks_missing():
-    with pytest.warns(UserWarning, match='has no picture'): data = open_dataset(Path(os.environ['DYNAD_DATA'])/'mvtec_leather_part')
+    with pytest.warns(UserWarning, match='has no image'): data = open_dataset(Path(os.environ['DYNAD_DATA'])/'mvtec_leather_part')
     assert data.name == 'mvtec_leather_part/leather' and len(data.train) == 4 and len(data.test) == 24
-    with pytest.raises(DataError, match='add at least 3 good pictures, or set data.min_holdout to 2'): data.holdout()
+    with pytest.raises(DataError, match='add at least 3 normal images, or set data.min_holdout to 2'): data.holdout()

@@ -16,12 +16,12 @@ from conftest import SMOKE
 
 
 @pytest.fixture(scope='module')
-def pictures(boards): return to_float(load_images(boards.test, 64))
+def images(boards): return to_float(load_images(boards.test, 64))
 
 
-def test_predict_gives_what_it_promises(smoke, pictures):
+def test_predict_gives_what_it_promises(smoke, images):
     model, _ = smoke
-    p, n = model.predict(pictures), len(pictures)
+    p, n = model.predict(images), len(images)
     assert p.score.shape == p.t_hat.shape == p.anomalous.shape == p.distance.shape == (n,)
     assert p.map.shape == p.mask.shape == p.latent_map.shape == p.feature_map.shape == (n, 1, 64, 64)
     assert p.reconstruction.shape == (n, 3, 64, 64) and 0 <= p.reconstruction.min() and p.reconstruction.max() <= 1
@@ -29,11 +29,11 @@ def test_predict_gives_what_it_promises(smoke, pictures):
     assert set(p.t_hat.tolist()) <= set(model.calibration.levels)
 
 
-def test_a_picture_has_the_same_answer_alone_and_in_a_set(smoke, boards, pictures):
+def test_a_image_has_the_same_answer_alone_and_in_a_set(smoke, boards, images):
     model, _ = smoke
     A, _, _ = model.stage(boards.test, boards.fingerprint, progress=False).maps()
     torch.testing.assert_close(model.predict([boards.test[3].image]).map[0], A[3], rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(model.predict(pictures).map, A, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(model.predict(images).map, A, rtol=1e-3, atol=1e-3)
 
 
 def test_sixteen_bits_have_the_same_answer_alone_and_in_a_set(smoke, tmp_path):
@@ -45,18 +45,18 @@ def test_sixteen_bits_have_the_same_answer_alone_and_in_a_set(smoke, tmp_path):
     torch.testing.assert_close(smoke[0].predict([data.test[0].image]).map, A, rtol=1e-4, atol=1e-4)
 
 
-def test_on_the_scale_of_a_test_set_thresholds_are_those_of_the_held_out_pictures_on_it(smoke, boards, pictures):
+def test_on_the_scale_of_a_test_set_thresholds_are_those_of_the_held_out_images_on_it(smoke, boards, images):
     model = DynAD.open(smoke[1], {'fusion.calibration': 'test'}, progress=False)
     e = evaluate(model, boards, n_boot=0, null_models=False, baseline=False, progress=False)
     held = model.held_out.maps(calibration=e.staged.calibration(e.t_hat))[0]
     assert e.result['decision']['image_threshold'] == pytest.approx(float(score(held).double().quantile(model.config.fusion.threshold_quantile)))
     assert e.result['decision']['image_threshold'] != model.image_threshold
-    with pytest.warns(UserWarning, match='maps and scores of another call are on another scale'): p = model.predict(pictures)
+    with pytest.warns(UserWarning, match='maps and scores of another call are on another scale'): p = model.predict(images)
     assert torch.equal(p.anomalous, e.scores > e.result['decision']['image_threshold'])
 
 
 @pytest.mark.parametrize('make, words', [
-    (lambda: torch.rand(2, 3, 32, 32), r'pictures of shape \(2, 3, 32, 32\): expected \[B,3,64,64\]'),
+    (lambda: torch.rand(2, 3, 32, 32), r'images of shape \(2, 3, 32, 32\): expected \[B,3,64,64\]'),
     (lambda: torch.rand(1, 3, 64, 64)*255, r'expected finite values in \[0,1\]'),
     (lambda: torch.full((1, 3, 64, 64), float('nan')), r'expected finite values in \[0,1\]'),
 ])
@@ -68,12 +68,12 @@ def test_an_unfitted_detector_says_so():
     with pytest.raises(RuntimeError, match='not fitted; call fit, open or from_pretrained'): DynAD(make_config('smoke')).predict(torch.rand(1, 3, 64, 64))
 
 
-def test_pretrained_folder_holds_json_and_safetensors_and_answers_the_same(smoke, pictures, tmp_path):
+def test_pretrained_folder_holds_json_and_safetensors_and_answers_the_same(smoke, images, tmp_path):
     model, _ = smoke
     folder = model.save_pretrained(tmp_path/'model')
     assert {f.suffix for f in folder.rglob('*') if f.is_file()} == {'.json', '.safetensors'}
     again = DynAD.from_pretrained(folder)
-    a, b = model.predict(pictures), again.predict(pictures)
+    a, b = model.predict(images), again.predict(images)
     torch.testing.assert_close(a.map, b.map, rtol=1e-5, atol=1e-5)
     assert torch.equal(a.mask, b.mask) and torch.equal(a.anomalous, b.anomalous) and torch.equal(a.t_hat, b.t_hat)
 
@@ -147,14 +147,14 @@ def test_a_fit_that_is_stopped_goes_on_and_ends_the_same(smoke, boards, tmp_path
     assert {s for s, _ in seen} == {'denoiser', 'phi'} and min(seen)[1] > 10 and again.hashes == model.hashes
 
 
-def test_held_out_pictures_are_seen_by_no_training_stage(smoke, boards):
+def test_held_out_images_are_seen_by_no_training_stage(smoke, boards):
     _, run = smoke
     info = json.loads((run/'run.json').read_text())
     assert len(info['held_out']) == 5 and not set(info['fit']) & set(info['held_out'])
     assert set(info['fit']) | set(info['held_out']) == {s.name for s in boards.train}
 
 
-def test_too_few_good_pictures(boards, tmp_path):
+def test_too_few_good_images(boards, tmp_path):
     from dataclasses import replace
     few = replace(boards, samples=boards.train[:4] + boards.test)
     with pytest.raises(DataError, match='good'): DynAD(make_config('smoke', SMOKE)).fit(few, tmp_path/'run', progress=False)

@@ -17,7 +17,7 @@ def drawn(flow):
 
 def at(flow, pixels, x, y): return pixels[round((flow.get_figheight() - y)*flow.dpi), round(x*flow.dpi)]
 
-def test_a_picture_stands_where_it_was_put():
+def test_a_image_stands_where_it_was_put():
     f = Flow(4, 3)
     f.image(1, 2, 1, torch.tensor([1., 0, 0])[:, None, None].expand(3, 4, 4))
     f.image(3, 1, 1, torch.tensor([0., 0, 1])[:, None, None].expand(3, 4, 4))
@@ -54,7 +54,7 @@ def test_an_arrow_passes_its_corners_and_needs_two_points():
     assert at(f, p, 1.5, 1.2).tolist() == [255]*3
     with pytest.raises(ValueError, match=r'1 point\(s\); from and to are needed'): f.arrow((0, 0))
 
-def test_pictures_do_not_move_the_frame():
+def test_images_do_not_move_the_frame():
     f = Flow(4, 3)
     f.image(1, 1, 1, torch.zeros(3, 4, 4)); f.group(.2, .2, 3.8, 2.8, 'title'); f.box(3, 2, 1, .5, '$x$')
     assert f.ax.get_xlim() == (0, 4) and f.ax.get_ylim() == (0, 3) and figure_png(f).startswith(b'\x89PNG')

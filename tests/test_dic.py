@@ -28,7 +28,7 @@ def test_back_ends_agree_with_sklearn(backend, own):
 
 @settings(deadline=None)
 @given(vectors, st.integers(1, 3))
-def test_own_neighbours_never_are_the_picture_itself(x, K):
+def test_own_neighbours_never_are_the_image_itself(x, K):
     x = torch.from_numpy(x)
     d, i = neighbours(x, x, K, own=True, backend='torch')
     assert not (i == torch.arange(len(x))[:, None]).any() or len(torch.unique(x, dim=0)) < len(x)
@@ -59,22 +59,22 @@ def test_the_floor_is_a_severity_not_a_bin():
 
 def test_k_is_capped_with_a_warning():
     x = torch.rand(5, 3)
-    with pytest.warns(UserWarning, match='K = 20 neighbours asked for, 4 good pictures to choose from: K = 4'): d, _ = neighbours(x, x, 20, own=True)
+    with pytest.warns(UserWarning, match='K = 20 neighbours asked for, 4 normal images to choose from: K = 4'): d, _ = neighbours(x, x, 20, own=True)
     assert d.shape == (5, 4)
 
 
-def test_too_few_good_pictures():
-    with pytest.raises(ValueError, match=r'1 good picture\(s\) in the bank: at least 2'): neighbours(torch.ones(1, 2), torch.ones(1, 2), 1, own=True)
+def test_too_few_good_images():
+    with pytest.raises(ValueError, match=r'1 normal image\(s\) in the bank: at least 2'): neighbours(torch.ones(1, 2), torch.ones(1, 2), 1, own=True)
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
 def test_features_that_are_not_finite_are_named(value):
     x = torch.rand(6, 3); x[4, 1] = value
-    with pytest.raises(ValueError, match='good picture 4: its features are not finite'): DIC.fit(x, DICSettings(K=2))
-    with pytest.raises(ValueError, match='picture 0: its features are not finite'): DIC.fit(torch.rand(6, 3), DICSettings(K=2)).severity(x[4:5])
+    with pytest.raises(ValueError, match='normal image 4: its features are not finite'): DIC.fit(x, DICSettings(K=2))
+    with pytest.raises(ValueError, match='image 0: its features are not finite'): DIC.fit(torch.rand(6, 3), DICSettings(K=2)).severity(x[4:5])
 
 
-def test_equal_pictures_have_defined_bins():
+def test_equal_images_have_defined_bins():
     d = DIC.fit(torch.ones(8, 3), DICSettings(K=3))
     distance, b, rows = d.severity(torch.ones(1, 3))
     assert distance == 0 and 0 <= int(b) <= 10 and rows.shape == (1, 3)

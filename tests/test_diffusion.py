@@ -76,7 +76,7 @@ def test_posterior_equals_diffusers(t):
     step = ref.step(eps, t, x_t, generator=gen(5)).prev_sample
     assert torch.allclose(mean + var.sqrt()*noise, step, atol=2e-4)
 
-def test_posterior_at_the_last_step_is_the_picture():
+def test_posterior_at_the_last_step_is_the_image():
     x0, x_t = rand(2, 3, 4, 4), rand(2, 3, 4, 4, seed=1)
     mean, var = posterior(x_t, x0, torch.tensor([0, 0]), S.abar)
     assert torch.allclose(mean, x0, atol=1e-6) and var.abs().max() == 0
@@ -119,7 +119,7 @@ def test_each_sample_has_its_own_step():
     rows = torch.cat([q_sample(x0[i:i+1], t[i:i+1], S.abar, noise=eps[i:i+1]) for i in range(3)])
     assert torch.equal(q_sample(x0, t, S.abar, noise=eps), rows)
 
-def test_clean_step_gives_the_picture_back():
+def test_clean_step_gives_the_image_back():
     x0 = rand(2, 1, 2, 2)
     assert torch.equal(q_sample(x0, torch.tensor([-1, -1]), S.abar, noise=rand(2, 1, 2, 2, seed=1)), x0)
 
@@ -137,7 +137,7 @@ def test_noise_is_deterministic_and_must_have_a_source():
 
 def test_no_noise_leads_to_the_clean_step():
     x = rand(1, 1, 2, 2)
-    with pytest.raises(ValueError, match='t = -1 is the clean picture'): predict_eps(x, x, torch.tensor([-1]), S.abar)
+    with pytest.raises(ValueError, match='t = -1 is the clean image'): predict_eps(x, x, torch.tensor([-1]), S.abar)
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_computes_in_the_type_of_x(dtype):

@@ -40,7 +40,7 @@ def test_its_figures_are_those_of_its_maps(evaluation):
 def test_raw_maps_and_index(evaluation, tmp_path):
     folder = save_maps(evaluation, tmp_path/'maps')
     index = pd.read_csv(folder/'index.csv')
-    assert list(index.columns) == ['picture', 'label', 'score', 't_hat', 'mask', 'map'] and len(index) == len(evaluation.samples)
+    assert list(index.columns) == ['image', 'label', 'score', 't_hat', 'mask', 'map'] and len(index) == len(evaluation.samples)
     for i, row in index.iterrows():
         m = np.load(folder/row['map'], allow_pickle=False)
         assert m.dtype == np.float32 and m.shape == (64, 64)
@@ -93,9 +93,9 @@ def test_the_table_names_every_row(evaluation):
     assert t.loc['null: neighbour distance', 'PRO'] == '—'
 
 
-def test_a_data_set_without_test_pictures(smoke, boards):
+def test_a_data_set_without_test_images(smoke, boards):
     from dataclasses import replace
-    with pytest.raises(ValueError, match='no test picture; put some under test/good'): evaluate(smoke[0], replace(boards, samples=boards.train))
+    with pytest.raises(ValueError, match='no test image; put some under test/good'): evaluate(smoke[0], replace(boards, samples=boards.train))
 
 def test_table_without_intervals(smoke, boards):
     "n_boot = 0 gives values and no brackets."

@@ -51,7 +51,7 @@ def fitted(gears, tmp_path_factory):
 
 @pytest.fixture
 def mine(gears, tmp_path):
-    "A copy of the pictures that a test may spoil."
+    "A copy of the images that a test may spoil."
     shutil.copytree(gears.root, tmp_path/'gear')
     return tmp_path/'gear'
 
@@ -66,7 +66,7 @@ def whole(run: Path, after_a_kill: bool = False) -> None:
         if f.is_dir() and not f.name.endswith('.part'): assert (f/'stage.json').exists(), f
     if not after_a_kill: assert [*run.rglob('.*.tmp')] == []
 
-# ---- pictures that change, vanish or hold nonsense
+# ---- images that change, vanish or hold nonsense
 
 def test_a_changed_data_set_under_an_old_run_is_judged_anew(fitted, run, gears, mine):
     p = sorted((mine/'test').glob('*/*'))[0]
@@ -79,7 +79,7 @@ def test_a_changed_data_set_under_an_old_run_is_judged_anew(fitted, run, gears, 
     assert [s.name for s, a, b in zip(gears.test, old, new) if not torch.allclose(a, b, atol=1e-4)] == [p.relative_to(mine).as_posix()]
     whole(run)
 
-def test_a_changed_training_picture_trains_again_and_leaves_the_old_stages(fitted, run, mine):
+def test_a_changed_training_image_trains_again_and_leaves_the_old_stages(fitted, run, mine):
     p = sorted((mine/'train/good').iterdir())[0]
     Image.fromarray(255 - np.asarray(Image.open(p))).save(p)
     before = {f.name for f in (run/'stages/denoiser').iterdir() if f.is_dir()}
@@ -90,7 +90,7 @@ def test_a_changed_training_picture_trains_again_and_leaves_the_old_stages(fitte
     assert again.hashes == model.hashes
     whole(run)
 
-def test_a_picture_removed_between_two_stages_is_named_and_its_return_is_enough(gears, mine, tmp_path):
+def test_a_image_removed_between_two_stages_is_named_and_its_return_is_enough(gears, mine, tmp_path):
     data = open_dataset(mine); data.fingerprint                                 # opened and read
     p = data.train[3].image; content = p.read_bytes(); p.unlink()
     with pytest.raises(DataError, match=rf'{p.name}: no such file; it was moved or deleted after the data set was opened'): fit(data, tmp_path/'run')
@@ -99,7 +99,7 @@ def test_a_picture_removed_between_two_stages_is_named_and_its_return_is_enough(
     p.write_bytes(content)
     assert load_images(data.train, 32).shape == (12, 3, 32, 32)
 
-def test_a_test_picture_removed_after_opening(run, mine):
+def test_a_test_image_removed_after_opening(run, mine):
     data = open_dataset(mine); data.fingerprint
     data.test[-1].image.unlink()
     with pytest.raises(DataError, match='no such file; it was moved or deleted'): judge(DynAD.open(run, progress=False), data)
@@ -113,7 +113,7 @@ def spoil(path, how):
     return path
 
 @pytest.mark.parametrize('how, words', [('nan', '1 of 4096 values are NaN or infinite; repair'), ('empty', r'the file is empty \(0 bytes\)'), ('cut', 'damaged or cut off'), ('huge', 'too large to be decoded safely')])
-def test_a_picture_that_cannot_be_used_ends_the_fit_before_it_began(mine, tmp_path, how, words):
+def test_a_image_that_cannot_be_used_ends_the_fit_before_it_began(mine, tmp_path, how, words):
     p = spoil(mine/open_dataset(mine).holdout()[how in ('nan', 'huge')][1].name, how)  # one of each part: it must not show up after hours
     with pytest.raises(DataError, match=f'{p.name}: .*{words}'): fit(open_dataset(mine), tmp_path/'run')
     assert not [*(tmp_path/'run/stages').glob('*/*/stage.json')]
@@ -126,10 +126,10 @@ def test_two_hundred_megapixels_are_refused_without_being_decoded(tmp_path):
         with pytest.raises(DataError, match='too large'): read(p, 64)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10_000 and time.perf_counter() - start < 1  # kB, s
 
-# ---- few, equal, oddly named pictures
+# ---- few, equal, oddly named images
 
 def flat(root, n=3, value=120, names='{}.png'):
-    "Good pictures that are all the same, and test pictures that are not."
+    "Normal images that are all the same, and test images that are not."
     for i in range(n):
         p = root/'train/good'/names.format(i); p.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((64, 64, 3), value, np.uint8)).save(p)
@@ -140,13 +140,13 @@ def flat(root, n=3, value=120, names='{}.png'):
     p = root/'ground_truth/crack'/names.format('0').replace('.png', '_mask.png'); p.parent.mkdir(parents=True); Image.fromarray(m).save(p)
     return root
 
-def test_one_good_picture_is_too_few_and_the_text_says_how_many(tmp_path):
+def test_one_good_image_is_too_few_and_the_text_says_how_many(tmp_path):
     data = open_dataset(flat(tmp_path/'one', 1))
-    with pytest.raises(DataError, match='1 good training picture, but 5 are held out .*; add at least 6 good pictures'): fit(data, tmp_path/'run')
-    with pytest.raises(DataError, match='add at least 2 good pictures'): fit(data, tmp_path/'run', **{'data.min_holdout': 1})
+    with pytest.raises(DataError, match='1 normal training image, but 5 are held out .*; add at least 6 normal images'): fit(data, tmp_path/'run')
+    with pytest.raises(DataError, match='add at least 2 normal images'): fit(data, tmp_path/'run', **{'data.min_holdout': 1})
     assert not (tmp_path/'run').exists()
 
-def test_three_equal_pictures_with_odd_names_and_more_neighbours_than_pictures(tmp_path):
+def test_three_equal_images_with_odd_names_and_more_neighbours_than_images(tmp_path):
     "The smallest legal set: no variance anywhere, K ≥ n, spaces, umlauts, an emoji, a percent sign and a quote in the names."
     data = open_dataset(flat(tmp_path/"Größe 5 % 'neu' 🔩", 3, names='naïve Δ {} %d.png'))
     with warnings.catch_warnings(record=True) as said:
@@ -304,7 +304,7 @@ def test_what_the_error_advises_heals_the_run(fitted, run, gears):
 
 def test_features_that_are_gone_are_asked_of_a_fit(fitted, run, gears):
     shutil.rmtree(run/'stages'/'features')
-    with pytest.raises(StoreError, match='a stage that these settings need is missing and its pictures are not at hand; run `dynad fit` with the same --out again'): DynAD.open(run, progress=False)
+    with pytest.raises(StoreError, match='a stage that these settings need is missing and its images are not at hand; run `dynad fit` with the same --out again'): DynAD.open(run, progress=False)
     assert judge(fit(gears, run), gears) == fitted[2]
     DynAD.open(run, progress=False)
     with pytest.raises(StoreError, match=r'with the same --out and --set dic.layer=1 again'): DynAD.open(run, {'dic.layer': 1}, progress=False)
@@ -483,7 +483,7 @@ def only_data_errors(path):
 @pytest.mark.filterwarnings('ignore')
 @FUZZ
 @given(st.binary(max_size=400), st.sampled_from(['', 'png', 'tif', 'jpg', 'ppm']))
-def test_random_bytes_are_pictures_or_data_errors(tmp_path, content, ext):
+def test_random_bytes_are_images_or_data_errors(tmp_path, content, ext):
     magic = {'': b'', 'png': b'\x89PNG\r\n\x1a\n', 'tif': b'II*\0\x08\0\0\0', 'jpg': b'\xff\xd8\xff\xe0', 'ppm': b'P6 '}[ext]
     (tmp_path/'x.png').write_bytes(magic + content)
     only_data_errors(tmp_path/'x.png')
@@ -491,7 +491,7 @@ def test_random_bytes_are_pictures_or_data_errors(tmp_path, content, ext):
 @pytest.mark.filterwarnings('ignore')
 @FUZZ
 @given(st.data())
-def test_mutated_pictures_are_pictures_or_data_errors(tmp_path, files, data):
+def test_mutated_images_are_images_or_data_errors(tmp_path, files, data):
     b = bytearray(data.draw(st.sampled_from(files)))
     for _ in range(data.draw(st.integers(1, 6))):
         i = data.draw(st.integers(0, min(len(b) - 1, 200)) | st.integers(0, len(b) - 1))
@@ -577,4 +577,4 @@ def test_a_pickle_that_a_user_names_is_refused_unrun(fitted, gears, run, tmp_pat
     saved = fitted[0].save_pretrained(tmp_path/'model')
     bomb(saved/'phi.safetensors', how)
     with pytest.raises(StoreError, match=r'phi\.safetensors: not a whole safetensors file'): DynAD.from_pretrained(saved)
-    with pytest.raises(DataError): DynAD.open(run, progress=False).predict([bomb(tmp_path/'picture.png', how)])
+    with pytest.raises(DataError): DynAD.open(run, progress=False).predict([bomb(tmp_path/'image.png', how)])

@@ -33,14 +33,14 @@ def test_lite0_equals_timms_features_only():
 
 
 def test_lite0_running_statistics_agree_with_activations():
-    "BatchNorm's stored statistics fit what the first convolution gives on pictures: the weights and the normalisation belong together."
+    "BatchNorm's stored statistics fit what the first convolution gives on images: the weights and the normalisation belong together."
     from sklearn.datasets import load_sample_image
     net, seen = load_lite0(), []
     net.bn1.register_forward_hook(lambda m, i, o: seen.append(i[0]))
     x = torch.stack([torch.tensor(load_sample_image(n))[:, 100:520].permute(2, 0, 1).float() / 255 for n in ('flower.jpg', 'china.jpg')])
     with torch.no_grad(): net((x - .5) / .5)
     ratio = (seen[0].var((0, 2, 3)) / net.bn1.running_var).clamp_min(1e-6).log().abs()
-    assert ratio.median() < 1.1 # within a factor of three: only two pictures
+    assert ratio.median() < 1.1 # within a factor of three: only two images
 
 
 def test_lite0_file_is_checked(monkeypatch, tmp_path):

@@ -57,7 +57,7 @@ def test_one_step_and_one_inference_at_full_scale(weights, tmp_path):
     assert (ae.kind, ae.latent_channels, ae.downsample, ae.scale) == ('kl-f8', 4, 8, .18215)
     with torch.no_grad(): z = ae.encode(images[:2])
     assert z.shape == (2, 4, 32, 32)
-    lap('encode two pictures')
+    lap('encode two images')
     del ae
     log = train_denoiser(unet, z/z.std(), make_schedule(cfg.diffusion), cfg.denoiser, 0, tmp_path/'work', device='cpu', progress=False)
     assert log.steps == 1 and .5 < log.losses[0] < 2 and not torch.equal(unet.unet.conv_in.weight, first)
@@ -67,11 +67,11 @@ def test_one_step_and_one_inference_at_full_scale(weights, tmp_path):
     with pytest.warns(UserWarning, match='K = 20 neighbours asked for'): m = detector(cfg, unet, images)
     p = m.predict(images[:1])
     assert p.map.shape == (1, 1, 256, 256) and p.map.isfinite().all() and p.reconstruction.shape == (1, 3, 256, 256) and unet.calls >= 10
-    lap('an inference of one picture')
+    lap('an inference of one image')
     m.save_pretrained(tmp_path/'saved')
     again = load_denoiser(tmp_path/'saved'/'unet')
     assert again.weights_hash == unet.weights_hash
-    assert told['an inference of one picture, peak GB'] < 20
+    assert told['an inference of one image, peak GB'] < 20
     print('\n' + json.dumps(told, indent=1))
 
 @slow

@@ -14,7 +14,7 @@ def test_smooth_is_scipys_gaussian():
     np.testing.assert_allclose(smooth(m, 4.)[0, 0], want, atol=1e-5)
 
 
-def test_sigma_scales_with_the_picture_and_zero_leaves_it():
+def test_sigma_scales_with_the_image_and_zero_leaves_it():
     m = torch.zeros(1, 1, 65, 65); m[..., 32, 32] = 1
     spread = lambda x: float((x[0, 0].sum(0)*(torch.arange(x.shape[-1]) - x.shape[-1]//2)**2).sum().sqrt())
     assert spread(smooth(m, 4.)) == pytest.approx(4*65/256, rel=.05) and spread(smooth(m, 4., scale=False)) == pytest.approx(4, rel=.05)
@@ -47,7 +47,7 @@ def test_a_t_hat_that_is_not_calibrated_is_named():
     with pytest.raises(KeyError, match=r'T̂ = 90 is not calibrated \(there are \[80\]\)'): Calibration({80: (0, 1, 0, 1)})(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), torch.tensor([90]))
 
 
-def test_maps_of_a_picture_and_itself_are_zero_and_scores_find_the_changed_place():
+def test_maps_of_a_image_and_itself_are_zero_and_scores_find_the_changed_place():
     z, f = torch.rand(1, 4, 8, 8), {2: torch.rand(1, 6, 8, 8) + .1, 3: torch.rand(1, 6, 4, 4) + .1}
     assert latent_map(z, z).max() == 0 and max(v.abs().max() for v in feature_maps(f, f).values()) < 1e-6
     z2 = z.clone(); z2[0, :, 2, 5] += 3

@@ -16,7 +16,7 @@ def small(seed=0):
     return TinyAE(4, (8, 8, 16), (1, 1, 1), (1, 1, 1)).eval()
 
 
-def pictures(n=6, size=32, seed=0):
+def images(n=6, size=32, seed=0):
     g = torch.Generator().manual_seed(seed)
     return (torch.nn.functional.interpolate(torch.rand(n, 3, 4, 4, generator=g), size, mode='bilinear') * 255).byte()
 
@@ -64,7 +64,7 @@ def test_klf8_scale_and_sampling():
         ae = KLF8(net, 'sample')
         draws = lambda *seeds: [torch.Generator().manual_seed(s) for s in seeds]
         pair = torch.cat([x[:1], x[:1]])
-        torch.testing.assert_close(ae.encode(pair, draws(3, 4))[1:], ae.encode(pair[:1], draws(4)))        # each picture has its own draw, whatever batch it comes in
+        torch.testing.assert_close(ae.encode(pair, draws(3, 4))[1:], ae.encode(pair[:1], draws(4)))        # each image has its own draw, whatever batch it comes in
         a, b = (ae.encode(x, torch.Generator().manual_seed(s)) for s in (0, 1))
         assert torch.equal(a, ae.encode(x, torch.Generator().manual_seed(0))) and not torch.equal(a, b)
 
@@ -135,8 +135,8 @@ def test_half_precision_on_disk(tmp_path):
     with torch.no_grad(): torch.testing.assert_close(again(x), ae(x), atol=2e-3, rtol=1e-2)
 
 
-def test_standardise_changes_latents_not_pictures():
-    ae, x = small(), pictures(8)
+def test_standardise_changes_latents_not_images():
+    ae, x = small(), images(8)
     f = x.float() / 255
     with torch.no_grad():
         before = ae(f)
@@ -147,7 +147,7 @@ def test_standardise_changes_latents_not_pictures():
     torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
 
 
-def test_constant_pictures_do_not_divide_by_zero():
+def test_constant_images_do_not_divide_by_zero():
     ae = small()
     ae.standardise(torch.full((2, 3, 32, 32), 128, dtype=torch.uint8))
     assert torch.isfinite(ae.encode(torch.rand(1, 3, 32, 32))).all()
@@ -156,7 +156,7 @@ def test_constant_pictures_do_not_divide_by_zero():
 FAST = LatentSettings(kind='tiny', finetune_steps=12, finetune_batch=4)
 
 def test_finetune_lowers_the_loss_and_repeats():
-    a, b, c, x = small(), small(), small(), pictures()
+    a, b, c, x = small(), small(), small(), images()
     steps = LatentSettings(kind='tiny', finetune_steps=25, finetune_batch=4, finetune_lr=1e-2)
     losses = finetune(a, x, steps, None, seed=1, progress=False)
     assert len(losses) == 25 and sum(losses[-5:]) < .85 * sum(losses[:5])
@@ -167,7 +167,7 @@ def test_finetune_lowers_the_loss_and_repeats():
 
 
 def test_finetune_resumes_to_the_same_weights(tmp_path, monkeypatch):
-    whole, cut, x = small(), small(), pictures()
+    whole, cut, x = small(), small(), images()
     losses = finetune(whole, x, FAST, None, progress=False)
     calls, real = [], latents.reconstruction_loss
     def dies(*a):
@@ -187,20 +187,20 @@ def test_finetune_resumes_to_the_same_weights(tmp_path, monkeypatch):
 def test_finetune_leaves_phi_alone():
     phi, ae = load_features(FeatureSettings(backbone='efficientnet_lite0')), small()
     before, flags = phi.weights_hash, [p.requires_grad for p in phi.parameters()]
-    losses = finetune(ae, pictures(), LatentSettings(kind='tiny', finetune_steps=2, finetune_batch=2), phi, progress=False)
+    losses = finetune(ae, images(), LatentSettings(kind='tiny', finetune_steps=2, finetune_batch=2), phi, progress=False)
     assert phi.weights_hash == before and [p.requires_grad for p in phi.parameters()] == flags and all(p.grad is None for p in phi.parameters())
     assert all(math.isfinite(l) for l in losses)
 
 
 def test_finetune_refuses():
-    assert finetune(small(), pictures(), LatentSettings(kind='tiny', finetune_steps=0), None) == []
-    with pytest.raises(LatentError, match='latents.finetune_steps = 12, but latents.kind = identity is used as it is; set it to 0'): finetune(IdentityAE(), pictures(), FAST)
+    assert finetune(small(), images(), LatentSettings(kind='tiny', finetune_steps=0), None) == []
+    with pytest.raises(LatentError, match='latents.finetune_steps = 12, but latents.kind = identity is used as it is; set it to 0'): finetune(IdentityAE(), images(), FAST)
     with pytest.raises(LatentError, match=r'expected \[N,3,H,W\] uint8 with N > 0'): finetune(small(), torch.rand(2, 3, 32, 32), FAST)
-    with pytest.raises(LatentError, match=r'uint8 with N > 0'): finetune(small(), pictures(0), FAST)
+    with pytest.raises(LatentError, match=r'uint8 with N > 0'): finetune(small(), images(0), FAST)
 
 
-def test_fewer_pictures_than_a_batch():
-    assert len(finetune(small(), pictures(1), LatentSettings(kind='tiny', finetune_steps=2, finetune_batch=4), None, progress=False)) == 2
+def test_fewer_images_than_a_batch():
+    assert len(finetune(small(), images(1), LatentSettings(kind='tiny', finetune_steps=2, finetune_batch=4), None, progress=False)) == 2
 
 
 @hsettings(max_examples=30, deadline=None)
@@ -217,7 +217,7 @@ def test_one_cycle_stays_in_range(steps):
     assert all(0 <= v <= 1 for v in f) and f[-1] < 1e-6
 
 
-def test_shift_keeps_the_picture():
+def test_shift_keeps_the_image():
     x = torch.rand(3, 3, 16, 16)
     assert torch.equal(_shift(x, 0, torch.Generator().manual_seed(0)), x)
     y = _shift(x, 4, torch.Generator().manual_seed(0))

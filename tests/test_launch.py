@@ -14,7 +14,7 @@ from dynad.config import ConfigError, DenoiserSettings, DiffusionSettings, make_
 from dynad.denoiser import DenoiserError, make_unet, set_compiled, train_denoiser
 from dynad.detector import DynAD, _trained
 from dynad.diffusion import make_schedule
-from dynad.launch import accelerator, check_trackers, processes, together
+from dynad.launch import accelerator, check_trackers, processes, run_collectively
 from dynad.store import Store, load_tensors
 
 TINY = DenoiserSettings(widths=(16,), attention=(), heads=4, layers_per_block=1, epochs=None, steps=3, batch=4, lr=2e-3, ema=.9)
@@ -36,7 +36,7 @@ def test_precision_is_renewed_and_the_processes_are_kept():
 def test_one_process_makes_a_stage_as_ever(tmp_path):
     store, calls = Store(tmp_path), []
     def make(work): calls.append(work); return {'x': torch.ones(2)}
-    assert together(store, 's', {'a': 1}, make) == together(store, 's', {'a': 1}, make) == store.path('s', {'a': 1})
+    assert run_collectively(store, 's', {'a': 1}, make) == run_collectively(store, 's', {'a': 1}, make) == store.path('s', {'a': 1})
     assert len(calls) == 1
 
 # trackers

@@ -14,7 +14,7 @@ SETTINGS = {'denoiser.steps': 20, 'latents.finetune_steps': 2, 'adaptation.gamma
 PEAK = "import resource, sys; from dynad.cli import app; sys.argv = ['dynad', *sys.argv[1:]]\ntry: app()\nfinally: print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024)"
 
 def many(folder, n, size):
-    "n good training and n test pictures: the synthetic boards, each shifted and with its own grain; every fourth test picture defective."
+    "n good training and n test images: the synthetic boards, each shifted and with its own grain; every fourth test image defective."
     few = write_synthetic(folder/'few', 'board', n_train=8, n_good=6, n_defect=6, size=size, seed=0)
     rng = np.random.default_rng(0)
     def copies(source, target, count):
@@ -45,9 +45,9 @@ def cost(folder, n, size):
     assert r['images'] == n and len(list((folder/'maps').glob('*.npy'))) == n
     return fit, test, r
 
-@pytest.mark.skipif(os.environ.get('DYNAD_SLOW') != '1', reason='two times 5 000 pictures, half an hour; DYNAD_SLOW=1 runs it')
-def test_five_thousand_pictures_in_three_gigabytes(tmp_path, capsys):
+@pytest.mark.skipif(os.environ.get('DYNAD_SLOW') != '1', reason='two times 5 000 images, half an hour; DYNAD_SLOW=1 runs it')
+def test_five_thousand_images_in_three_gigabytes(tmp_path, capsys):
     fit, test, r = cost(tmp_path, 5000, 128)
-    with capsys.disabled(): print(f'\n5 000 + 5 000 pictures at 128²: peak of fit {fit:.0f} MB, of evaluate {test:.0f} MB')
+    with capsys.disabled(): print(f'\n5 000 + 5 000 images at 128²: peak of fit {fit:.0f} MB, of evaluate {test:.0f} MB')
     assert fit < 3000 and test < 3000
     assert r['protocol']['pro'].startswith('streaming')

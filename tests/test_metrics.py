@@ -155,7 +155,7 @@ def test_image_level_properties(seed, n, levels):
 
 @quick
 @given(st.integers(0, 10**6), st.booleans())
-def test_pixel_level_range_and_order_of_pictures(seed, exact):
+def test_pixel_level_range_and_order_of_images(seed, exact):
     maps, masks = case(seed, n=5)
     order = np.random.default_rng(seed).permutation(5)
     one, two = (pixel_metrics(maps[o], masks[o], exact=exact, n_boot=0) for o in (np.arange(5), order))
@@ -184,7 +184,7 @@ def test_streaming_is_within_1e_4_of_exact(tail):
     maps, masks = large(40, 256, seed=3)
     maps = TAILS[tail](maps.astype(np.float64)).astype(np.float32)
     stream = StreamingPixelMetrics()
-    for i in range(0, 40, 7): stream.update(maps[i:i + 7], masks[i:i + 7])   # good pictures first, as in a test folder
+    for i in range(0, 40, 7): stream.update(maps[i:i + 7], masks[i:i + 7])   # normal images first, as in a test folder
     got, want = stream.compute(), pixel_metrics(maps, masks, n_boot=0)
     for k in PIXEL_KEYS: assert got[k].value == pytest.approx(want[k].value, abs=5e-4 if k == 'p_f1_max' else 1e-4), k
 
@@ -200,7 +200,7 @@ def test_streaming_from_useless_to_near_perfect(strength):
 
 @quick
 @given(st.integers(0, 10**6), st.sampled_from([None, 3]))
-def test_streaming_small_pictures_is_exact(seed, levels):
+def test_streaming_small_images_is_exact(seed, levels):
     maps, masks = case(seed, n=4, size=20, levels=levels)
     got, want = (pixel_metrics(maps, masks, exact=e, n_boot=0) for e in (False, True))
     for k in PIXEL_KEYS: assert got[k].value == pytest.approx(want[k].value, abs=1e-6)
@@ -251,7 +251,7 @@ def test_bootstrap_is_seeded_ordered_and_contains_the_value():
     assert image_metrics(s, y, seed=1) == image_metrics(s, y, seed=1) != image_metrics(s, y, seed=2)
 
 
-def test_bootstrap_draws_are_the_metric_of_the_drawn_pictures():
+def test_bootstrap_draws_are_the_metric_of_the_drawn_images():
     maps, masks = case(6, n=8, size=40, levels=10)
     w = resample_weights(8, 6, seed=3)
     stream = StreamingPixelMetrics().update(maps, masks)
@@ -298,12 +298,12 @@ def test_paired_difference_is_tighter_and_antisymmetric():
     one, two = StreamingPixelMetrics().update(maps + .5*masks, masks), StreamingPixelMetrics().update(maps, masks)
     d = paired_bootstrap(one, two)
     assert all(d[k].low > 0 for k in PIXEL_KEYS) and all(v.value == 0 == v.low == v.high for v in paired_bootstrap(one, one).values())
-    with pytest.raises(ValueError, match='different pictures'): paired_bootstrap(one, StreamingPixelMetrics().update(maps[:5], masks[:5]))
+    with pytest.raises(ValueError, match='different images'): paired_bootstrap(one, StreamingPixelMetrics().update(maps[:5], masks[:5]))
 
 
 # undefined, never made up
 
-@pytest.mark.parametrize('labels,reason', [([0, 0, 0], 'no defective picture'), ([1, 1, 1], 'no good picture'), ([], 'no picture')])
+@pytest.mark.parametrize('labels,reason', [([0, 0, 0], 'no anomalous image'), ([1, 1, 1], 'no normal image'), ([], 'no image')])
 def test_one_class_is_undefined_at_image_level(labels, reason):
     m = image_metrics(np.arange(len(labels), dtype=float), labels)
     assert set(m) == set(IMAGE_KEYS) and all(v == Metric(None, None, None, reason) for v in m.values())
@@ -316,13 +316,13 @@ def test_pixel_level_undefined(exact):
     call = lambda *a: {v.reason for v in pixel_metrics(*a, exact=exact).values() if v.value is None and v.low is None}
     assert call(maps, np.zeros_like(masks)) == {'no defective pixel'}
     assert call(maps, np.ones_like(masks)) == {'no normal pixel'}
-    assert call(maps, masks, np.zeros(3, bool)) == {'no picture with a mask'}
-    assert call(maps[:0], masks[:0]) == {'no picture with a mask'}
+    assert call(maps, masks, np.zeros(3, bool)) == {'no image with a mask'}
+    assert call(maps[:0], masks[:0]) == {'no image with a mask'}
     assert pro(maps, np.zeros_like(masks)) is None
     with pytest.raises(ValueError, match='no PRO curve: no defective pixel'): pro_curve(maps, np.zeros_like(masks))
 
 
-def test_defective_pictures_without_a_mask_do_not_count():
+def test_defective_images_without_a_mask_do_not_count():
     maps, masks = case(4, n=4)
     has = np.array([True, False, True, True])
     maps[1], masks[1] = 1e6, False

@@ -9,13 +9,13 @@ import torch
 from bs4 import BeautifulSoup
 
 from dynad.data import to_float
-from dynad.reproduce import area_groups
+from dynad.experiments import area_groups
 
 PAPERS = Path(__file__).parent.parent/'nbs'/'papers'
 TABLES = ('table1', 'table2', 'table3', 'table4', 'table5', 'table6', 'table8', 'table9', 'scale', 'spaces', 'sensitivity', 'severity', 'speed')
 BOOKS = sorted(PAPERS.glob('*.ipynb'))
-TIMES = ('speed',)              # measures seconds only: no interval over pictures, no null models
-PARITY = PAPERS/'parity.ipynb'  # committed as run on real pictures; the others with their defaults
+TIMES = ('speed',)              # measures seconds only: no interval over images, no null models
+PARITY = PAPERS/'parity.ipynb'  # committed as run on real images; the others with their defaults
 COMMON = {'data': 'auto', 'preset': 'smoke', 'seeds': [0], 'n_boot': 200, 'out': ''}
 NULLS = ('T̂ = 0', 'untrained denoiser', 'neighbour distance only')
 each = pytest.mark.parametrize('path', BOOKS, ids=lambda p: p.stem)
@@ -126,7 +126,7 @@ def html_rows(nb, head):
             return [dict(zip(names, (x.text for x in r.find_all(['th', 'td'])), strict=True)) for r in page.tbody.find_all('tr')]
     raise AssertionError(f'{head}: no such table')
 
-def test_parity_was_run_on_real_pictures():
+def test_parity_was_run_on_real_images():
     nb = read(PARITY)
     [given] = [c for c in nb.cells if 'injected-parameters' in c.metadata.get('tags', [])]
     assert re.findall(r"^(\w+) = (.*)$", given.source, re.M) == [('data', '"cookies"'), ('preset', '"small"')]
@@ -200,7 +200,7 @@ def test_change_inside_a_defect_by_that_outside():
     [source] = [c.source for c in code(read(PAPERS/'spaces.ipynb')) if 'def changes' in c.source]
     space = {'torch': torch, 'to_float': to_float, 'area_groups': area_groups}
     exec(ast.unparse(next(n for n in ast.parse(source).body if getattr(n, 'name', '') == 'changes')), space)
-    masks = torch.zeros(3, 1, 8, 8, dtype=torch.bool); masks[0, :, :4] = True; masks[1] = True # half of the picture, all of it, a good picture
+    masks = torch.zeros(3, 1, 8, 8, dtype=torch.bool); masks[0, :, :4] = True; masks[1] = True # half of the image, all of it, a normal image
     rebuilt = torch.full((3, 3, 8, 8), .1); rebuilt[0, :, :4] = .4
     m = {'masks': masks, 'labels': torch.tensor([1, 1, 0]), 'has_mask': torch.ones(3, dtype=torch.bool), 't_hat': torch.zeros(3, dtype=torch.long),
          'staged': SimpleNamespace(images=torch.zeros(3, 3, 8, 8, dtype=torch.uint8), reconstructions=lambda t_hat, rows: rebuilt[rows])}
@@ -210,7 +210,7 @@ def test_change_inside_a_defect_by_that_outside():
 
 @pytest.mark.parametrize('name', ['fig7', 'fig14'])
 def test_figures_of_two_sets_open_both(name, monkeypatch, tmp_path):
-    import dynad.reproduce as reproduce
+    import dynad.experiments as reproduce
     for folder in ('visa/candle', 'mvtec/tile'): (tmp_path/folder).mkdir(parents=True)
     monkeypatch.setenv('DYNAD_DATA', str(tmp_path))
     [line] = [l for c in code(read(PAPERS/f'{name}.ipynb')) for l in c.source.splitlines() if l.startswith('found = ')]

@@ -73,8 +73,8 @@ def test_bank_does_not_depend_on_the_batches_and_follows_the_seed():
 
 def test_bank_is_a_uniform_sample_without_repetition():
     f = {1: torch.arange(1000.).view(10, 1, 10, 10), 2: torch.zeros(10, 1, 5, 5)}
-    picture = lambda bank: (bank[:, 0]//100).long().clamp(0, 9)
-    counts = sum(torch.bincount(picture(PatchBank(n=100, seed=s).fit([f]).bank), minlength=10) for s in range(50))
+    image = lambda bank: (bank[:, 0]//100).long().clamp(0, 9)
+    counts = sum(torch.bincount(image(PatchBank(n=100, seed=s).fit([f]).bank), minlength=10) for s in range(50))
     assert counts.sum() == 5000 and (counts > 400).all() and (counts < 600).all()     # 500 ± 21 expected
     centres = f[1][:, :, 1:-1, 1:-1]                                                  # where the 3×3 mean is the value itself
     kept = PatchBank(n=1000).fit([f]).bank[:, 0]
@@ -97,7 +97,7 @@ def test_score_is_the_unsmoothed_maximum_and_the_map_is_bilinear():
     assert torch.allclose(maps, torch.nn.functional.interpolate(d, (64, 64), mode='bilinear')) and maps.amax() <= scores.max() + 1e-5
     assert flat.std() < maps.std() and flat.mean() == pytest.approx(maps.mean().item(), rel=.05)
     assert bank.score(odd, (48, 32), sigma=2.)[0].shape == (2, 1, 48, 32)
-    assert torch.allclose(bank.score(rows(odd, 1, 2), 64)[1], scores[1:])                # pictures do not touch each other
+    assert torch.allclose(bank.score(rows(odd, 1, 2), 64)[1], scores[1:])                # images do not touch each other
 
 
 @pytest.mark.parametrize('backend', ['torch', 'faiss'])
@@ -161,7 +161,7 @@ FITTED = PatchBank(n=20).fit([features(1)])
     (lambda: PatchBank().score(features(1), 32), RuntimeError, 'call fit'),
     (lambda: PatchBank().state_dict(), RuntimeError, 'call fit before saving'),
     (lambda: FITTED.score({1: torch.zeros(1, 3, 8, 8), 2: torch.zeros(1, 3, 4, 4)}, 32), ValueError, 'patches have 6 channels, the bank has 12'),
-    (lambda: FITTED.score(broken(), 32), ValueError, 'picture 1 of the batch has features that are not finite'),
+    (lambda: FITTED.score(broken(), 32), ValueError, 'image 1 of the batch has features that are not finite'),
     (lambda: nearest(torch.zeros(1, 2), torch.zeros(1, 2), 'annoy'), ValueError, "backend = 'annoy'"),
 ])
 def test_errors(call, kind, text):
@@ -172,7 +172,7 @@ def test_repr_says_what_it_is():
     assert repr(PatchBank()) == 'PatchBank(layers=(1, 2), not fitted)' and repr(FITTED) == 'PatchBank(layers=(1, 2), 20 × 12)'
 
 
-# on the real φ, pictures of the synthetic set
+# on the real φ, images of the synthetic set
 
 def test_on_the_shipped_backbone(tmp_path):
     from dynad.config import FeatureSettings

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dynad.datasets import PUBLISHED
-from dynad.reproduce import METRICS, SETS, TABLE_SET, _plain, printed
+from dynad.download import PUBLISHED
+from dynad.experiments import METRICS, SETS, TABLE_SET, _plain, printed
 
 CELLS = {'table1': 13*6*2, 'table2': 4*6*2, 'table3': 3 + 2 + 3 + 1 + 3 + 3, 'table4': 2*3, 'table5': 5*3, 'table6': 4*3, 'table7': 16*(3 + 2 + 3 + 1 + 3 + 3), 'table8': 6, 'table9': 4*2}
 

@@ -19,18 +19,18 @@ def commands(text):
     return [shlex.split(part, comments=True) for l in lines for part in l.split('&&')]
 
 def test_in_sync(text):
-    made, pictures = readme.make()
+    made, images = readme.make()
     assert made == text, "README.md is not what nbs/index.ipynb gives; run python tests/readme.py"
-    assert {p.relative_to(ROOT).as_posix(): p.read_bytes() for p in (ROOT/'nbs'/'images').glob('index_*')} == pictures, "nbs/images is old; run python tests/readme.py"
+    assert {p.relative_to(ROOT).as_posix(): p.read_bytes() for p in (ROOT/'nbs'/'images').glob('index_*')} == images, "nbs/images is old; run python tests/readme.py"
 
 def test_the_two_commands(text):
     assert "pip install -e . && dynad demo" in text and "pip install -e '.[dev]' && pytest" in text
 
-def test_links_and_pictures_exist(text):
+def test_links_and_images_exist(text):
     targets = [t for t in re.findall(r'\]\(([^)\s]+)\)', text) if not re.match(r'[a-z]+:|#', t)]
     assert targets and not [t for t in targets if not (ROOT/t).exists()]
 
-def test_pictures_are_described(text): assert '![](' not in text and '![png]' not in text
+def test_images_are_described(text): assert '![](' not in text and '![png]' not in text
 
 def test_every_room_is_listed(text):
     rooms = {p.relative_to(ROOT).as_posix() for p in (ROOT/'nbs').glob('[0-9]*.ipynb')}
@@ -78,16 +78,16 @@ def scratch(tmp_path, *cells):
 
 def test_hidden_cells_and_directives(tmp_path):
     root = scratch(tmp_path, ('m', '# T\n\n> s', 0), ('c', '#| hide\nsecret = 1', 1), ('c', '#| echo: false\n#| fig-alt: a gear\nquiet()', 1), ('c', '#| slow\nloud()', 0))
-    text, pictures = readme.make(root)
+    text, images = readme.make(root)
     assert 'secret' not in text and 'quiet' not in text and 'loud()' in text and '#|' not in text and '<Figure>' not in text
-    assert len(pictures) == 1 and f"![a gear]({next(iter(pictures))})" in text and next(iter(pictures)).startswith('nbs/images/index_')
+    assert len(images) == 1 and f"![a gear]({next(iter(images))})" in text and next(iter(images)).startswith('nbs/images/index_')
 
 def test_links(tmp_path):
     root = scratch(tmp_path, ('m', '[a](00_config.ipynb) [b](../LICENSE) [c](#x) [d](https://example.org/a)\n\n```bash\necho [e](f)\n```', 0))
     text = readme.make(root)[0]
     for link in ('(nbs/00_config.ipynb)', '(LICENSE)', '(#x)', '(https://example.org/a)', '[e](f)'): assert link in text
 
-def test_old_pictures_are_removed(tmp_path):
+def test_old_images_are_removed(tmp_path):
     root = scratch(tmp_path, ('m', '# T\n\n> s', 0))
     (root/'nbs'/'images').mkdir()
     (root/'nbs'/'images'/'index_9_0.png').write_bytes(b'')

@@ -86,7 +86,7 @@ def test_t_hat_zero_returns_the_latent_itself():
     assert torch.equal(reconstruct(never, z0, 0, SCHEDULE).z_hat, z0)
 
 
-def test_noiseless_needs_no_noise_and_noise_belongs_to_the_picture():
+def test_noiseless_needs_no_noise_and_noise_belongs_to_the_image():
     z0 = latents(4)
     with pytest.raises(ValueError, match='omega = 0.5 needs noise'): reconstruct(eps, z0, 80, SCHEDULE, omega=.5)
     n = noise_for([0, 1, 2, 3], (4, 8, 8), seed=3)

@@ -10,15 +10,15 @@ from hypothesis import given, settings, strategies as st
 
 from dynad.report import ReportError, bars, bin_chart, choose, is_report, marked, scale_of_maps, score_chart, t_hat_chart, write_report
 
-# the choice of pictures
+# the choice of images
 
 @given(st.lists(st.tuples(st.floats(-5, 5), st.booleans()), min_size=1, max_size=60), st.floats(-5, 5), st.integers(0, 20))
 @settings(deadline=None)
-def test_choice(pictures, threshold, n):
-    scores, labels = torch.tensor([p[0] for p in pictures], dtype=torch.float64), torch.tensor([int(p[1]) for p in pictures])
+def test_choice(images, threshold, n):
+    scores, labels = torch.tensor([p[0] for p in images], dtype=torch.float64), torch.tensor([int(p[1]) for p in images])
     c = choose(scores, labels, threshold, n)
     every = sum(c.values(), [])
-    assert len(every) == len(set(every)) == min(n, len(pictures))
+    assert len(every) == len(set(every)) == min(n, len(images))
     for i in c['misjudged']: assert bool(scores[i] > threshold) != bool(labels[i])
     for i in c['found']: assert scores[i] > threshold and labels[i] == 1
     for i in c['good']: assert scores[i] <= threshold and labels[i] == 0
@@ -42,7 +42,7 @@ def test_a_stack_stands_on_itself():
     a, b = bars({'a': [3], 'b': [1]}, np.array([0, 1]), layout='stack')['bars']
     assert b['y'] + b['h'] == pytest.approx(a['y'], abs=.02)
 
-def test_no_picture_is_lost_from_a_chart():
+def test_no_image_is_lost_from_a_chart():
     "Values outside the training range have slots of their own."
     g = torch.Generator().manual_seed(0)
     train, test = torch.rand(40, generator=g) + 1, torch.rand(60, generator=g)*4
@@ -106,7 +106,7 @@ def test_page(e, tmp_path):
     assert path == tmp_path/'report'/'index.html' and is_report(path.parent)
     assert not page.wrong and not page.open, "tags are not balanced"
     assert page.tags.count('article') == 6 and page.tags.count('img') == 6*7 and page.tags.count('svg') == 3
-    for word in ('synthetic pictures', 'smoke preset: a test of the machinery, not a result', 'preset smoke', 'seed 0', 'null: untrained denoiser', 'baseline: PatchCore', 'How to read this'): assert word in page.text
+    for word in ('synthetic images', 'smoke preset: a test of the machinery, not a result', 'preset smoke', 'seed 0', 'null: untrained denoiser', 'baseline: PatchCore', 'How to read this'): assert word in page.text
     for k in ('i_auroc', 'p_auroc', 'pro'): assert f"{e.result[k]['value']:.3f}" in page.text
     assert all((path.parent/l).is_file() for l in page.links), "a link leads nowhere"
     assert json.loads((path.parent/'result.json').read_text(encoding='utf-8')) == json.loads(json.dumps(e.result))
@@ -115,12 +115,12 @@ def test_nothing_is_asked_of_a_server(e, tmp_path):
     text = write_report(e, tmp_path/'report', n=3).read_text(encoding='utf-8')
     assert not re.search(r'https?:|//[a-z]|@import|url\(|<script|<link', text.replace('<!doctype', ''))
 
-def test_pictures_are_those_of_the_evaluation(e, tmp_path):
+def test_images_are_those_of_the_evaluation(e, tmp_path):
     from PIL import Image
     from dynad.show import to_uint8
     folder = write_report(e, tmp_path/'report', n=40).parent
     for i in range(len(e.samples)):
-        assert (np.asarray(Image.open(folder/'pictures'/f'{i:05d}_input.png')) == to_uint8(e.staged.images[i])).all()
+        assert (np.asarray(Image.open(folder/'images'/f'{i:05d}_input.png')) == to_uint8(e.staged.images[i])).all()
 
 def test_names_are_escaped(e, tmp_path):
     evil = '<img src=x onerror=alert(1)>&"\''
@@ -131,7 +131,7 @@ def test_names_are_escaped(e, tmp_path):
 def test_without_null_models_and_masks(e, tmp_path):
     r = {k: v for k, v in e.result.items() if k not in ('null_models', 'baseline')} | {'p_auroc': None, 'pro': {'value': None, 'low': None, 'high': None}, 'images_per_second': None}
     page = Page(write_report(dataclasses.replace(e, result=r, has_mask=torch.zeros_like(e.has_mask)), tmp_path/'report', n=3))
-    assert 'no mask shipped' in page.text and 'null:' not in page.text and 'not defined for these pictures' in page.text
+    assert 'no mask shipped' in page.text and 'null:' not in page.text and 'not defined for these images' in page.text
 
 def test_what_leaks_is_said(e, tmp_path):
     r = copy.deepcopy(e.result)
@@ -139,21 +139,21 @@ def test_what_leaks_is_said(e, tmp_path):
     r['settings']['reconstruction'] |= {'severity': 'static', 'omega': 1.}
     r['data']['synthetic'] = False
     text = Page(write_report(dataclasses.replace(e, result=r), tmp_path/'report', n=0)).text
-    assert 'looks at what it judges' in text and 'the same for all pictures' in text and 'a share ω = 1 of the noise' in text
-    assert 'synthetic pictures' not in text and 'No picture was asked for' in text
+    assert 'looks at what it judges' in text and 'the same for all images' in text and 'a share ω = 1 of the noise' in text
+    assert 'synthetic images' not in text and 'No image was asked for' in text
 
 # where it is written
 
 def test_an_older_report_is_replaced(e, tmp_path):
     write_report(e, tmp_path/'report', n=6)
     path = write_report(e, tmp_path/'report', n=1)
-    assert len(list((path.parent/'pictures').iterdir())) == 7 and [p.name for p in tmp_path.iterdir()] == ['report']
+    assert len(list((path.parent/'images').iterdir())) == 7 and [p.name for p in tmp_path.iterdir()] == ['report']
 
 def test_an_empty_folder_is_used(e, tmp_path):
     (tmp_path/'report').mkdir()
     assert write_report(e, tmp_path/'report', n=0).exists()
 
-@pytest.mark.parametrize('where', ['notes.txt', 'report/notes.txt', 'report/pictures/mine.jpg'])
+@pytest.mark.parametrize('where', ['notes.txt', 'report/notes.txt', 'report/images/mine.jpg'])
 def test_foreign_files_are_kept(e, tmp_path, where):
     "A folder of the user's, and a report to which the user has added something."
     if where.startswith('report'): write_report(e, tmp_path/'report', n=1)

@@ -1,4 +1,4 @@
-"What 20_results says of the ablations: its words, its figures and the records in nbs/results/ablations agree."
+"What 21_results says of the ablations: its words, its figures and the records in nbs/results/ablations agree."
 import json, re
 from pathlib import Path
 
@@ -32,13 +32,13 @@ def test_sentences_on_spaces_follow_from_the_intervals(name):
 @pytest.mark.parametrize('name', ['spaces-cookies', 'spaces-magnetic_tile'])
 def test_both_spaces_have_as_much_to_learn_with(name):
     "The comparison is one of capacity: as many weights within a twentieth, and a pixel denoiser that has learnt to name the noise."
-    found = [re.match(r'(Latents, tiny|Pixels): ([\d.]+) million weights saw ([\d,]+) pictures down to an ε-loss of ([\d.]+);', n) for n in read(name)['notes']]
+    found = [re.match(r'(Latents, tiny|Pixels): ([\d.]+) million weights saw ([\d,]+) images down to an ε-loss of ([\d.]+);', n) for n in read(name)['notes']]
     (latents, pixels) = [[float(v.replace(',', '')) for v in m.groups()[1:]] for m in found if m]
     assert abs(latents[0]/pixels[0] - 1) < .05 and pixels[2] < .1
 
 def test_the_figures_in_the_text_are_those_of_the_records():
     c, m = (read(f'spaces-{n}') for n in ('cookies', 'magnetic_tile'))
-    [text] = [x.source for x in nbformat.read(NBS/'20_results.ipynb', 4).cells if x.cell_type == 'markdown' and 'localise better than pixels' in x.source]
+    [text] = [x.source for x in nbformat.read(NBS/'21_results.ipynb', 4).cells if x.cell_type == 'markdown' and 'localise better than pixels' in x.source]
     points = lambda r, what, k: value(r['comparison'], what, 'latents, tiny − pixels', f'Δ {k}, points')
     of = lambda space, k, column='Ours', key='ours': f"{value(c['comparison'], space, column, k, key):.1f}"
     change = lambda r, space: f"{value(r['comparison'], f'{space}: largest quarter of the defects', 'Ours', 'change inside ÷ outside the defects'):.2f}"
@@ -63,7 +63,7 @@ def test_kept_records_have_intervals(path):
 
 def test_sentences_are_split_at_their_verdicts():
     "A claim may hold a colon, and what follows the verdict belongs to it."
-    [source] = [c.source for c in nbformat.read(NBS/'20_results.ipynb', 4).cells if 'def sentences' in c.source]
+    [source] = [c.source for c in nbformat.read(NBS/'21_results.ipynb', 4).cells if 'def sentences' in c.source]
     exec(source[source.index('def sentences'):source.index('directions =')], space := {'re': re})
     for claim, found in (('DS, with DA: better with than without, PRO', 'holds (+1.0 points [+0.2, +1.8])'), ('a above b, PRO', 'holds in 2, the reverse in 0, not settled in 1 of 3 runs (mean +1.0 points), although in 1 of them the pixel denoiser is worse than random weights there (35.1 against 72.0)')):
         assert list(space['sentences']({'notes': [f'{claim}: {found}; on cookies (stand-in); small preset; seed 0.']})) == [(claim, found, 'cookies (stand-in); small preset; seed 0')]

@@ -11,7 +11,7 @@ from dynad.cli import app
 from dynad import runner
 from dynad.runner import PROFILES, TARGETS, RunnerError, find_target, folder_stamp, notebook_parameters, plan, run_job, run_jobs, source_hash, variants
 
-FIVE = """data: str = 'synthetic:board'  # pictures
+FIVE = """data: str = 'synthetic:board'  # images
 preset: str = 'smoke'          # settings
 seeds: list = [0]              # one run each
 n_boot: int = 200              # resamples
@@ -31,11 +31,11 @@ def notebook(folder, name, wait=0, cells=None, tagged=True, parameters=FIVE):
     nbformat.write(nb, folder/f'{name}.ipynb')
     return str(folder/f'{name}.ipynb')
 
-def real_set(root, folder='btad', categories=('01',), pictures=1):
-    "Folders that are found as a set of the paper; their pictures are never read."
+def real_set(root, folder='btad', categories=('01',), images=1):
+    "Folders that are found as a set of the paper; their images are never read."
     for c in categories:
         (root/folder/c).mkdir(parents=True)
-        for i in range(pictures): (root/folder/c/f'{i}.png').write_bytes(b'x')
+        for i in range(images): (root/folder/c/f'{i}.png').write_bytes(b'x')
     return root
 
 def events(root, profile='smoke'):
@@ -213,7 +213,7 @@ def test_costs_say_where_they_come_from(tmp_path, monkeypatch):
     assert (one(profile='paper').minutes, one(profile='paper').cost) == (None, 'days, needs a GPU')
     real_set(tmp_path/'data', categories=('01', '02', '03')); monkeypatch.setenv('DYNAD_DATA', str(tmp_path/'data'))
     assert one('table2').minutes == pytest.approx(.6)
-    from dynad.reproduce import hardware
+    from dynad.experiments import hardware
     out = tmp_path/'runs'/'smoke'/'fig13'
     out.mkdir(parents=True)
     (out/'run.json').write_text(json.dumps(dict(minutes=3.2, key='k', parameters=one().parameters)))
@@ -241,7 +241,7 @@ def test_outdated_names_what_has_changed(tmp_path, monkeypatch):
     now, note = plan([nb], root=tmp_path/'runs')[0], job.note      # planned with other parameters: the run's own count
     assert runner.outdated(now, note) == '' and note['made']['stamps']['data'] == {'btad/01': folder_stamp(tmp_path/'data'/'btad'/'01')}
     assert runner.outdated(now, {k: v for k, v in note.items() if k != 'made'}) == '' and runner.outdated(now, dict({k: v for k, v in note.items() if k != 'made'}, key='k')) == 'notebook, package or data'
-    monkeypatch.delenv('DYNAD_DATA')                               # pictures that are not here cannot tell
+    monkeypatch.delenv('DYNAD_DATA')                               # images that are not here cannot tell
     assert runner.outdated(now, note) == ''
     monkeypatch.setenv('DYNAD_DATA', str(tmp_path/'data'))
     (tmp_path/'data'/'btad'/'01'/'new.png').write_bytes(b'y')
@@ -310,8 +310,8 @@ def test_the_kernel_gets_the_folders_of_the_plan(tmp_path, monkeypatch):
     elsewhere(monkeypatch)
     assert run_job(job).status == 'done' and json.loads((Path(job.out)/'one.json').read_text())['root'] == str(tmp_path/'data') and 'DYNAD_DATA' not in os.environ
 
-def test_a_worker_with_other_pictures_or_weights_refuses(tmp_path, monkeypatch):
-    real_set(tmp_path/'data', pictures=3); (tmp_path/'weights'/'kl-f8').mkdir(parents=True); (tmp_path/'weights'/'kl-f8'/'a').write_bytes(b'xyz')
+def test_a_worker_with_other_images_or_weights_refuses(tmp_path, monkeypatch):
+    real_set(tmp_path/'data', images=3); (tmp_path/'weights'/'kl-f8').mkdir(parents=True); (tmp_path/'weights'/'kl-f8'/'a').write_bytes(b'xyz')
     elsewhere(monkeypatch, DYNAD_DATA=tmp_path/'data', DYNAD_WEIGHTS=tmp_path/'weights')
     job, = plan(['table2'], root=tmp_path/'runs', elsewhere=True)
     assert job.data == 'BTAD 01' and runner._here(job) == job

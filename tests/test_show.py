@@ -27,7 +27,7 @@ def test_bytes_survive_the_way_through_floats(a):
 
 @pytest.mark.parametrize('x, value', [(torch.ones(4, 5, dtype=torch.bool), 255), (torch.full((1, 4, 5), .5), 128), (np.full((4, 5), 7, np.uint8), 7),
                                       (torch.full((3, 4, 5), 3.), 255), (torch.full((3, 4, 5), -1.), 0)])
-def test_every_kind_of_picture_becomes_rgb(x, value):
+def test_every_kind_of_image_becomes_rgb(x, value):
     out = to_uint8(x)
     assert out.shape == (4, 5, 3) and out.dtype == np.uint8 and (out == value).all()
 
@@ -93,7 +93,7 @@ def test_heat_is_clear_at_zero_and_opaque_at_one():
     assert torch.allclose(overlay(image), image, atol=.5/255 + 1e-6)
 
 def test_overlay_of_another_size_is_told():
-    with pytest.raises(ValueError, match=r'the map is \[1, 4, 4\] and the picture \[3, 8, 8\]'): overlay(torch.zeros(3, 8, 8), torch.zeros(1, 4, 4))
+    with pytest.raises(ValueError, match=r'the map is \[1, 4, 4\] and the image \[3, 8, 8\]'): overlay(torch.zeros(3, 8, 8), torch.zeros(1, 4, 4))
     with pytest.raises(ValueError, match='the truth is'): overlay(torch.zeros(3, 8, 8), truth=torch.zeros(1, 8, 9))
 
 # ---- figures
@@ -107,7 +107,7 @@ def test_figures_do_not_pile_up_in_pyplot_and_show_themselves():
         assert isinstance(f, Picture) and bundle['image/png'].startswith(b'\x89PNG')
 
 @pytest.mark.parametrize('n, ncols', [(1, 8), (5, 8), (5, 2), (8, 8)])
-def test_grid_shows_every_picture(n, ncols):
+def test_grid_shows_every_image(n, ncols):
     fig = grid([torch.zeros(3, 6, 9)]*n, [str(i) for i in range(n)], ncols=ncols)
     assert sum(len(ax.images) for ax in fig.axes) == n and [ax.get_title() for ax in fig.axes if ax.images] == [str(i) for i in range(n)]
 
@@ -121,8 +121,8 @@ def test_grid_of_constant_or_nan_maps_is_drawn():
     assert pixels(grid([torch.full((1, 3, 3), .4), torch.full((1, 3, 3), float('nan'))], cmap='viridis')).size
 
 def test_grid_errors():
-    with pytest.raises(ValueError, match='no picture'): grid([])
-    with pytest.raises(ValueError, match='1 titles for 2 pictures'): grid(torch.zeros(2, 3, 4, 4), ['a'])
+    with pytest.raises(ValueError, match='no image'): grid([])
+    with pytest.raises(ValueError, match='1 titles for 2 images'): grid(torch.zeros(2, 3, 4, 4), ['a'])
 
 def test_panel_columns_rows_and_gaps():
     fig = panel([dict(a=torch.rand(3, 8, 8), m=torch.rand(1, 8, 8)), dict(m=torch.rand(1, 8, 8)*9, t='text', b=torch.ones(1, 8, 8, dtype=torch.bool))])

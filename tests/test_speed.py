@@ -49,28 +49,28 @@ def test_share_of_peak():
 
 @pytest.fixture(scope='module')
 def result():
-    model = S.fresh(make_config('smoke', TINY, device='cpu'), pictures=12)
+    model = S.fresh(make_config('smoke', TINY, device='cpu'), images=12)
     return S.bench(model, torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)), repeats=2)
 
 def test_bench_of_a_fresh_detector(result):
     r = json.loads(json.dumps(result))
-    assert list(r['stages']) == list(S.STAGES) and r['weights'].startswith('random') and r['pictures'] == 3
+    assert list(r['stages']) == list(S.STAGES) and r['weights'].startswith('random') and r['images'] == 3
     for name, s in r['stages'].items():
-        assert len(s['all_seconds']) == 2 and min(s['all_seconds']) <= s['seconds'] <= max(s['all_seconds']) and s['seconds_per_picture'] == pytest.approx(s['seconds']/3)
-        assert (s['gflop_per_picture'] is None) == (name in ('dic', 'metrics'))
-    assert r['inference_seconds_per_picture'] == pytest.approx(sum(s['seconds'] for k, s in r['stages'].items() if k != 'metrics')/3)
+        assert len(s['all_seconds']) == 2 and min(s['all_seconds']) <= s['seconds'] <= max(s['all_seconds']) and s['seconds_per_image'] == pytest.approx(s['seconds']/3)
+        assert (s['gflop_per_image'] is None) == (name in ('dic', 'metrics'))
+    assert r['inference_seconds_per_image'] == pytest.approx(sum(s['seconds'] for k, s in r['stages'].items() if k != 'metrics')/3)
     assert 0 < r['stages']['denoise']['share_of_peak'] < 5 and .5 < r['stages']['denoise']['convolution_share'] <= 1
     assert S.bench_table(result).loc['metrics'].isna()['share_of_time']
 
 def test_denoise_counts_all_calls(result):
     unet = make_unet(make_config('smoke', TINY).denoiser, 8, 8)
     with torch.no_grad(): one = S.count_flops(lambda: unet(torch.zeros(1, 8, 8, 8), torch.tensor([1])))
-    assert result['stages']['denoise']['gflop_per_picture'] == pytest.approx(10*sum(one.values())/1e9)
+    assert result['stages']['denoise']['gflop_per_image'] == pytest.approx(10*sum(one.values())/1e9)
 
 def test_bench_of_a_fitted_detector(smoke):
     model, _ = smoke
     r = S.bench(model, torch.rand(2, 3, 64, 64), repeats=1, count=False)
-    assert r['weights'] == 'fitted' and all(s['gflop_per_picture'] is None for s in r['stages'].values())
+    assert r['weights'] == 'fitted' and all(s['gflop_per_image'] is None for s in r['stages'].values())
 
 def test_timing_changes_nothing(smoke):
     model, _ = smoke
@@ -100,14 +100,14 @@ def test_a_line_through_two_batches():
 
 @pytest.mark.skipif(os.environ.get('DYNAD_SLOW') != '1', reason='takes most of a minute; DYNAD_SLOW=1 runs it')
 def test_an_estimate_adds_up():
-    e = S.estimate('smoke', {**TINY, 'denoiser.steps': None, 'denoiser.epochs': 20}, pictures=50, test=10, steps=1, most=2)
+    e = S.estimate('smoke', {**TINY, 'denoiser.steps': None, 'denoiser.epochs': 20}, images=50, test=10, steps=1, most=2)
     assert json.loads(json.dumps(e)) == e
     assert e['fit_minutes'] == pytest.approx(sum(e['fit_minutes_by_part'].values())) and min(e['fit_minutes_by_part'].values()) > 0
     assert e['optimiser_steps'] == 20*40//16 and e['seconds_per_step']*50/60 == pytest.approx(e['fit_minutes_by_part']['denoiser'])
     assert e['weights_and_optimiser_gb'] == pytest.approx(20*e['parameters']/1e9) and .1 < e['fit_memory_gb'] < 8 and .1 < e['inference_memory_gb'] < 8
-    assert e['inference_minutes']*60 == pytest.approx(10*e['inference_seconds_per_picture'])
+    assert e['inference_minutes']*60 == pytest.approx(10*e['inference_seconds_per_image'])
     first, fit, inference = S.estimate_lines(e)
-    assert first.startswith('smoke on this machine') and 'fit on 50 good pictures' in fit and 'inference on 10 pictures' in inference
+    assert first.startswith('smoke on this machine') and 'fit on 50 normal images' in fit and 'inference on 10 images' in inference
 
 def test_a_measuring_process_that_fails_is_quoted():
     with pytest.raises(RuntimeError, match='estimate: the measuring process failed: .*nothing_of_the_kind'): S._apart('nothing_of_the_kind')

@@ -12,7 +12,7 @@ from dynad.config import FeatureSettings
 from dynad.data import load_masks, open_dataset, to_float
 from dynad.features import load_features
 from dynad.patchcore import PatchBank
-from dynad.synthetic import (CHANGED, KINDS, PRODUCTS, SMALLEST, SyntheticError, add_defect, defective, make_scene, nominal, nominal_batch, picture_rng,
+from dynad.synthetic import (CHANGED, KINDS, PRODUCTS, SMALLEST, SyntheticError, add_defect, defective, make_scene, nominal, nominal_batch, image_rng,
                              scale_of, write_synthetic)
 
 ALL = [(p, k) for p in PRODUCTS for k in KINDS[p]]
@@ -25,14 +25,14 @@ def test_same_seed_same_bytes(tmp_path, product):
     assert a == b
     assert all(a[k] != c[k] for k in a if k.endswith('00.png') and 'ground_truth' not in k)
 
-def test_picture_does_not_depend_on_how_many(tmp_path):
+def test_image_does_not_depend_on_how_many(tmp_path):
     few, many = (files(write_synthetic(tmp_path/str(n), 'gear', n, n, 3*n, 64)) for n in (2, 3))
     assert all(many[k] == v for k, v in few.items() if k.endswith('.png'))
 
-def test_parts_share_no_picture(tmp_path):
+def test_parts_share_no_image(tmp_path):
     got = files(write_synthetic(tmp_path/'w', 'weave', 5, 5, 0, 64))
-    pictures = [v for k, v in got.items() if k.endswith('.png')]
-    assert len(set(pictures)) == 10
+    images = [v for k, v in got.items() if k.endswith('.png')]
+    assert len(set(images)) == 10
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(ALL), st.floats(.005, 1.), st.integers(0, 10**6), st.sampled_from([64, 128]))
@@ -81,7 +81,7 @@ def test_layout(tmp_path):
     assert has.all() and all(m.any() == bool(s.label) for m, s in zip(masks, data.test))
     note = json.loads((root/'synthetic.json').read_text())
     assert 'synthetic' in note['note'] and note['changed'] == CHANGED
-    rows = {r['image']: r for r in note['pictures']}
+    rows = {r['image']: r for r in note['images']}
     for s, m in zip(data.test, masks):
         row = rows[s.name]
         assert row['area'] == int(m.sum()) and row['kind'] == s.defect
@@ -131,19 +131,19 @@ def test_nominal_batch():
 def test_difficulty(product):
     "The patch baseline finds between 30 % and 90 % of the smallest quartile of defects at 5 % false positives, at 128²."
     phi, size, seed = load_features(FeatureSettings(backbone='efficientnet_lite0')), 128, 0
-    def features(pictures):
+    def features(images):
         with torch.no_grad():
-            for b in torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).split(32): yield phi(to_float(b))
-    draw = lambda part, n: [nominal(product, picture_rng(product, part, i, seed), size) for i in range(n)]
+            for b in torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).split(32): yield phi(to_float(b))
+    draw = lambda part, n: [nominal(product, image_rng(product, part, i, seed), size) for i in range(n)]
     bank = PatchBank(n=20_000, seed=seed).fit(features(draw('train', 80)))
-    score = lambda pictures: torch.cat([bank.score(f, size)[1] for f in features(pictures)])
+    score = lambda images: torch.cat([bank.score(f, size)[1] for f in features(images)])
     limit = torch.quantile(score(draw('test', 40)), .95)
     bad = sorted((defective(product, i, size, seed)[:2] for i in range(56)), key=lambda b: int(b[1].sum()))[:14]
     found = (score([image for image, _ in bad]) > limit).float().mean().item()
     assert .3 <= found <= .9
 
 def test_two_processes_write_one_set(tmp_path):
-    "Whoever comes second finds the first one's pictures, and leaves nothing of its own."
+    "Whoever comes second finds the first one's images, and leaves nothing of its own."
     code = "import sys; from dynad.synthetic import write_synthetic; print('ready', flush=True); sys.stdin.readline(); write_synthetic(sys.argv[1], 'board', n_train=6, n_good=2, n_defect=4, size=64)"
     both = [subprocess.Popen([sys.executable, '-c', code, str(tmp_path/'set')], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     for p in both: assert p.stdout.readline() == 'ready\n'

@@ -1,0 +1,313 @@
+"What the notebooks of nbs/papers share: subjects, one pool, and a record in which nothing on stand-in data meets a printed number."
+import json, os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dynad.config import ConfigError
+from dynad.download import PUBLISHED
+import dynad.experiments as reproduce
+from dynad.experiments import NULLS, Record, _opened, at, by_class, compared, enter, enter_difference, find_set, fitted, measure, null_rows, paired, slim, subjects, verdict
+from dynad.show import curve
+
+QUICK = {'denoiser.steps': 10, 'latents.finetune_steps': 2, 'denoiser.checkpoint_every': 10}
+PARAMETERS = dict(data='auto', preset='smoke', seeds=[0], n_boot=20)
+
+@pytest.fixture(scope='module')
+def pool(tmp_path_factory):
+    "A pool of this file's own."
+    old, folder = os.environ.get('DYNAD_POOL'), tmp_path_factory.mktemp('pool')
+    os.environ['DYNAD_POOL'] = str(folder)
+    yield folder
+    os.environ.pop('DYNAD_POOL') if old is None else os.environ.__setitem__('DYNAD_POOL', old)
+
+@pytest.fixture(scope='module')
+def board(pool): return subjects('synthetic:board')[0]
+
+@pytest.fixture(scope='module')
+def run(board): return fitted(board, 'smoke', 0, QUICK)
+
+@pytest.fixture(scope='module')
+def published(tmp_path_factory):
+    "BTAD and VisA with the published number of images, all of them links to one of 8×8 pixels: names and counts, not contents."
+    root = tmp_path_factory.mktemp('sets')
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(root/'image.png')
+    Image.fromarray(np.full((8, 8), 255, np.uint8)).save(root/'mask.png')
+    def link(kind, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.link(root/f'{kind}.png', path)
+    for c, n in PUBLISHED['btad'].items():
+        for folder, k in (('train/ok', n['train']), ('test/ok', n['test good']), ('test/ko', n['test defective'])):
+            for i in range(k): link('image', root/'data'/'btad'/c/folder/f'{i:04d}.png')
+        for i in range(n['test defective']): link('mask', root/'data'/'btad'/c/'ground_truth'/'ko'/f'{i:04d}.png')
+    lines = ['object,split,label,image,mask']
+    for c, n in PUBLISHED['visa'].items():
+        for kind, label, k in (('Normal', 'normal', n['good']), ('Anomaly', 'anomaly', n['defective'])):
+            for i in range(k):
+                name = f'{c}/Data/Images/{kind}/{i:04d}.JPG'
+                link('image', root/'data'/'visa'/name)
+                if label == 'anomaly': link('mask', root/'data'/'visa'/c/'Data'/'Masks'/'Anomaly'/f'{i:04d}.png')
+                lines.append(f"{c},{'train' if label == 'normal' and i >= 50 else 'test'},{label},{name},{f'{c}/Data/Masks/Anomaly/{i:04d}.png' if label == 'anomaly' else ''}")
+    (root/'data'/'visa'/'split_csv').mkdir()
+    (root/'data'/'visa'/'split_csv'/'1cls.csv').write_text('\n'.join(lines) + '\n')
+    return root/'data'
+
+@pytest.fixture
+def real(published, monkeypatch):
+    monkeypatch.setenv('DYNAD_DATA', str(published))
+    return published
+
+# subjects
+
+def test_auto_is_a_stand_in_that_says_so_where_the_set_is_missing(monkeypatch, tmp_path):
+    for value in (None, str(tmp_path), str(tmp_path/'absent')):
+        monkeypatch.delenv('DYNAD_DATA', raising=False) if value is None else monkeypatch.setenv('DYNAD_DATA', value)
+        s, = subjects('auto', 'visa')
+        assert s.real is None and s.row is None and s.label == 'synthetic board (stand-in)' and not s.whole
+
+def test_auto_is_the_real_set_where_it_is_found(real):
+    found = subjects('auto', 'btad')
+    assert [(s.name, s.label, s.real, s.row) for s in found] == [(f'btad/{c}', f'BTAD {c}', 'btad', f'class {c}') for c in ('01', '02', '03')]
+    assert all(s.whole for s in found) and len(found[0].dataset().samples) == 470
+    assert [s.row for s in subjects('visa/chewinggum')] == ['chewing gum'] and len(subjects('auto', 'visa')) == 12
+    assert [s.name for s in subjects('auto', 'mvtec')] == ['synthetic_board']
+    assert [s.name for s in subjects('synthetic:gear, btad/02')] == ['synthetic_gear', 'btad/02']
+
+def test_one_image_short_is_not_the_published_set(real, tmp_path, monkeypatch):
+    import shutil
+    shutil.copytree(real/'btad', tmp_path/'BTAD', copy_function=os.link)
+    (tmp_path/'BTAD'/'02'/'test'/'ok'/'0003.png').unlink()
+    monkeypatch.setenv('DYNAD_DATA', str(tmp_path))
+    _opened.clear()
+    assert find_set('btad') == tmp_path/'BTAD' and [s.whole for s in subjects('btad')] == [True, False, True]
+
+def test_other_images_are_stand_ins_whatever_their_name(tmp_path, monkeypatch):
+    for name in ('cookies', 'mvtec_leather_part', 'visa_like'): (tmp_path/name/'train'/'good').mkdir(parents=True)
+    monkeypatch.setenv('DYNAD_DATA', str(tmp_path))
+    assert [(s.label, s.real) for s in subjects('cookies,mvtec_leather_part')] == [('cookies (stand-in)', None), ('mvtec leather part (stand-in)', None)]
+    s, = subjects(str(tmp_path/'visa_like'))
+    assert s.real is None and s.label == 'visa like (stand-in)'
+    assert [s.label for s in subjects('elpv/mono')] == ['ELPV solar cells mono (stand-in)']
+
+@pytest.mark.parametrize('data, wanted, said', [
+    ('visa', 'visa', r"data = 'visa': VisA is not here; set DYNAD_DATA to a folder that holds it as visa or VisA"),
+    ('synthetic:shoe', 'visa', r"data = 'synthetic:shoe': there is no such product; allowed: .*synthetic:board"),
+    ('nowhere', 'visa', r"data = 'nowhere': no such folder here or in DYNAD_DATA"),
+    (' , ', 'visa', r"names nothing; e.g. auto"),
+    ('auto', 'coco', r"wanted = 'coco'; allowed: visa, btad, mvtec")])
+def test_what_cannot_be_found_is_named_with_its_cure(data, wanted, said, monkeypatch, tmp_path):
+    monkeypatch.setenv('DYNAD_DATA', str(tmp_path))
+    with pytest.raises(ConfigError, match=said): subjects(data, wanted)
+
+def test_a_category_that_is_missing(real):
+    with pytest.raises(ConfigError, match=r"data = 'btad/04': .*btad holds 01, 02, 03; choose one of those"): subjects('btad/04')
+
+# one pool
+
+def test_nothing_is_trained_twice(run, board, pool):
+    stages = lambda: sorted(str(p.relative_to(pool)) for p in (pool/'stages').glob('*/*') if p.is_dir() and p.parent.name in ('autoencoder', 'denoiser', 'phi', 'patch_bank'))
+    before = stages()
+    again, _ = fitted(board, 'smoke', 0, QUICK)
+    other = at(run[0], {'reconstruction.omega': .5, 'fusion.lam': .2, 'dic.K': 3})
+    assert stages() == before and again.hashes == run[0].hashes
+    assert other.hashes['denoiser'] == run[0].hashes['denoiser'] and other.config.reconstruction.omega == .5 and run[0].config.reconstruction.omega == 0
+    unadapted, _ = fitted(board, 'smoke', 0, QUICK | {'adaptation.gamma': 0})
+    assert unadapted.hashes['denoiser'] == run[0].hashes['denoiser'] and unadapted.hashes['phi'] != run[0].hashes['phi']
+
+def test_what_would_need_training_is_refused(run):
+    with pytest.raises(ConfigError, match=r"adaptation.gamma: would need training; use fitted\(subject, preset, seed, \{'adaptation.gamma': 3\}\)"): at(run[0], {'adaptation.gamma': 3, 'fusion.lam': 1})
+    at(run[0], {'adaptation.gamma': run[0].config.adaptation.gamma})
+    with pytest.raises(ConfigError, match='fusion.lam = 2'): at(run[0], {'fusion.lam': 2})
+
+def test_seeds_change_the_run_but_not_the_images(run, board):
+    other, data = fitted(board, 'smoke', 1, QUICK)
+    assert data.fingerprint == run[1].fingerprint and other.hashes['denoiser'] != run[0].hashes['denoiser']
+
+def test_measures_and_pairs(run):
+    m = measure(*run, n_boot=20)
+    assert m == m | {k: measure(*run, n_boot=20)[k] for k in ('i_auroc', 'pro', 'p_auroc')}
+    noised = measure(at(run[0], {'reconstruction.omega': 1.}), run[1], n_boot=20)
+    for k in ('i_auroc', 'pro'):
+        d = paired(m, noised, k, 50)
+        assert d['difference'] == pytest.approx(m[k]['value'] - noised[k]['value'], abs=1e-4) and d['low'] <= d['high']
+        assert paired(m, m, k, 20) == dict(difference=0, low=0, high=0)
+        assert paired(noised, m, k, 50)['difference'] == -d['difference']
+    nulls = null_rows(*run, n_boot=20)
+    assert tuple(nulls) == NULLS and 'pro' not in nulls['neighbour distance only'] and nulls['neighbour distance only']['maps'] is None
+    assert nulls['T̂ = 0']['t_hat'].eq(0).all() and not torch.equal(nulls['untrained denoiser']['scores'], m['scores'])
+    with pytest.raises(ValueError, match='gives no map; use an image-level metric'): paired(m, nulls['neighbour distance only'], 'pro')
+    with pytest.raises(ValueError, match="metric = 'auc'; allowed: i_auroc"): paired(m, m, 'auc')
+
+def test_what_is_kept_of_many_measurements(run):
+    a, b = (measure(at(run[0], {'fusion.lam': v}), run[1], n_boot=20) for v in (.2, .9))
+    small = slim(a, pixels=True)
+    assert not {'maps', 'masks', 'staged'} & small.keys() and 'pixels' not in slim(a) and slim(a)['pro'] == a['pro']
+    assert not [k for k, v in slim(a).items() if isinstance(v, torch.Tensor) and v.ndim > 1]
+    for k in ('i_auroc', 'pro'): assert paired(small, slim(b, pixels=True), k, 20) == paired(a, b, k, 20)
+
+def test_verdicts_without_an_interval():
+    assert verdict('a above b', [dict(difference=.02, low=None, high=None)]) == 'a above b: not judged without an interval (+2.0 points).'
+    assert paired(dict(pro=dict(value=.5)), dict(pro=dict(value=.4)), 'pro', 0) == dict(difference=pytest.approx(.1), low=None, high=None)
+    assert verdict('a above b', [dict(difference=None, low=None, high=None)]) == 'a above b: not defined on these images.'
+
+# the record
+
+def lines(record): return {(l['row'], l['column'], l['metric'], l['data']): l for l in compared(record)}
+
+def test_stand_in_data_never_meet_a_printed_number(board, tmp_path):
+    for row in ('candle', 'average', None):
+        r = Record('table1', tmp_path, PARAMETERS).add(row, 'Ours', 'i_auroc', .9, n=46, seed=0, subject=board)
+        assert all(l['paper'] is None and l['difference'] is None for l in compared(r)) and r.stand_in
+        assert set(r.comparison().paper) == set(r.comparison().difference) == {'—'} and 'stand-in' in r.comparison().data.iloc[0] and 'smoke preset' in r.comparison().data.iloc[0]
+
+def test_without_any_subject_nothing_is_compared(tmp_path):
+    _opened.clear()
+    r = Record('table5', tmp_path, PARAMETERS).add('dic', 'Ours', 'pro', .94)
+    assert r.stand_in and compared(r)[0]['paper'] is None
+
+def test_a_whole_category_and_a_whole_set_are_compared(real, tmp_path):
+    r = Record('table2', tmp_path, PARAMETERS | {'preset': 'paper'})
+    for seed, shift in ((0, 0.), (1, .02)):
+        for s, v in zip(subjects('btad'), (.9, .8, .7)): r.add(None, 'Ours', 'pro', v + shift, v - .1, v + .1, n=len(s.dataset().test), seed=seed, subject=s)
+    r.add('average', 'Ours', 'i_auroc', .5, n=741, seed=0, null=True)
+    got = lines(r)
+    first = got['class 01', 'Ours', 'pro', 'BTAD 01']
+    assert first['paper'] == 80.0 and first['ours'] == pytest.approx(91.0) and first['difference'] == pytest.approx(11.0) and (first['least'], first['most']) == pytest.approx((90., 92.)) and first['seeds'] == [0, 1] and first['n'] == 70
+    assert not r.stand_in and r.sets == ['BTAD']
+    r.rows = [x for x in r.rows if x['row'] != 'average']
+    mean = lines(r)['average', 'Ours', 'pro', 'BTAD']
+    assert mean['paper'] == 83.2 and mean['ours'] == pytest.approx(81.0) and mean['n'] == 741
+    r.rows = [x for x in r.rows if x['subject'] != 'btad/03']
+    assert lines(r)['average', 'Ours', 'pro', 'BTAD 01, BTAD 02']['paper'] is None # two of three classes are no average
+    text = r.comparison()
+    assert text.loc[('class 01', 'Ours', 'PRO'), 'difference'] == '+11.0 [+0.0, +20.0]' and '[80.0, 100.0], 90.0 … 92.0 over seeds' in text.loc[('class 01', 'Ours', 'PRO'), 'n, seeds, interval']
+
+def test_an_average_has_an_interval(real, tmp_path):
+    "Half-widths: the mean over seeds, which see the same images; in squares over classes, which do not."
+    r = Record('table2', tmp_path, PARAMETERS | {'preset': 'paper'})
+    for seed in (0, 1):
+        for s, v, w in zip(subjects('btad'), (.9, .8, .7), (.03, .04, .12)): r.add(None, 'Ours', 'pro', v, v - w - .01*seed, v + w/2, n=10, seed=seed, subject=s)
+    mean = lines(r)['average', 'Ours', 'pro', 'BTAD']
+    down = ((.035**2 + .045**2 + .125**2)**.5)/3
+    assert (mean['low'], mean['high']) == pytest.approx((80 - 100*down, 80 + 100*.13/6)) and (mean['least'], mean['most']) == pytest.approx((80, 80))
+    assert (mean['difference_low'], mean['difference_high']) == pytest.approx((mean['low'] - 83.2, mean['high'] - 83.2))
+    assert r.comparison().loc[('average', 'Ours', 'PRO'), 'difference'] == f"-3.2 [{mean['low'] - 83.2:+.1f}, {mean['high'] - 83.2:+.1f}]"
+    r.rows[0]['low'] = None # one row without: no interval is made up
+    assert lines(r)['average', 'Ours', 'pro', 'BTAD']['low'] is None and r.comparison().loc[('average', 'Ours', 'PRO'), 'difference'] == '-3.2'
+
+def test_repeats_are_a_range(board, tmp_path):
+    r = Record('table9', tmp_path, PARAMETERS).add('batch 1', 'Ours', 'seconds', .15, .13, .17, n=1, seed=0, subject=board, repeats=True).add('batch 1', 'Ours', 'pro', .5, .4, .6, n=1, seed=0, subject=board)
+    assert r.comparison()['n, seeds, interval'].tolist() == ['n = 1, seed 0, 0.13 … 0.17', 'n = 1, seed 0, [40.0, 60.0]']
+
+def test_null_models_have_no_printed_number(real, tmp_path):
+    s = subjects('btad/01')[0]
+    r = Record('table2', tmp_path, PARAMETERS).add(None, 'Ours', 'pro', .2, subject=s, null=True)
+    assert compared(r)[0]['paper'] is None and 'null model' in r.comparison().index[0][0]
+
+def test_rows_about_a_whole_set_want_the_whole_set(real, tmp_path):
+    found, r = subjects('visa'), Record('table5', tmp_path, PARAMETERS)
+    for s in found: r.add('dic', 'Ours', 'pro', .941, n=len(s.dataset().test), seed=0, subject=s)
+    l, = compared(r)
+    assert l['paper'] == 94.1 and l['difference'] == pytest.approx(0, abs=1e-9) and l['data'] == 'VisA'
+    r.rows.pop()
+    assert len(compared(r)) == 11 and all(x['paper'] is None for x in compared(r))
+
+def test_the_wrong_real_set_is_a_stand_in(real, tmp_path):
+    s = subjects('btad/01')[0]
+    r = Record('table1', tmp_path, PARAMETERS).add('candle', 'Ours', 'pro', .9, subject=s)
+    assert compared(r)[0]['paper'] is None and r.stand_in and r.sets == ['BTAD 01']
+
+def test_oracle_stands_beside_with_its_gap(board, tmp_path):
+    r = Record('table5', tmp_path, PARAMETERS).add('dic', 'Ours', 'pro', .6, subject=board, seed=0).add('dic', 'Ours', 'pro', .75, subject=board, seed=0, oracle=True)
+    l, = compared(r)
+    assert (l['ours'], l['oracle'], l['gap']) == pytest.approx((60, 75, 15))
+    assert r.comparison().iloc[0][['oracle', 'gap']].tolist() == ['75.0', '+15.0']
+
+def test_what_may_not_be_added(tmp_path, board):
+    r = Record('table1', tmp_path, PARAMETERS)
+    with pytest.raises(ValueError, match='value = 94.1; shares are given in 0…1, not in percent'): r.add('candle', 'Ours', 'pro', 94.1)
+    with pytest.raises(ValueError, match='value = nan; a finite number or None is needed'): r.add('candle', 'Ours', 'pro', float('nan'))
+    with pytest.raises(ValueError, match='give a row, or a subject that has one'): r.add(None, 'Ours', 'pro', .5)
+    assert r.add('one image', 'Ours', 'seconds', 12.5).rows[0]['value'] == 12.5
+
+def test_what_is_left_behind(run, board, tmp_path):
+    r = Record('table1', tmp_path/'out', PARAMETERS)
+    m = measure(*run, n_boot=20)
+    r.add(None, 'Ours', 'pro', **m['pro'], n=m['n'], seed=0, subject=board, model=run[0])
+    fig = curve([1., 2.])
+    assert r.figure(fig, 'one') is fig and r.note('a direction that does not hold') is r
+    saved = json.loads(r.save().read_text())
+    assert r.save() == tmp_path/'out'/'table1.json' and (tmp_path/'out'/'one.png').read_bytes()[:4] == b'\x89PNG' and (tmp_path/'out'/'one.pdf').read_bytes()[:4] == b'%PDF'
+    assert saved['stand_in'] is True and saved['sets'] == [] and saved['figures'] == ['one'] and saved['notes'] == ['a direction that does not hold'] and saved['parameters'] == PARAMETERS
+    assert saved['data'] == [dict(name='synthetic_board', label='synthetic board (stand-in)', real=None, whole=False, fingerprint=run[1].fingerprint, train=60, test=46)]
+    assert list(saved['settings'].values()) == [run[0].config.model_dump(mode='json')] and saved['rows'][0]['settings'] in saved['settings']
+    assert saved['hardware']['cores'] >= 1 and saved['versions']['dynad'] and saved['minutes'] > 0 and len(saved['commit'] or 'x'*40) >= 40
+    assert saved['comparison'] == compared(r) and not list((tmp_path/'out').glob('.*'))
+
+def test_a_figure_without_numbers_still_names_its_data(board, tmp_path):
+    r = Record('fig3', tmp_path, PARAMETERS)
+    board.dataset()
+    assert [s.name for s in r.subjects] == ['synthetic_board'] and r.stand_in
+
+# settings
+
+def test_every_row_carries_the_detector_that_it_was_measured_with(run, board, tmp_path, monkeypatch):
+    "The oracle's settings are those that it chose."
+    monkeypatch.setattr(reproduce, 'fitted', lambda s, preset, seed, overrides=None: run)
+    real = measure
+    monkeypatch.setattr(reproduce, 'measure', lambda model, *a, **k: (m := real(model, *a, **k)) | ({'pro': m['pro'] | {'value': .99}} if model.config.fusion.lam == .75 and model.config.reconstruction.t_max == 80 else {}))
+    r = Record('table1', tmp_path, PARAMETERS)
+    choices = by_class(r, [board], 'smoke', [0], ('i_auroc', 'pro'), 20, [{'reconstruction.t_max': 80, 'fusion.lam': .75}])
+    assert choices.chosen.tolist() == ['t_max = 80, lam = 0.75'] and {x['oracle'] for x in r.rows} == {True, False}
+    for x in r.rows:
+        c = r.settings[x['settings']]
+        assert (c['reconstruction']['t_max'], c['fusion']['lam']) == ((80, .75) if x['oracle'] else (run[0].config.reconstruction.t_max, run[0].config.fusion.lam))
+
+def test_a_difference_carries_both_sides(run, board, tmp_path):
+    a, b = (at(run[0], {'fusion.lam': v}) for v in (.2, .9))
+    r = Record('table5', tmp_path, PARAMETERS)
+    enter_difference(r, 'x', 'a − b', measure(a, run[1], 20), measure(b, run[1], 20), ('pro',), 20, subject=board)
+    enter(r, 'x', 'a', measure(a, run[1], 0), ('pro',), subject=board, model=b) # what was measured wins
+    assert [(r.settings[x['settings']]['fusion']['lam'], x['against'] and r.settings[x['against']]['fusion']['lam']) for x in r.rows] == [(.2, .9), (.2, None)]
+
+# notebooks of nbs/papers, their cells run here with a detector that is trained in a second
+
+def executed(name, monkeypatch, out, overrides=None, **given):
+    "The names that the cells of a notebook leave behind."
+    import nbformat
+    from pathlib import Path
+    monkeypatch.setattr(reproduce, 'fitted', lambda s, preset, seed, more=None: fitted(s, 'smoke', seed, QUICK | (overrides or {}) | (more or {})))
+    space = {}
+    for c in nbformat.read(Path(__file__).parent.parent/'nbs'/'papers'/f'{name}.ipynb', 4).cells:
+        if c.cell_type != 'code': continue
+        exec(compile(c.source, name, 'exec'), space)
+        if 'parameters' in c.metadata.get('tags', []): space |= dict(n_boot=0, out=str(out)) | given
+    return space
+
+def test_fig13_without_masks_and_without_intervals(pool, monkeypatch, tmp_path):
+    monkeypatch.setattr(reproduce, '_truth', lambda names, size, key: (torch.zeros(len(names), 1, size, size, dtype=torch.bool), torch.zeros(len(names), dtype=torch.bool)))
+    space = executed('fig13', monkeypatch, tmp_path, data='synthetic:board', omegas=[0, 1])
+    assert list(space['judged']) == ['i_auroc'] and [n for n in space['record'].notes if 'as the paper reports: not judged without an interval' in n]
+    assert all(r['settings'] for r in space['record'].rows) and len(space['curves']) == 2
+    assert not [k for c in (*space['curves'].values(), *space['nulls'].values()) for k in ('maps', 'masks', 'pixels') if c.get(k) is not None]
+
+def test_fig13_says_what_the_intervals_settle(pool, monkeypatch, tmp_path):
+    space = executed('fig13', monkeypatch, tmp_path, data='synthetic:board', omegas=[0, 1], n_boot=20)
+    assert len(space['record'].notes) == 3
+    for n, k in zip(space['record'].notes, ('i_auroc', 'p_auroc', 'pro')):
+        d = paired(space['ends']['synthetic_board', 0, 0], space['ends']['synthetic_board', 0, 1], k, 20)
+        assert ('not settled' in n) == (d['low'] <= 0 <= d['high']) and (': holds' in n) == (d['low'] > 0)
+
+def test_scale_where_all_images_get_one_t_hat(pool, monkeypatch, tmp_path):
+    space = executed('scale', monkeypatch, tmp_path, {'reconstruction.severity': 'static'}, data='synthetic:board', n_boot=20)
+    assert any('T̂ rises with area' in n and 'not defined, DIC gives all anomalous images T̂ = 160' in n for n in space['record'].notes)
+    assert all(r['settings'] for r in space['record'].rows)
+
+def test_fig14_keeps_whole_images_of_those_shown_only(pool, monkeypatch, tmp_path):
+    space = executed('fig14', monkeypatch, tmp_path, data='synthetic:board', levels=[80], images=2)
+    assert len(space['runs']) == 2 and len(space['shown']['synthetic_board']['rows']) == 2
+    for r in (*space['runs'].values(), *space['shown'].values()): assert all(len(v) == 2 for k, v in r.items() if isinstance(v, torch.Tensor) and k != 'abar')
+    assert all(r['settings'] for r in space['record'].rows)
