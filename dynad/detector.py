@@ -74,13 +74,13 @@ class Staged:
     def __init__(self,
         model: 'DynAD',
         store: Store,
-        images: str,                        # content key of the images
+        images_key: str,                    # content key of the images
         load: Callable[[], Tensor],           # -> [N,3,H,W] uint8, called only when a stage needs the images
         progress: bool = True
     ):
-        self.model, self.store, self.images, self._load, self.progress = model, store, images, load, progress
+        self.model, self.store, self.images_key, self._load, self.progress = model, store, images_key, load, progress
 
-    def _parts(self, **more) -> dict[str, Any]: return dict(images=self.images, precision=self.model.config.precision, **more)
+    def _parts(self, **more) -> dict[str, Any]: return dict(images=self.images_key, precision=self.model.config.precision, **more)
 
     def stage_parts(self, name: str) -> dict[str, Any]:
         "What the stage 'latents', 'features' or 'bins' of these images depends on."
@@ -452,7 +452,7 @@ class DynAD:
             save_tensors(work/'phi.safetensors', phi.state_dict())
             return {'losses': torch.tensor(losses)}
         parts = dict(features=c.features.model_dump(mode='json', exclude={'weights'}), base=phi0.weights_hash, S=c.reconstruction.S, seed=c.seed)
-        if a.gamma: parts |= dict(images=self.good.images, autoencoder=self.hashes['autoencoder'], denoiser=self.hashes['denoiser'], settings=a.model_dump(mode='json'), diffusion=c.diffusion.model_dump(mode='json'))
+        if a.gamma: parts |= dict(images=self.good.images_key, autoencoder=self.hashes['autoencoder'], denoiser=self.hashes['denoiser'], settings=a.model_dump(mode='json'), diffusion=c.diffusion.model_dump(mode='json'))
         return store.stage('phi', parts, make)
 
     def _fit_patch_bank(self, store: Store, phi0: nn.Module) -> Path:
@@ -462,7 +462,7 @@ class DynAD:
             x = self.good.images
             rows = (phi0(to_float(x[r]).to(self.device)) for r in _batches(len(x), c.batch, 'patch bank', self.good.progress))
             return PatchBank(seed=c.seed).fit({j: v.float().cpu() for j, v in f.items()} for f in rows).state_dict()
-        return store.stage('patch_bank', dict(images=self.good.images, phi=phi0.weights_hash, seed=c.seed), make)
+        return store.stage('patch_bank', dict(images=self.good.images_key, phi=phi0.weights_hash, seed=c.seed), make)
 
     def _load_patch_bank(self, folder: Path):
         try: self.patch_bank, self.hashes['patch_bank'] = PatchBank.from_state_dict(load_tensors(folder/'data.safetensors')), folder.name
@@ -486,7 +486,7 @@ class DynAD:
         "What follows from the trained parts and the inference settings: bins, calibration, thresholds."
         r = self.config.reconstruction
         y = self.good.y
-        self.hashes['bank'] = content_key([self.good.images, self.hashes['phi'], self.config.dic.model_dump(mode='json')])
+        self.hashes['bank'] = content_key([self.good.images_key, self.hashes['phi'], self.config.dic.model_dump(mode='json')])
         self.dic = DIC.fit(y, self.config.dic)
         if r.eta and not r.clamp_pull: overshoots(r.eta, r.t_max, self.schedule, r.S)
         self.calibration = Calibration({})
@@ -533,7 +533,7 @@ class DynAD:
         if 'unet' in parts:
             other.unet = parts['unet'].to(self.device).eval()
             other.hashes['denoiser'] = state_hash(other.unet.state_dict())
-        s = lambda x: Staged(other, x.store, x.images, x._load, x.progress)
+        s = lambda x: Staged(other, x.store, x.images_key, x._load, x.progress)
         other.good, other.held_out = s(self.good), s(self.held_out)
         other._finish()
         return other

@@ -123,7 +123,7 @@ def baseline_batches(model: DynAD, staged: Staged) -> Iterator[tuple[list[int], 
             d = [bank.distances({j: v.float().cpu() for j, v in phi(to_float(staged.images[r]).to(model.device)).items()})
                  for r in _batches(len(staged.images), c.batch, 'baseline', staged.progress)]
         return {'distances': torch.cat(d)}
-    d = staged.store.tensors('patch_distances', dict(images=staged.images, bank=model.hashes['patch_bank']), make)['distances']
+    d = staged.store.tensors('patch_distances', dict(images=staged.images_key, bank=model.hashes['patch_bank']), make)['distances']
     for r in _batches(len(d), 64, 'baseline maps', False):
         yield r, distance_map(d[r], c.data.image_size, c.fusion.sigma*c.data.image_size/256), d[r].flatten(1).amax(1)
 

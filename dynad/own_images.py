@@ -268,7 +268,7 @@ class OwnImages:
         try: data = _own(model.info, c)
         except DataError: data = None
         held = split(data, c)[1] if data else []
-        if data and images_key(held, data.fingerprint, c.data.image_size) == model.held_out.images:
+        if data and images_key(held, data.fingerprint, c.data.image_size) == model.held_out.images_key:
             model.held_out._load = lambda: load_images(held, c.data.image_size, progress=False)
             self.warnings.value = doubts_html(doubts(model, [s.image for s in data.train]))
         else: self.warnings.value = f'<span class="dynad-soft">The normal images in {html.escape(str(root))} are gone or have changed since the fit: no warnings can be computed. Press fit to learn from them as they are now.</span>'

@@ -278,7 +278,7 @@ class Bench:
         c, good, info = self.model.config, self.model.good, self.model.info
         def learned(data):
             fit = split(data, c)[0] if len(data.train) else []
-            return fit if images_key(fit, data.fingerprint, self.size) == good.images else None
+            return fit if images_key(fit, data.fingerprint, self.size) == good.images_key else None
         if fit := learned(self.dataset): return fit
         d = info['data'] if info else {}
         try: fit = learned(_own(info, c)) if info else None

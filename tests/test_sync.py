@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DEVELOPMENT = {'nbdev', 'fastcore', 'execnb', 'ghapi', 'fastgit', 'voila', 'playwright', 'pytest', 'hypothesis', 'sklearn'} # not requirements of the package
+DEVELOPMENT = {'nbdev', 'execnb', 'ghapi', 'fastgit', 'voila', 'playwright', 'pytest', 'hypothesis', 'sklearn'} # not requirements of the package
 MODULES = sorted(p for p in (ROOT/'dynad').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py'))
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part.startswith(('.', '_')) for part in p.relative_to(ROOT).parts))
 name = lambda p: p.relative_to(ROOT).as_posix()
