@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serial
 # %% auto #0
 __all__ = ['HOW', 'PRESETS', 'DynadError', 'ConfigError', 'Settings', 'DataSettings', 'FeatureSettings', 'LatentSettings',
            'DiffusionSettings', 'DenoiserSettings', 'DICSettings', 'ReconstructionSettings', 'AdaptationSettings',
-           'FusionSettings', 'Config', 'make_config', 'parse_config', 'parse_overrides', 'dump_config', 'load_config',
-           'content_key', 'data_root', 'weights_root']
+           'FusionSettings', 'Config', 'make_config', 'parse_config', 'with_overrides', 'parse_overrides',
+           'dump_config', 'load_config', 'content_key', 'data_root', 'weights_root']
 
 # %% ../nbs/00_config.ipynb #5dd11911
 class DynadError(Exception):
@@ -132,6 +132,8 @@ class FusionSettings(Settings):
 class Config(Settings):
     "All settings of one run."
     preset: str = 'paper'
+    method: str = 'dynad'                                         # a name of `method.METHODS`
+    options: dict[str, Any] = {}                                  # settings of the method itself, checked by its own class
     seed: int = Field(0, ge=0, lt=2**32)
     precision: Literal['no', 'bf16', 'fp16'] = 'no'               # accelerate's mixed precision
     device: Literal['auto', 'cpu'] = 'auto'                       # auto: whatever accelerate finds
@@ -233,6 +235,13 @@ def parse_config(
             key, value = '.'.join(str(l) for l in err['loc']), err.get('input')
             lines.append(f"{key} = {value!r}: {err['msg']}; allowed: {_allowed(Config, err['loc'])}" if key else err['msg'].removeprefix('Value error, '))
         raise ConfigError('; '.join(lines)) from None
+
+def with_overrides(
+    config: Config,
+    overrides: dict[str, Any] # dotted keys, e.g. {'reconstruction.eta': 4.}
+) -> Config:
+    "The settings with some changed, validated again. Raises `ConfigError`."
+    return parse_config(_merge(config.model_dump(), _nest(overrides)))
 
 # %% ../nbs/00_config.ipynb #d2194c79
 def parse_overrides(

@@ -22,9 +22,10 @@ from .layouts import LAYOUTS, Sample, find_layout, _elpv_root
 from .images import EXTENSIONS, DataError, image_size, read_image, read_mask, to_float, _side
 from .show import Picture, grid, overlay
 from .store import file_sha256
+from .config import content_key
 
 # %% auto #0
-__all__ = ['AnomalyDataset', 'open_dataset', 'load_images', 'load_masks', 'contact_sheet']
+__all__ = ['AnomalyDataset', 'open_dataset', 'load_images', 'load_masks', 'images_key', 'split_normal', 'contact_sheet']
 
 # %% ../nbs/03b_data.ipynb #e7eb272c
 def _pool() -> ThreadPoolExecutor: return ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 2))
@@ -193,6 +194,20 @@ def load_masks(
         return read_mask(s.mask, side, s.mask_rule == 'nonzero')
     masks = torch.stack([*_mapped(work, samples, 'masks')]) if len(samples) else torch.zeros(0, 1, side, side, dtype=torch.bool)
     return masks, torch.tensor([s.label == 0 for s in samples], dtype=torch.bool) | masks.flatten(1).any(1)
+
+# %% ../nbs/03b_data.ipynb #aa11bb22
+def images_key(
+    samples: Sequence[Sample],
+    fingerprint: str,     # of their data set
+    size: int             # side in pixels
+) -> str:
+    "Identity of these images in a run's store."
+    return content_key(dict(data=fingerprint, names=[s.name for s in samples], size=size))
+
+def split_normal(dataset, settings, seed):
+    fit, held = dataset.holdout(settings.holdout, settings.min_holdout, seed)
+    return fit, held[::-(-len(held)//settings.max_calibration)]
+
 
 # %% ../nbs/03b_data.ipynb #3fd640a1
 def contact_sheet(
