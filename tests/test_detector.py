@@ -7,12 +7,19 @@ from PIL import Image
 
 from dynad.config import ConfigError, make_config
 from dynad.data import DataError, load_images, open_dataset, to_float
-from dynad.detector import DynAD
+from dynad.detector import DynAD, calibration_of_set
 from dynad.evaluate import MEASURED, evaluate
 from dynad.fusion import score
 from dynad.store import StoreError
 
 from conftest import SMOKE
+
+
+def set_maps(model, data):
+    "A_map, l_map, f_map of a data set's test images, by way of the store."
+    images = model.test_images(data.test, data)
+    model = model.for_test_set(images)
+    return model.all_maps(model.cached_walk(images))
 
 
 @pytest.fixture(scope='module')
@@ -26,12 +33,12 @@ def test_predict_gives_what_it_promises(smoke, images):
     assert p.map.shape == p.mask.shape == p.latent_map.shape == p.feature_map.shape == (n, 1, 64, 64)
     assert p.reconstruction.shape == (n, 3, 64, 64) and 0 <= p.reconstruction.min() and p.reconstruction.max() <= 1
     assert torch.equal(p.score, score(p.map)) and p.mask.dtype == p.anomalous.dtype == torch.bool
-    assert set(p.t_hat.tolist()) <= set(model.calibration.levels)
+    assert set(p.t_hat.tolist()) <= set(range(16, 161))
 
 
 def test_a_image_has_the_same_answer_alone_and_in_a_set(smoke, boards, images):
     model, _ = smoke
-    A, _, _ = model.stage(boards.test, boards.fingerprint, progress=False).maps()
+    A, _, _ = set_maps(model, boards)
     torch.testing.assert_close(model.predict([boards.test[3].image]).map[0], A[3], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(model.predict(images).map, A, rtol=1e-3, atol=1e-3)
 
@@ -41,16 +48,17 @@ def test_sixteen_bits_have_the_same_answer_alone_and_in_a_set(smoke, tmp_path):
     for d in ('train/good', 'test/good'):
         (tmp_path/d).mkdir(parents=True); Image.fromarray(values if 'test' in d else values//2).save(tmp_path/d/'a.png')
     data = open_dataset(tmp_path)
-    A = smoke[0].stage(data.test, data.fingerprint, progress=False).maps()[0]
+    A = set_maps(smoke[0], data)[0]
     torch.testing.assert_close(smoke[0].predict([data.test[0].image]).map, A, rtol=1e-4, atol=1e-4)
 
 
 def test_on_the_scale_of_a_test_set_thresholds_are_those_of_the_held_out_images_on_it(smoke, boards, images):
     model = DynAD.open(smoke[1], {'fusion.calibration': 'test'}, progress=False)
-    e = evaluate(model, boards, n_boot=0, null_models=False, baseline=False, progress=False)
-    held = model.held_out.maps(calibration=e.staged.calibration(e.t_hat))[0]
+    e = evaluate(model, boards, n_boot=0, null_models=False, progress=False)
+    scaled = model.on_scale_of(calibration_of_set(model.cached_walk(e.images)))
+    held = scaled.all_maps(scaled.held_out)[0]
     assert e.result['decision']['image_threshold'] == pytest.approx(float(score(held).double().quantile(model.config.fusion.threshold_quantile)))
-    assert e.result['decision']['image_threshold'] != model.image_threshold
+    assert e.result['decision']['image_threshold'] != model.decision.image_threshold
     with pytest.warns(UserWarning, match='maps and scores of another call are on another scale'): p = model.predict(images)
     assert torch.equal(p.anomalous, e.scores > e.result['decision']['image_threshold'])
 
@@ -91,27 +99,26 @@ def test_a_pretrained_folder_with_a_file_missing_names_it(smoke, tmp_path, name,
     ids=lambda o: ','.join(f'{k}={v}' for k, v in o.items()))
 def test_no_denoiser_is_called_for_what_is_stored(smoke, boards, overrides):
     model, run = smoke
-    staged = model.stage(boards.test, boards.fingerprint, progress=False)
-    held = model.held_out
+    staged, held = model.cached_walk(model.test_images(boards.test, boards)), model.held_out
     for T in range(10, 170, 10):  # the stored grid
         staged.raw_maps(torch.full((len(staged),), T)); held.raw_maps(torch.full((len(held),), T))
-    before = model.unet.calls
+    before = model.parts.denoiser.calls
     assert before > 0
     other = DynAD.open(run, overrides, progress=False)
-    A, _, _ = other.stage(boards.test, boards.fingerprint, progress=False).maps()
-    assert other.unet.calls == 0 and model.unet.calls == before
-    B, _, _ = model.stage(boards.test, boards.fingerprint, progress=False).maps()
+    A, _, _ = set_maps(other, boards)
+    assert other.parts.denoiser.calls == 0 and model.parts.denoiser.calls == before
+    B, _, _ = set_maps(model, boards)
     if 'fusion.threshold_quantile' not in overrides: assert not torch.allclose(A, B)
-    else: assert other.threshold < model.threshold
+    else: assert other.decision.threshold < model.decision.threshold
 
 
 def test_eta_and_omega_do_not_train_again(smoke, boards):
     _, run = smoke
-    trained = {p: p.stat().st_mtime_ns for n in ('autoencoder', 'denoiser', 'phi', 'patch_bank') for p in (run/'stages'/n).rglob('*') if p.is_file()}
+    trained = {p: p.stat().st_mtime_ns for n in ('autoencoder', 'denoiser', 'phi') for p in (run/'stages'/n).rglob('*') if p.is_file()}
     for o in ({'reconstruction.eta': 2.}, {'reconstruction.omega': 1.}, {'reconstruction.steps': 'stride'}):
         other = DynAD.open(run, o, progress=False)
-        other.stage(boards.test, boards.fingerprint, progress=False).maps()
-        assert other.unet.calls > 0
+        set_maps(other, boards)
+        assert other.parts.denoiser.calls > 0
     assert trained == {p: p.stat().st_mtime_ns for p in trained}
 
 
@@ -130,7 +137,7 @@ def test_a_run_that_is_not_finished_says_so(smoke, tmp_path):
 def test_the_same_seed_gives_the_same_result(smoke, boards, tmp_path):
     model, _ = smoke
     again = DynAD(make_config('smoke', SMOKE)).fit(boards, tmp_path/'again', progress=False)
-    assert again.hashes == model.hashes
+    assert again.parts.hashes == model.parts.hashes
     a, b = (json.loads(json.dumps(evaluate(m, boards, n_boot=50, progress=False).result)) for m in (model, again))
     for k in MEASURED: a.pop(k), b.pop(k)
     assert a == b
@@ -144,7 +151,7 @@ def test_a_fit_that_is_stopped_goes_on_and_ends_the_same(smoke, boards, tmp_path
     with pytest.raises(Stop): DynAD(make_config('smoke', SMOKE)).fit(boards, tmp_path/'run', progress=False, callback=stop)
     seen = []
     again = DynAD(make_config('smoke', SMOKE)).fit(boards, tmp_path/'run', progress=False, callback=lambda stage, step, loss: seen.append((stage, step)))
-    assert {s for s, _ in seen} == {'denoiser', 'phi'} and min(seen)[1] > 10 and again.hashes == model.hashes
+    assert {s for s, _ in seen} == {'denoiser', 'phi'} and min(seen)[1] > 10 and again.parts.hashes == model.parts.hashes
 
 
 def test_held_out_images_are_seen_by_no_training_stage(smoke, boards):
@@ -154,7 +161,7 @@ def test_held_out_images_are_seen_by_no_training_stage(smoke, boards):
     assert set(info['fit']) | set(info['held_out']) == {s.name for s in boards.train}
 
 
-def test_too_few_good_images(boards, tmp_path):
+def test_too_few_normal_images(boards, tmp_path):
     from dataclasses import replace
     few = replace(boards, samples=boards.train[:4] + boards.test)
-    with pytest.raises(DataError, match='good'): DynAD(make_config('smoke', SMOKE)).fit(few, tmp_path/'run', progress=False)
+    with pytest.raises(DataError, match='4 normal training images'): DynAD(make_config('smoke', SMOKE)).fit(few, tmp_path/'run', progress=False)

@@ -6,12 +6,15 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from dynad.evaluate import KEYS, evaluate, metrics_table, save_maps, save_table, write_result
+from dynad.evaluate import KEYS, evaluate, fitted_baseline, metrics_table, save_maps, save_table, write_result
 from dynad.metrics import pixel_metrics
 
 
 @pytest.fixture(scope='module')
-def evaluation(smoke, boards): return evaluate(smoke[0], boards, n_boot=50, progress=False)
+def patchcore(smoke, boards): return fitted_baseline(smoke[0], 'patchcore', boards, progress=False)
+
+@pytest.fixture(scope='module')
+def evaluation(smoke, boards, patchcore): return evaluate(smoke[0], boards, n_boot=50, baselines=[patchcore], progress=False)
 
 
 def test_the_json_has_what_it_promises(evaluation, tmp_path):
@@ -40,7 +43,7 @@ def test_its_figures_are_those_of_its_maps(evaluation):
 def test_raw_maps_and_index(evaluation, tmp_path):
     folder = save_maps(evaluation, tmp_path/'maps')
     index = pd.read_csv(folder/'index.csv')
-    assert list(index.columns) == ['image', 'label', 'score', 't_hat', 'mask', 'map'] and len(index) == len(evaluation.samples)
+    assert list(index.columns) == ['image', 'label', 'score', 't_hat', 'distance', 'mask', 'map'] and len(index) == len(evaluation.samples)
     for i, row in index.iterrows():
         m = np.load(folder/row['map'], allow_pickle=False)
         assert m.dtype == np.float32 and m.shape == (64, 64)
@@ -50,41 +53,46 @@ def test_raw_maps_and_index(evaluation, tmp_path):
     assert len(pd.read_parquet(tmp_path/'t.parquet')) == len(index)
 
 
-def test_a_set_beyond_the_limit_is_judged_in_a_stream(smoke, boards, evaluation, monkeypatch):
+def test_a_set_beyond_the_limit_is_evaluated_in_a_stream(smoke, boards, evaluation, patchcore, monkeypatch):
     "Above EXACT pixels no map is held: the same scores and decision, pixel figures within 1e-4 (F1-max 5e-4), and the protocol says so."
     monkeypatch.setattr('dynad.evaluate.EXACT', 0)
-    e, exact = evaluate(smoke[0], boards, n_boot=50, progress=False), evaluation.result
+    e, exact = evaluate(smoke[0], boards, n_boot=50, baselines=[patchcore], progress=False), evaluation.result
     assert e.result['protocol']['pro'].startswith('streaming') and exact['protocol']['pro'].startswith('exact')
     assert torch.equal(e.scores, evaluation.scores) and e.result['decision'] == exact['decision'] and e.result['i_auroc'] == exact['i_auroc']
     for a, b in ((e.result, exact), (e.result['baseline']['patchcore'], exact['baseline']['patchcore'])):
         for k in ('p_auroc', 'pro', 'p_ap', 'p_f1_max'): assert a[k]['value'] == pytest.approx(b[k]['value'], abs=5e-4 if k == 'p_f1_max' else 2e-4), k
 
 def test_maps_of_a_few(evaluation):
-    for whole, part in zip(evaluation.staged.maps(evaluation.t_hat), evaluation.maps_of([5, 2])): assert torch.equal(whole[[5, 2]], part)
+    p = evaluation.prediction_of([5, 2])
+    assert torch.equal(evaluation.maps[[5, 2]], p.map) and torch.equal(evaluation.per_image['t_hat'][[5, 2]], p.t_hat)
 
 def test_min_max_of_the_test_set_does_not_depend_on_batches(smoke, boards):
     "Calibration 'test' over more than one batch of 64."
-    from dynad.config import parse_config
+    from dataclasses import replace
     from dynad.fusion import Calibration, feature_map, upsample
-    model = smoke[0].replaced(config=parse_config(smoke[0].config.model_dump() | {'fusion': smoke[0].config.fusion.model_dump() | {'calibration': 'test'}}))
-    staged = model.stage(boards.test*5, 'five times', progress=False)
-    assert len(staged) > 64
-    (l, f), size = staged.raw_maps(staged.t_hat), model.config.data.image_size
-    lc, fc = Calibration.of_test_set(upsample(l, size), feature_map(f, size))(upsample(l, size), feature_map(f, size), staged.t_hat)
-    _, a, b = staged.maps()
+    model = smoke[0].with_settings({'fusion.calibration': 'test'})
+    five_times = model.test_images(boards.test*5, replace(boards, samples=boards.test*5))
+    walk, size = model.cached_walk(five_times), model.config.data.image_size
+    assert len(walk) > 64
+    raw = walk.raw_maps()
+    l, f = upsample(raw.latent, size), feature_map(raw.features, size)
+    lc, fc = Calibration.of_test_set(l, f)(l, f, walk.t_hat)
+    scaled = model.for_test_set(five_times)
+    _, a, b = scaled.all_maps(scaled.cached_walk(five_times))
     torch.testing.assert_close(a, lc); torch.testing.assert_close(b, fc)
 
 def test_features_stay_on_disk(evaluation):
-    fx = evaluation.staged.fx
+    walk = evaluation.method.cached_walk(evaluation.images)
+    fx = walk.features
     for j, rows in fx.items():
         whole = rows[:]
         assert rows.shape == whole.shape and len(rows) == len(evaluation.samples)
         assert torch.equal(rows[[3, 1, 3]], whole[[3, 1, 3]]) and torch.equal(rows[-1], whole[-1]) and torch.equal(rows[torch.tensor([2])], whole[2:3]) and torch.equal(rows[np.int64(4)], whole[4])
-    assert not any(s._held for s in evaluation.staged._open.values() if s.name == 'features')
+    assert not walk.cached_features.shards._held
 
 def test_the_null_model_without_a_walk_has_no_latent_residual(smoke, boards, evaluation):
-    l, _ = evaluation.staged.raw_maps(torch.zeros(len(boards.test), dtype=torch.long))
-    assert l.abs().max() == 0
+    raw = evaluation.method.cached_walk(evaluation.images).raw_maps(torch.zeros(len(boards.test), dtype=torch.long))
+    assert raw.latent.abs().max() == 0
 
 
 def test_the_table_names_every_row(evaluation):
@@ -99,5 +107,5 @@ def test_a_data_set_without_test_images(smoke, boards):
 
 def test_table_without_intervals(smoke, boards):
     "n_boot = 0 gives values and no brackets."
-    e = evaluate(smoke[0], boards, n_boot=0, null_models=False, baseline=False, progress=False)
+    e = evaluate(smoke[0], boards, n_boot=0, null_models=False, progress=False)
     assert e.result['i_auroc']['low'] is None and metrics_table(e.result).loc['DynAD', 'I-AUROC'] == f"{e.result['i_auroc']['value']:.3f}"
