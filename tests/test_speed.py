@@ -74,10 +74,10 @@ def test_bench_of_a_fitted_detector(smoke):
 
 def test_timing_changes_nothing(smoke):
     model, _ = smoke
-    x, hashes, weights = torch.rand(2, 3, 64, 64), dict(model.hashes), model.unet.weights_hash
+    x, hashes, weights = torch.rand(2, 3, 64, 64), dict(model.parts.hashes), model.parts.denoiser.weights_hash
     before = model.predict(x).map
     S.bench(model, x, repeats=1, count=False)
-    assert torch.equal(before, model.predict(x).map) and model.hashes == hashes and model.unet.weights_hash == weights
+    assert torch.equal(before, model.predict(x).map) and model.parts.hashes == hashes and model.parts.denoiser.weights_hash == weights
 
 @pytest.mark.parametrize('kind,channels,down', [('tiny', 8, 8), ('taesd', 4, 8), ('identity', 3, 1)])
 def test_random_autoencoders_have_the_shape_of_the_real(kind, channels, down):
@@ -95,7 +95,7 @@ def test_kl_f8_counted_as_the_specification_says():
     assert 16*e['convolution']/1e9 == pytest.approx(271, abs=4) and 16*d['convolution']/1e9 == pytest.approx(619, abs=6)
 
 def test_a_line_through_two_batches():
-    assert S._line([1, 2], [3., 5.], 30) == 61 and S._line([2], [4.], 30) == 60 and S._line([1, 2], [5., 4.], 10) == 5
+    assert S._at_batch([1, 2], [3., 5.], 30) == 61 and S._at_batch([2], [4.], 30) == 60 and S._at_batch([1, 2], [5., 4.], 10) == 5
     assert S._sizes(30, 2) == [1, 2] and S._sizes(1, 2) == [1] and S._sizes(16, 8) == [4, 8]
 
 @pytest.mark.skipif(os.environ.get('DYNAD_SLOW') != '1', reason='takes most of a minute; DYNAD_SLOW=1 runs it')
