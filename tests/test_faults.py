@@ -37,7 +37,7 @@ CUT = {'data.image_size': 32, 'denoiser.steps': 8, 'denoiser.checkpoint_every': 
        'latents.finetune_batch': 4, 'adaptation.gamma': 1, 'adaptation.batch': 4, 'reconstruction.S': 2, 'dic.bins': 2, 'dic.pool': 4} # every stage, none of it long
 
 def fit(data, run, **more): return DynAD(make_config('smoke', {**CUT, **more})).fit(data, run, progress=False)
-def judge(model, data): return comparable(evaluate(model, data, n_boot=20, null_models=False, baseline=False, progress=False).result)
+def judge(model, data): return comparable(evaluate(model, data, n_boot=20, null_models=False, progress=False).result)
 def comparable(result): return {k: v for k, v in json.loads(json.dumps(result)).items() if k not in MEASURED}
 
 @pytest.fixture(scope='module')
@@ -75,7 +75,7 @@ def test_a_changed_data_set_under_an_old_run_is_judged_anew(fitted, run, gears, 
     model = DynAD.open(run, progress=False)
     result = judge(model, changed)
     assert result['data']['fingerprint'] == changed.fingerprint != fitted[2]['data']['fingerprint']
-    old, new = (model.stage(d.test, d.fingerprint, progress=False).maps()[0] for d in (gears, changed))
+    old, new = (model.all_maps(model.cached_walk(model.test_images(d.test, d)))[0] for d in (gears, changed))
     assert [s.name for s, a, b in zip(gears.test, old, new) if not torch.allclose(a, b, atol=1e-4)] == [p.relative_to(mine).as_posix()]
     whole(run)
 
@@ -85,9 +85,9 @@ def test_a_changed_training_image_trains_again_and_leaves_the_old_stages(fitted,
     before = {f.name for f in (run/'stages/denoiser').iterdir() if f.is_dir()}
     model = fit(open_dataset(mine), run)
     after = {f.name for f in (run/'stages/denoiser').iterdir() if f.is_dir()}
-    assert before < after and model.hashes['denoiser'] != fitted[0].hashes['denoiser']
+    assert before < after and model.parts.hashes['denoiser'] != fitted[0].parts.hashes['denoiser']
     again = DynAD.open(run, progress=False)
-    assert again.hashes == model.hashes
+    assert again.parts.hashes == model.parts.hashes
     whole(run)
 
 def test_a_image_removed_between_two_stages_is_named_and_its_return_is_enough(gears, mine, tmp_path):
@@ -154,7 +154,7 @@ def test_three_equal_images_with_odd_names_and_more_neighbours_than_images(tmp_p
         model = fit(data, tmp_path/'läuft hier', **{'data.min_holdout': 1, 'dic.K': 20})
         result = judge(model, data)
     assert any('K' in str(w.message) and '20' in str(w.message) for w in said), [str(w.message) for w in said]
-    e = evaluate(model, data, n_boot=0, null_models=False, baseline=False, progress=False)
+    e = evaluate(model, data, n_boot=0, null_models=False, progress=False)
     assert e.maps.isfinite().all() and e.scores.isfinite().all() and result['i_auroc']['value'] == 1
     p = model.predict([s.image for s in data.test])
     assert p.map.isfinite().all() and p.score[[s.label for s in data.test].index(1)] > p.score[[s.label for s in data.test].index(0)]
@@ -196,7 +196,7 @@ def test_a_full_disk_ends_it_with_an_error_and_room_is_enough_to_go_on(fitted, g
             whole(small/'run')
         subprocess.run(['mount', '-o', f'remount,size={2*need//1024}k', small], check=True)
         model = fit(gears, small/'run')
-        assert model.hashes == fitted[0].hashes
+        assert model.parts.hashes == fitted[0].parts.hashes
         with pytest.raises(WriteError):                                            # and a result of any size leaves the old one
             atomic_write(small/'result.json', '[1]'); atomic_write(small/'result.json', 'x'*4*need)
         assert (small/'result.json').read_text() == '[1]'
@@ -206,7 +206,7 @@ def test_a_full_disk_ends_it_with_an_error_and_room_is_enough_to_go_on(fitted, g
 
 def stage_file(run, pattern): return sorted((run/'stages').glob(pattern))[0]
 
-@pytest.mark.parametrize('pattern', ['latents/*/data.safetensors', 'features/*/rows-*.safetensors', 'denoiser/*/unet/*.safetensors', 'phi/*/phi.safetensors', 'patch_bank/*/data.safetensors', 'autoencoder/*/autoencoder/*.safetensors', 'maps/*/rows-*.safetensors'])
+@pytest.mark.parametrize('pattern', ['latents/*/data.safetensors', 'features/*/rows-*.safetensors', 'denoiser/*/unet/*.safetensors', 'phi/*/phi.safetensors', 'autoencoder/*/autoencoder/*.safetensors', 'maps/*/rows-*.safetensors'])
 @pytest.mark.parametrize('harm', ['cut', 'gone', 'pickle'])
 def test_a_damaged_stage_is_named_and_deleting_its_folder_heals_the_run(fitted, gears, tmp_path, pattern, harm):
     if harm == 'gone' and 'rows' in pattern: pytest.skip('rows that are gone are made again')
@@ -234,8 +234,7 @@ X = {'x': torch.ones(2)}
 
 @pytest.mark.parametrize('pattern, content, words', [
     ('run.json', '{', 'cannot be read as JSON'), ('run.json', '{}', "has no 'data'"), ('run.json', '[]', 'no JSON object'),
-    ('stages/latents/*/data.safetensors', X, "holds x and no 'z0'"), ('stages/phi/*/phi.safetensors', X, 'the weights of another network'), ('stages/patch_bank/*/data.safetensors', X, 'not a patch bank'),
-    ('stages/denoiser/*/unet/config.json', '[]', 'no JSON object'), ('stages/autoencoder/*/autoencoder/config.json', '[]', 'no JSON object'),
+    ('stages/latents/*/data.safetensors', X, "holds x and no 'z0'"), ('stages/phi/*/phi.safetensors', X, 'the weights of another network'), ('stages/denoiser/*/unet/config.json', '[]', 'no JSON object'), ('stages/autoencoder/*/autoencoder/config.json', '[]', 'no JSON object'),
     ('stages/autoencoder/*/autoencoder/config.json', '{"_class_name": "TinyAE"}', 'describes no autoencoder that can be built'),
     ('stages/autoencoder/*/autoencoder/config.json', '{"_class_name": "TinyAE", "latent_channels": "a", "widths": [1], "encoder_blocks": 2, "decoder_blocks": 3}', 'describes no autoencoder that can be built')])
 def test_a_foreign_file_in_a_run_is_named(run, gears, pattern, content, words):
@@ -291,7 +290,7 @@ def test_every_training_can_be_stopped_and_goes_on(fitted, gears, tmp_path, stag
     with pytest.raises(TrainingStopped): DynAD(make_config('smoke', CUT)).fit(gears, tmp_path/'run', progress=False, callback=lambda *a: seen.append(a), should_stop=lambda: seen[-1][:2] == (stage, at))
     assert seen[-1][:2] == (stage, at) and not (tmp_path/'run'/'run.json').exists()
     model = fit(gears, tmp_path/'run')
-    assert model.hashes == fitted[0].hashes
+    assert model.parts.hashes == fitted[0].parts.hashes
 
 def test_what_the_error_advises_heals_the_run(fitted, run, gears):
     for pattern in ('phi/*/phi.safetensors', 'features/*/rows-*.safetensors'):
@@ -299,7 +298,7 @@ def test_what_the_error_advises_heals_the_run(fitted, run, gears):
     folders = [stage_file(run, 'phi/*/phi.safetensors').parent, *(run/'stages/features').iterdir()]
     for d in folders: shutil.rmtree(d) if d.is_dir() else d.unlink()
     model = fit(gears, run)
-    assert model.hashes == fitted[0].hashes and judge(model, gears) == fitted[2]
+    assert model.parts.hashes == fitted[0].parts.hashes and judge(model, gears) == fitted[2]
     whole(run)
 
 def test_features_that_are_gone_are_asked_of_a_fit(fitted, run, gears):
@@ -323,7 +322,7 @@ def test_checkpoints_that_are_torn_or_of_another_training(fitted, gears, tmp_pat
     save_tensors(c, {'x': torch.ones(2)})
     with pytest.raises(DenoiserError, match=f"{CHECKPOINT}: no checkpoint of a denoiser's training; delete it and run again"): fit(gears, run)
     c.write_bytes(good)
-    assert fit(gears, run).hashes == fitted[0].hashes
+    assert fit(gears, run).parts.hashes == fitted[0].parts.hashes
     whole(run)
 
 @pytest.mark.parametrize('content', [b'torn', None])
@@ -426,7 +425,7 @@ def test_two_processes_fit_one_run_directory_at_the_same_time(fitted, cli, gears
     run = tmp_path/'run'
     cli.start(fit_command(gears, run), fit_command(gears, run))
     assert cli.wait() == [0, 0], cli.log.read_text()[-3000:]
-    assert {n: len([f for f in (run/'stages'/n).iterdir() if f.is_dir()]) for n in ('autoencoder', 'denoiser', 'phi', 'patch_bank')} == dict(autoencoder=1, denoiser=1, phi=1, patch_bank=1)
+    assert {n: len([f for f in (run/'stages'/n).iterdir() if f.is_dir()]) for n in ('autoencoder', 'denoiser', 'phi')} == dict(autoencoder=1, denoiser=1, phi=1)
     whole(run)
     model = DynAD.open(run, progress=False)
     assert judge(model, gears)['data'] == fitted[2]['data'] and model.info['data']['fingerprint'] == gears.fingerprint

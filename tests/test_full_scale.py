@@ -36,8 +36,8 @@ def weights(tmp_path, monkeypatch):
 def detector(cfg, unet, good):
     "The parts of the paper preset, put together by hand: fitting them would take days here."
     m = DynAD(cfg)
-    m.ae, m.phi, m.unet = load_latents(cfg.latents, cfg.data.image_size), load_features(cfg.features), unet
-    m.dic = DIC.fit(pooled(m.look(good)[cfg.dic.layer], cfg.dic.pool), cfg.dic)
+    m.parts = replace(m.parts, autoencoder=load_latents(cfg.latents, cfg.data.image_size), phi=load_features(cfg.features), denoiser=unet)
+    m.parts = replace(m.parts, dic=DIC.fit(pooled(extract_features(m.parts, good)[cfg.dic.layer], cfg.dic.pool), cfg.dic))
     m.calibration = Calibration({T: (0., 1., 0., 1.) for T in t_grid(cfg.reconstruction.t_max)})
     m.threshold = m.image_threshold = 1.
     return m
@@ -79,7 +79,7 @@ def test_wide_resnet_50_as_the_eye(weights):
     cfg = make_config('paper', {'features.backbone': 'wide_resnet50_2', 'denoiser.widths': [32, 32], 'denoiser.attention': [1], 'denoiser.heads': 4}, device='cpu')
     images = torch.rand(3, 3, 256, 256, generator=torch.Generator().manual_seed(0))
     with pytest.warns(UserWarning): m = detector(cfg, make_unet(cfg.denoiser, 4, 32), images)
-    assert {j: f.shape[1:] for j, f in m.look(images[:1]).items()} == {2: (512, 32, 32), 3: (1024, 16, 16)}
+    assert {j: f.shape[1:] for j, f in extract_features(m.parts, images[:1]).items()} == {2: (512, 32, 32), 3: (1024, 16, 16)}
     p = m.predict(images[:1])
     assert p.map.shape == (1, 1, 256, 256) and p.map.isfinite().all()
 

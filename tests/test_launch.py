@@ -71,7 +71,7 @@ def test_trackers_and_compile_are_in_no_key_and_in_the_file():
 
 def test_a_run_can_be_opened_compiled(smoke):
     model, run = smoke
-    assert DynAD.open(run, {'denoiser.compile': True}, progress=False).hashes == model.hashes
+    assert DynAD.open(run, {'denoiser.compile': True}, progress=False).parts.hashes == model.parts.hashes
     with pytest.raises(ConfigError, match='denoiser: cannot be changed on a fitted run'): DynAD.open(run, {'denoiser.lr': .5})
 
 # torch.compile
@@ -147,7 +147,7 @@ if __name__ == '__main__':
         if k == cut: os._exit(9)
     cfg = make_config('smoke', SMOKE, device='cpu', precision=precision, trackers=('tensorboard',))
     model = DynAD(cfg).fit(open_dataset(data), run, callback=callback)
-    (Path(run).parent/f'rank{rank}.txt').write_text(f"{processes('cpu').num_processes}|{steps[0]}|{steps[-1]}|{model.hashes['denoiser']}|{model.threshold!r}|{written if rank else len(written)}")
+    (Path(run).parent/f'rank{rank}.txt').write_text(f"{processes('cpu').num_processes}|{steps[0]}|{steps[-1]}|{model.parts.hashes['denoiser']}|{model.decision.threshold!r}|{written if rank else len(written)}")
 '''
 
 def launch(tmp_path, boards, cut=-1, precision='no'):
@@ -176,9 +176,9 @@ def test_accelerate_launch_fits_as_one_process_does_and_resumes(tmp_path, boards
     two = DynAD.open(tmp_path/'run', progress=False)
     (a,), (b,) = ([load_tensors(f)['losses'] for f in (r/'stages'/'denoiser').glob('*/data.safetensors')] for r in (run, tmp_path/'run'))
     assert len(a) == len(b) == 40 and torch.allclose(a, b, rtol=5e-3)
-    z, t = one.good.z0[:4], torch.tensor([5, 79, 300, 900])
-    with torch.no_grad(): assert (one.unet(z, t) - two.unet(z, t)).abs().mean() < .02
-    for p, q in zip(one.unet.parameters(), two.unet.parameters()): assert (p - q).abs().mean() < .02
+    z, t = one.training.z0[:4], torch.tensor([5, 79, 300, 900])
+    with torch.no_grad(): assert (one.parts.denoiser(z, t) - two.parts.denoiser(z, t)).abs().mean() < .02
+    for p, q in zip(one.parts.denoiser.parameters(), two.parts.denoiser.parameters()): assert (p - q).abs().mean() < .02
     assert [p.name for p in (tmp_path/'run'/'stages'/'denoiser').iterdir() if p.suffix == '.part'] == []
 
 @slow
