@@ -191,11 +191,11 @@ def load_phi(method: DynAD, folder: Path) -> None:
     phi = phi.to(method.device).eval()
     method.parts = replace(method.parts, phi=phi, hashes=method.parts.hashes | {'phi': phi.weights_hash})
 
-# %% ../nbs/16_detector.ipynb #7c683c2a
+# %% ../nbs/16_detector.ipynb #750daaa1
 def load_parts(method: DynAD, stages: dict[str, Path]) -> None:
     "All parts from their stages. Raises StoreError that names what is missing."
     if missing := {'autoencoder', 'denoiser', 'phi'} - stages.keys():
-        raise StoreError(f"run.json: names no stage {', '.join(sorted(missing))}; {REPAIR_HINT}")
+        raise StoreError(f"{method.training_set.store.root/'run.json'}: names no stage {', '.join(sorted(missing))}; {REPAIR_HINT}")
     load_autoencoder(method, stages['autoencoder'])
     load_unet(method, stages['denoiser'])
     load_phi(method, stages['phi'])

@@ -3,6 +3,7 @@ import json
 import os
 import resource
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from dynad.dic import DIC, pooled, t_grid
 from dynad.diffusion import make_schedule
 from dynad.features import FeatureError, load_features
 from dynad.fusion import Calibration
+from dynad.method import Decision
 from dynad.latents import LatentError, load_latents
 from dynad.speed import KLF8_CONFIG
 from dynad.store import save_tensors
+from dynad.walk import extract_features
 
 slow = pytest.mark.skipif(os.environ.get('DYNAD_SLOW') != '1', reason='minutes and more than 6 GB of memory; DYNAD_SLOW=1 runs it')
 
@@ -38,8 +41,8 @@ def detector(cfg, unet, good):
     m = DynAD(cfg)
     m.parts = replace(m.parts, autoencoder=load_latents(cfg.latents, cfg.data.image_size), phi=load_features(cfg.features), denoiser=unet)
     m.parts = replace(m.parts, dic=DIC.fit(pooled(extract_features(m.parts, good)[cfg.dic.layer], cfg.dic.pool), cfg.dic))
-    m.calibration = Calibration({T: (0., 1., 0., 1.) for T in t_grid(cfg.reconstruction.t_max)})
-    m.threshold = m.image_threshold = 1.
+    m.fixed_calibration = Calibration({T: (0., 1., 0., 1.) for T in t_grid(cfg.reconstruction.t_max)})
+    m.decision = Decision(1., 1.)
     return m
 
 @slow
