@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .adaptation import adapt
-from .config import HOW, Config, ConfigError, content_key, dump_config, load_config, make_config, parse_config, _merge, _nest
+from .config import UNKEYED_DENOISER_SETTINGS, Config, ConfigError, content_key, dump_config, load_config, make_config, with_overrides
 from .data import AnomalyDataset, Sample, load_images, read_image, to_float
 from .denoiser import CHECKPOINT, check_denoiser, load_denoiser, make_unet, save_denoiser, set_compiled, train_denoiser
 from .dic import DIC, pooled, t_grid
@@ -437,7 +437,7 @@ class DynAD:
             save_denoiser(unet, work/'unet')
             (work/CHECKPOINT).unlink(missing_ok=True)
             return {'losses': torch.tensor(log.losses)}
-        settings = c.denoiser.model_dump(mode='json', exclude={*HOW, 'min_epochs'}) | dict(epochs=None, steps=c.denoiser.total_steps(len(z0))) # however the number of steps was asked for
+        settings = c.denoiser.model_dump(mode='json', exclude={*UNKEYED_DENOISER_SETTINGS, 'min_epochs'}) | dict(epochs=None, steps=c.denoiser.total_steps(len(z0))) # however the number of steps was asked for
         return run_collectively(store, 'denoiser', dict(z0=content_key(self.good.stage_parts('latents')), settings=settings, diffusion=c.diffusion.model_dump(mode='json'), seed=c.seed, precision=c.precision), make)
 
     def _fit_phi(self, store: Store, phi0: nn.Module, progress: bool, callback, should_stop) -> Path:
@@ -502,7 +502,7 @@ class DynAD:
         "A finished run, with other inference settings if wanted. Raises ConfigError when an override would need a new fit, StoreError when the run is not finished."
         root = Path(run_dir)
         base = load_config(root/'config.json')
-        config = parse_config(_merge(base.model_dump(), _nest(overrides or {})))
+        config = with_overrides(base, overrides or {})
         changed = [k for k in TRAINED if _trained(config)[k] != _trained(base)[k]]
         if changed: raise ConfigError(f"{', '.join(changed)}: cannot be changed on a fitted run; fit again with --set, the stages that do not depend on it are kept")
         if not (root/'run.json').exists(): raise StoreError(f"{root/'run.json'}: no such file, the run is not finished; run `dynad fit` with the same --out again, it goes on where it stopped")
