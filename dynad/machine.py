@@ -15,10 +15,12 @@ __all__ = ['cpu_name', 'cpu_cores', 'cpu_load', 'peak_memory_mb', 'machine']
 def cpu_name() -> str | None:
     "The processor's name: from /proc/cpuinfo on Linux, sysctl on macOS, else what Python's `platform` knows."
     try:
-        if sys.platform == 'darwin': return subprocess.check_output(['sysctl', '-n', 'machdep.cpu.brand_string'], text=True).strip()
+        if sys.platform == 'darwin':
+            return subprocess.check_output(['sysctl', '-n', 'machdep.cpu.brand_string'], text=True).strip()
         lines = Path('/proc/cpuinfo').read_text().splitlines()
         return next(l.split(':', 1)[1].strip() for l in lines if l.startswith('model name'))
-    except (OSError, StopIteration, subprocess.CalledProcessError): return platform.processor() or platform.machine() or None
+    except (OSError, StopIteration, subprocess.CalledProcessError):
+        return platform.processor() or platform.machine() or None
 
 # %% ../nbs/01a_machine.ipynb #cf933913
 def cpu_cores() -> int | None:

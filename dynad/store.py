@@ -106,9 +106,12 @@ def open_tensors(
     "A safetensors file, open for reading. Raises `StoreError` as `load_tensors` does."
     try:
         with safe_open(path, framework='pt') as f: yield f
-    except FileNotFoundError: raise StoreError(f"{path}: no such file; where its folder is a stage of a run, delete that folder and run again") from None
+    except FileNotFoundError:
+        raise StoreError(f"{path}: no such file; "
+                         "where its folder is a stage of a run, delete that folder and run again") from None
     except (SafetensorError, OSError) as e:
-        raise StoreError(f"{path}: not a whole safetensors file ({e}); delete it (in a run: the folder of its stage) and run again") from None
+        raise StoreError(f"{path}: not a whole safetensors file ({e}); "
+                         "delete it (in a run: the folder of its stage) and run again") from None
 
 # %% ../nbs/01_store.ipynb #8cf1a716
 class TensorFile(dict):
@@ -137,7 +140,8 @@ def load_state(
     try: net.load_state_dict(load_tensors(path))
     except RuntimeError as e:
         if 'state_dict' not in str(e): raise
-        raise StoreError(f"{path}: the weights of another network ({str(e).splitlines()[1].strip()[:160]}); {REPAIR_HINT}") from None
+        first = str(e).splitlines()[1].strip()[:160]
+        raise StoreError(f"{path}: the weights of another network ({first}); {REPAIR_HINT}") from None
 
 # %% ../nbs/01_store.ipynb #0f99b9bd
 def load_json(
@@ -147,7 +151,8 @@ def load_json(
     "Read a JSON object. Raises `StoreError` that names the file when it is missing, not JSON, or lacks a key."
     try: raw = json.loads(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError: raise StoreError(f"{path}: no such file; {REPAIR_HINT}") from None
-    except (ValueError, RecursionError, OSError) as e: raise StoreError(f"{path}: cannot be read as JSON ({e}); {REPAIR_HINT}") from None
+    except (ValueError, RecursionError, OSError) as e:
+        raise StoreError(f"{path}: cannot be read as JSON ({e}); {REPAIR_HINT}") from None
     if not isinstance(raw, dict): raise StoreError(f"{path}: no JSON object: a file of something else; {REPAIR_HINT}")
     for key in keys:
         at = raw
@@ -205,7 +210,8 @@ class Store:
         self.root = Path(root)
         try: (self.root/'stages').mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            raise StoreError(f"{self.root}: cannot be made a run directory ({e.strerror}); choose a folder that can be written") from None
+            raise StoreError(f"{self.root}: cannot be made a run directory ({e.strerror}); "
+                             "choose a folder that can be written") from None
         remove_temporary(self.root, age=3600)
 
     @contextmanager
@@ -226,6 +232,7 @@ def path(self: Store,
     "The folder of the stage, finished or not."
     return self.root/'stages'/name/content_key({'name': name, 'schema': SCHEMA, **parts})
 
+# %% ../nbs/01_store.ipynb #b342bbb3
 @patch
 def done(self: Store, name: str, parts: dict[str, Any]) -> bool:
     "Whether the stage is finished."
@@ -236,14 +243,16 @@ def done(self: Store, name: str, parts: dict[str, Any]) -> bool:
 def stage(self: Store,
     name: str,
     parts: dict[str, Any],
-    make: Callable[[Path], dict[str, Tensor] | None] # gets the working folder; returned tensors are saved as data.safetensors
+    make: Callable[[Path], dict[str, Tensor] | None] # gets the working folder; what it returns is data.safetensors
 ) -> Path:                                           # the finished folder
     "The finished stage; made now if it is not there, resumed in its working folder if it was cut off."
     final = self.path(name, parts)
     if self.done(name, parts): return final
     with self.lock(final):
         if self.done(name, parts): return final
-        if final.exists(): raise StoreError(f"{final}: holds no stage.json, so it is not a whole stage; delete the folder and run again")
+        if final.exists():
+            raise StoreError(f"{final}: holds no stage.json, so it is not a whole stage; "
+                             "delete the folder and run again")
         work = final.with_name(final.name + '.part')
         try: work.mkdir(exist_ok=True)
         except OSError as e: raise write_error(work, e) from None
@@ -270,7 +279,8 @@ def seconds(self: Store, name: str, parts: dict[str, Any]) -> float:
     "How long the finished stage took when it was made."
     file = self.path(name, parts)/'stage.json'
     try: return json.loads(file.read_text())['seconds']
-    except (OSError, ValueError, KeyError) as e: raise StoreError(f"{file}: cannot be read ({e}); delete the folder of the stage and run again") from None
+    except (OSError, ValueError, KeyError) as e:
+        raise StoreError(f"{file}: cannot be read ({e}); delete the folder of the stage and run again") from None
 
 # %% ../nbs/01_store.ipynb #e7647ec2
 def check_shard(
@@ -278,9 +288,11 @@ def check_shard(
 ) -> tuple[list[int], float]: # the numbers of its rows, and the seconds that they took
     "What a file of rows holds. Raises `StoreError` when it is not one."
     with open_tensors(path) as data:
-        if not {'index', 'seconds'} <= set(data.keys()): raise StoreError(f"{path}: not rows of a stage; delete it and run again")
+        if not {'index', 'seconds'} <= set(data.keys()):
+            raise StoreError(f"{path}: not rows of a stage; delete it and run again")
         index, seconds = data.get_tensor('index').tolist(), float(data.get_tensor('seconds'))
-        if any((data.get_slice(k).get_shape() or [0])[0] != len(index) for k in data.keys() if k not in ('index', 'seconds')):
+        keys = set(data.keys()) - {'index', 'seconds'}
+        if any((data.get_slice(k).get_shape() or [0])[0] != len(index) for k in keys):
             raise StoreError(f"{path}: holds {len(index)} rows, but tensors of another length; delete it and run again")
     return index, seconds
 
@@ -356,8 +368,9 @@ def read(self: Shards,
     out: dict[str, Tensor] = {}
     for name, at in places.items():
         wanted = [p for _, p in at]
-        rows_of = {k: v[wanted] for k, v in self._held[name].items()} if self.hold else read_shard(self.dir/name, wanted)
-        for key, rows in rows_of.items():
+        if self.hold: found = {k: v[wanted] for k, v in self._held[name].items()}
+        else: found = read_shard(self.dir/name, wanted)
+        for key, rows in found.items():
             if key not in out: out[key] = rows.new_empty(len(index), *rows.shape[1:])
             out[key][[k for k, _ in at]] = rows
     return out
@@ -371,6 +384,7 @@ def get(self: Shards,
     self.fill(index, make, chunk)
     return self.read(index)
 
+# %% ../nbs/01_store.ipynb #71f89b7f
 @patch
 def seconds(self: Shards, index: list[int]) -> float:
     "The time that making these rows took."
