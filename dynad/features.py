@@ -121,12 +121,17 @@ class FeatureExtractor(nn.Module):
         return x.contiguous(memory_format=torch.channels_last)
 
     def forward(self,
-        image: Tensor         # [B,3,H,W] in [0,1]
-    ) -> dict[int, Tensor]:   # j -> [B,C_j,h_j,w_j]
-        "The feature maps of all layers."
+        image: Tensor,            # [B,3,H,W] in [0,1]
+        first: int | None = None  # only so many of the layers, without computing the others
+    ) -> dict[int, Tensor]:       # j -> [B,C_j,h_j,w_j]
+        "The feature maps of the layers."
         if image.ndim != 4 or image.shape[1] != 3:
             raise ValueError(f"image of shape {tuple(image.shape)}: expected [B,3,H,W] in [0,1]")
-        return dict(zip(self.layers, self.net(self.normalized(image))))
+        x, net = self.normalized(image), self.net
+        if first is None or not hasattr(net, 'out_indices') or not hasattr(net, 'model'): maps = net(x)
+        else: maps = net.model.forward_intermediates(
+            x, indices=list(net.out_indices)[:first], stop_early=True, output_fmt='NCHW', intermediates_only=True)
+        return dict(zip(self.layers[:first], maps))
 
     @property
     def weights_hash(self) -> str:

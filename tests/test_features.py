@@ -305,3 +305,15 @@ def test_a_misspelt_backbone_is_answered_with_similar_names():
     with pytest.raises(ConfigError, match=r"features.backbone = 'wide_resnet50': no backbone of this name; did you mean wide_resnet50_2"): make_config('small', {'features.backbone': 'wide_resnet50'})
     with pytest.raises(ConfigError, match=r"did you mean .*vit_small_patch14_dinov2.lvd142m"): make_config('small', {'features.backbone': 'vit_small_patch14_dinov2.lvd142'})
     assert make_config('small', {'features.backbone': 'convnext_tiny.fb_in22k', 'dic.layer': 4, 'fusion.layers': [1, 4]}).fusion.layers == (1, 4)
+
+
+@pytest.mark.parametrize('backbone', ['efficientnet_lite0', 'resnet18', 'vit_tiny_patch16_224', 'convnext_atto'])
+def test_the_first_layers_alone_are_the_same_and_compute_no_more(backbone):
+    phi, x = load_features(FeatureSettings(backbone=backbone), pretrained=backbone == 'efficientnet_lite0'), torch.rand(1, 3, 64, 64)
+    calls = [0]
+    for m in phi.modules():
+        if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)): m.register_forward_hook(lambda *a: calls.__setitem__(0, calls[0] + 1))
+    with torch.no_grad():
+        whole, n = phi(x), calls[0]
+        part = phi(x, first=2)
+    assert list(part) == [1, 2] and all(torch.equal(part[j], whole[j]) for j in part) and calls[0] - n < n
