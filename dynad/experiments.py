@@ -18,7 +18,7 @@ from filelock import FileLock
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from .config import Config, ConfigError, content_key, data_root, make_config, parse_config, _merge, _nest
+from .config import Config, ConfigError, content_key, data_root, make_config, with_overrides
 from .data import AnomalyDataset, load_masks, open_dataset
 from .download import count, missing
 from .detector import TRAINED, DynAD
@@ -178,8 +178,8 @@ def at(
     changes: dict[str, Any] # dotted keys, e.g. {'reconstruction.omega': .3}
 ) -> DynAD:
     "The same trained parts under other inference settings. Raises ConfigError when a change would need training."
-    config = parse_config(_merge(model.config.model_dump(), _nest(changes)))
-    needs = [k for k in changes if k.split('.')[0] in TRAINED and _merge(model.config.model_dump(), _nest({k: changes[k]})) != model.config.model_dump()]
+    config = with_overrides(model.config, changes)
+    needs = [k for k in changes if k.split('.')[0] in TRAINED and with_overrides(model.config, {k: changes[k]}) != model.config]
     if needs: raise ConfigError(f"{', '.join(needs)}: would need training; use fitted(subject, preset, seed, {{{needs[0]!r}: {changes[needs[0]]!r}}})")
     return model.replaced(config=config)
 

@@ -260,9 +260,7 @@ def maps(
     layers: int = 2      # how many of its stages are run
 ) -> dict[int, Tensor]:
     "φ_1 … φ_layers, without paying for the rest."
-    x, out = ((image - phi.mean) / phi.std).contiguous(memory_format=torch.channels_last), {}
-    for j, stage in enumerate(phi.stages[:layers], 1): x = out[j] = stage(x)
-    return out
+    return phi(image, first=layers)
 
 def one_cycle(
     step: int,          # 0 … steps-1

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from .config import Config, content_key, make_config, parse_config, _merge, _nest
+from .config import Config, content_key, make_config, with_overrides
 from .data import AnomalyDataset, Sample, load_masks, open_dataset
 from .denoiser import make_unet, save_denoiser, train_denoiser
 from .detector import DynAD, Staged, images_key, split, _PAIR
@@ -303,7 +303,7 @@ class Bench:
     def at(self, setting: Setting) -> DynAD:
         "The detector with these settings, sharing all that it has learned and stored."
         m = copy.copy(self.model)
-        m.config = parse_config(_merge(self.model.config.model_dump(), _nest(setting.overrides)))
+        m.config = with_overrides(self.model.config, setting.overrides)
         m.calibration = self._levels.setdefault(content_key(m.sampler_key), Calibration({}))
         def mine(staged):
             s = copy.copy(staged)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import torch
+from fastcore.basics import patch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -19,11 +20,12 @@ from torch import Tensor
 from .config import DynadError, content_key
 
 # %% auto #0
-__all__ = ['REPAIR_HINT', 'SCHEMA', 'StoreError', 'TrainingStopped', 'WriteError', 'replacing', 'make_folder', 'atomic_write',
-           'save_tensors', 'open_tensors', 'load_tensors', 'load_state', 'load_json', 'file_sha256', 'state_hash',
-           'Store', 'Shards']
+__all__ = ['REPAIR_HINT', 'DISK_ERRORS', 'SCHEMA', 'StoreError', 'TrainingStopped', 'WriteError', 'write_error', 'replacing',
+           'atomic_write', 'make_folder', 'save_tensors', 'open_tensors', 'TensorFile', 'load_tensors', 'load_state',
+           'load_json', 'file_sha256', 'state_hash', 'remove_temporary', 'describe_stage', 'Store', 'check_shard',
+           'read_shard', 'Shards']
 
-# %% ../nbs/01_store.ipynb #10bfd59d
+# %% ../nbs/01_store.ipynb #05772a03
 class StoreError(DynadError, RuntimeError):
     "An artefact that cannot be read or written: the text names the file, what is wrong and the cure."
 
@@ -34,41 +36,41 @@ class WriteError(StoreError, OSError):
     "A file that cannot be written."
     def __str__(self): return self.args[0]
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
+# %% ../nbs/01_store.ipynb #226a9f91
+REPAIR_HINT = "put the right file back, or delete it (in a run: the folder of its stage) and run again"
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO} # of the disk, not of what is written
 
-def _unwritable(path: str | Path, e: Exception) -> WriteError:
-    return WriteError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); make room, or choose a folder that can be written, and run again: what is finished is kept")
+def write_error(path: str | Path, e: Exception) -> WriteError:
+    "The error for a file that cannot be written, with the system's reason."
+    return WriteError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); "
+                      "make room, or choose a folder that can be written, and run again: what is finished is kept")
 
+# %% ../nbs/01_store.ipynb #38f41ff0
 @contextmanager
 def replacing(
-    path: str | Path # the final place
-) -> Iterator[Path]: # a temporary name beside it
+    path: str | Path # the final path
+) -> Iterator[Path]: # a temporary path beside it
     "Yield a temporary path; rename it to `path` if the block succeeds, remove it if not."
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
         os.close(fd)
-    except OSError as e: raise _unwritable(path, e) from None
+    except OSError as e: raise write_error(path, e) from None
     tmp = Path(tmp)
     try:
         try: yield tmp
         except OSError as e:
-            if e.errno in _FULL: raise _unwritable(path, e) from None
+            if e.errno in DISK_ERRORS: raise write_error(path, e) from None
             raise
         try:
             umask = os.umask(0); os.umask(umask)
-            os.chmod(tmp, 0o666 & ~umask)
+            os.chmod(tmp, 0o666 & ~umask) # mkstemp allows the owner only
             os.replace(tmp, path)
-        except OSError as e: raise _unwritable(path, e) from None
+        except OSError as e: raise write_error(path, e) from None
     finally: tmp.unlink(missing_ok=True)
 
-def make_folder(path: str | Path) -> Path:
-    "A folder that exists afterwards. Raises `WriteError` that names it."
-    try: Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise _unwritable(path, e) from None
-    return Path(path)
-
+# %% ../nbs/01_store.ipynb #069ac050
 def atomic_write(
     path: str | Path,
     content: bytes | str # text is written as UTF-8
@@ -77,7 +79,14 @@ def atomic_write(
     with replacing(path) as tmp: tmp.write_bytes(content.encode() if isinstance(content, str) else content)
     return Path(path)
 
-# %% ../nbs/01_store.ipynb #db846847
+# %% ../nbs/01_store.ipynb #764ad5d9
+def make_folder(path: str | Path) -> Path:
+    "A folder that exists afterwards. Raises `WriteError` that names it."
+    try: Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise write_error(path, e) from None
+    return Path(path)
+
+# %% ../nbs/01_store.ipynb #88e17dcc
 def save_tensors(
     path: str | Path,
     tensors: dict[str, Tensor],
@@ -86,9 +95,10 @@ def save_tensors(
     "Write tensors as one safetensors file, atomically."
     with replacing(path) as tmp:
         try: save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp, metadata=metadata)
-        except SafetensorError as e: raise _unwritable(path, e) from None
+        except SafetensorError as e: raise write_error(path, e) from None
     return Path(path)
 
+# %% ../nbs/01_store.ipynb #fe9cf26f
 @contextmanager
 def open_tensors(
     path: str | Path
@@ -96,25 +106,32 @@ def open_tensors(
     "A safetensors file, open for reading. Raises `StoreError` as `load_tensors` does."
     try:
         with safe_open(path, framework='pt') as f: yield f
-    except FileNotFoundError: raise StoreError(f"{path}: no such file; where its folder is a stage of a run, delete that folder and run again") from None
-    except (SafetensorError, OSError) as e: raise StoreError(f"{path}: not a whole safetensors file ({e}); delete it (in a run: the folder of its stage) and run again") from None
+    except FileNotFoundError:
+        raise StoreError(f"{path}: no such file; "
+                         "where its folder is a stage of a run, delete that folder and run again") from None
+    except (SafetensorError, OSError) as e:
+        raise StoreError(f"{path}: not a whole safetensors file ({e}); "
+                         "delete it (in a run: the folder of its stage) and run again") from None
 
-def load_tensors(
-    path: str | Path
-) -> dict[str, Tensor]:
-    "Read a safetensors file. Raises `StoreError` that names the file when it is missing, cut off or of another kind."
-    with open_tensors(path) as f: return _Tensors(path, {k: f.get_tensor(k) for k in f.keys()})
-
-class _Tensors(dict):
-    "What a file holds; asked for what it does not hold, it names itself."
+# %% ../nbs/01_store.ipynb #8cf1a716
+class TensorFile(dict):
+    "The tensors of a file by name. Raises `StoreError` that names the file for a tensor that it does not hold."
     def __init__(self, path: str | Path, tensors: dict[str, Tensor]):
         super().__init__(tensors)
         self.path = path
 
-    def __missing__(self, key: str): raise StoreError(f"{self.path}: holds {', '.join(sorted(self)[:5]) or 'no tensor'} and no {key!r}: a file of something else; {REPAIR_HINT}")
+    def __missing__(self, key: str):
+        names = ', '.join(sorted(self)[:5]) or 'no tensor'
+        raise StoreError(f"{self.path}: holds {names} and no {key!r}: a file of something else; {REPAIR_HINT}")
 
-REPAIR_HINT = "put the right file back, or delete it (in a run: the folder of its stage) and run again"
+# %% ../nbs/01_store.ipynb #504b4e77
+def load_tensors(
+    path: str | Path
+) -> dict[str, Tensor]:
+    "Read a safetensors file. Raises `StoreError` that names the file when it is missing, cut off or of another kind."
+    with open_tensors(path) as f: return TensorFile(path, {k: f.get_tensor(k) for k in f.keys()})
 
+# %% ../nbs/01_store.ipynb #9a2fd864
 def load_state(
     net: torch.nn.Module,   # takes the weights, in place
     path: str | Path        # a safetensors file
@@ -123,8 +140,10 @@ def load_state(
     try: net.load_state_dict(load_tensors(path))
     except RuntimeError as e:
         if 'state_dict' not in str(e): raise
-        raise StoreError(f"{path}: the weights of another network ({str(e).splitlines()[1].strip()[:160]}); {REPAIR_HINT}") from None
+        first = str(e).splitlines()[1].strip()[:160]
+        raise StoreError(f"{path}: the weights of another network ({first}); {REPAIR_HINT}") from None
 
+# %% ../nbs/01_store.ipynb #0f99b9bd
 def load_json(
     path: str | Path,
     *keys: str              # that it must have; `a.b` is b in the object a
@@ -132,21 +151,25 @@ def load_json(
     "Read a JSON object. Raises `StoreError` that names the file when it is missing, not JSON, or lacks a key."
     try: raw = json.loads(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError: raise StoreError(f"{path}: no such file; {REPAIR_HINT}") from None
-    except (ValueError, RecursionError, OSError) as e: raise StoreError(f"{path}: cannot be read as JSON ({e}); {REPAIR_HINT}") from None
+    except (ValueError, RecursionError, OSError) as e:
+        raise StoreError(f"{path}: cannot be read as JSON ({e}); {REPAIR_HINT}") from None
     if not isinstance(raw, dict): raise StoreError(f"{path}: no JSON object: a file of something else; {REPAIR_HINT}")
     for key in keys:
         at = raw
         for part in key.split('.'):
-            if not isinstance(at, dict) or part not in at: raise StoreError(f"{path}: has no {key!r}: a file of something else; {REPAIR_HINT}")
+            if not isinstance(at, dict) or part not in at:
+                raise StoreError(f"{path}: has no {key!r}: a file of something else; {REPAIR_HINT}")
             at = at[part]
     return raw
 
+# %% ../nbs/01_store.ipynb #fda8a5f6
 def file_sha256(
     path: str | Path
 ) -> str: # hexadecimal
     "sha256 of a file's bytes."
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
+# %% ../nbs/01_store.ipynb #5a843172
 def state_hash(
     tensors: dict[str, Tensor] # a state dict
 ) -> str:                      # hexadecimal
@@ -158,19 +181,27 @@ def state_hash(
         h.update(v.reshape(-1).view(torch.uint8).numpy().tobytes() if v.numel() else b'')
     return h.hexdigest()
 
-# %% ../nbs/01_store.ipynb #2073bf47
+# %% ../nbs/01_store.ipynb #bafd1c86
 SCHEMA = 1 # raised when the content of any stage changes its form
 
-def _sweep(folder: Path, pattern: str = '.*.tmp', age: float = 0.) -> None:
-    "Remove what a killed process was writing; the caller holds the lock, or `age` [s] is beyond any write."
+def remove_temporary(
+    folder: Path,
+    pattern: str = '.*.tmp',
+    age: float = 0. # seconds; above 0: only files older than that, and not in subfolders
+) -> None:
+    "Remove what a killed process was writing. The caller holds the lock, or `age` is longer than any write."
     for p in folder.rglob(pattern) if not age else folder.glob(pattern):
         try:
             if not age or time.time() - p.stat().st_mtime > age: p.unlink(missing_ok=True)
         except OSError: pass
 
-def _describe(folder: Path, name: str, parts: dict[str, Any], seconds: float | None = None):
-    atomic_write(folder/'stage.json', json.dumps({'name': name, 'schema': SCHEMA, 'parts': parts, 'seconds': seconds}, indent=1, default=str))
+# %% ../nbs/01_store.ipynb #f6225c13
+def describe_stage(folder: Path, name: str, parts: dict[str, Any], seconds: float | None = None) -> None:
+    "Write stage.json, which makes a folder a finished stage: its name, what it depends on, and how long it took."
+    stage = {'name': name, 'schema': SCHEMA, 'parts': parts, 'seconds': seconds}
+    atomic_write(folder/'stage.json', json.dumps(stage, indent=1, default=str))
 
+# %% ../nbs/01_store.ipynb #60dcb0d5
 class Store:
     "The stages of one run directory."
     def __init__(self,
@@ -178,65 +209,106 @@ class Store:
     ):
         self.root = Path(root)
         try: (self.root/'stages').mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise StoreError(f"{self.root}: cannot be made a run directory ({e.strerror}); choose a folder that can be written") from None
-        _sweep(self.root, age=3600)
-
-    def path(self,
-        name: str,           # e.g. 'latents'
-        parts: dict[str, Any] # everything the stage depends on
-    ) -> Path:
-        "Where the stage lives, finished or not."
-        return self.root/'stages'/name/content_key({'name': name, 'schema': SCHEMA, **parts})
-
-    def done(self, name: str, parts: dict[str, Any]) -> bool:
-        "Whether the stage is finished."
-        return (self.path(name, parts)/'stage.json').exists()
+        except OSError as e:
+            raise StoreError(f"{self.root}: cannot be made a run directory ({e.strerror}); "
+                             "choose a folder that can be written") from None
+        remove_temporary(self.root, age=3600)
 
     @contextmanager
     def lock(self, path: Path) -> Iterator[None]:
         "One process at a time per stage."
         lock = FileLock(f'{path}.lock')
         try: path.parent.mkdir(parents=True, exist_ok=True); lock.acquire()
-        except OSError as e: raise _unwritable(path, e) from None
+        except OSError as e: raise write_error(path, e) from None
         try: yield
         finally: lock.release()
 
-    def stage(self,
-        name: str,
-        parts: dict[str, Any],
-        make: Callable[[Path], dict[str, Tensor] | None] # gets the working folder; returned tensors are saved as data.safetensors
-    ) -> Path:                                           # the finished folder
-        "The finished stage; made now if it is not there, resumed in its working folder if it was cut off."
-        final = self.path(name, parts)
+# %% ../nbs/01_store.ipynb #d5a066fa
+@patch
+def path(self: Store,
+    name: str,            # e.g. 'latents'
+    parts: dict[str, Any] # everything the stage depends on
+) -> Path:
+    "The folder of the stage, finished or not."
+    return self.root/'stages'/name/content_key({'name': name, 'schema': SCHEMA, **parts})
+
+# %% ../nbs/01_store.ipynb #b342bbb3
+@patch
+def done(self: Store, name: str, parts: dict[str, Any]) -> bool:
+    "Whether the stage is finished."
+    return (self.path(name, parts)/'stage.json').exists()
+
+# %% ../nbs/01_store.ipynb #ba7ecd77
+@patch
+def stage(self: Store,
+    name: str,
+    parts: dict[str, Any],
+    make: Callable[[Path], dict[str, Tensor] | None] # gets the working folder; what it returns is data.safetensors
+) -> Path:                                           # the finished folder
+    "The finished stage; made now if it is not there, resumed in its working folder if it was cut off."
+    final = self.path(name, parts)
+    if self.done(name, parts): return final
+    with self.lock(final):
         if self.done(name, parts): return final
-        with self.lock(final):
-            if self.done(name, parts): return final
-            if final.exists(): raise StoreError(f"{final}: holds no stage.json, so it is not a whole stage; delete the folder and run again")
-            work = final.with_name(final.name + '.part')
-            try: work.mkdir(exist_ok=True)
-            except OSError as e: raise _unwritable(work, e) from None
-            _sweep(work)
-            start = time.perf_counter()
-            tensors = make(work)
-            if tensors is not None: save_tensors(work/'data.safetensors', tensors)
-            _describe(work, name, parts, time.perf_counter() - start)
-            try: os.replace(work, final)
-            except OSError as e: raise _unwritable(final, e) from None
-        return final
+        if final.exists():
+            raise StoreError(f"{final}: holds no stage.json, so it is not a whole stage; "
+                             "delete the folder and run again")
+        work = final.with_name(final.name + '.part')
+        try: work.mkdir(exist_ok=True)
+        except OSError as e: raise write_error(work, e) from None
+        remove_temporary(work)
+        start = time.perf_counter()
+        tensors = make(work)
+        if tensors is not None: save_tensors(work/'data.safetensors', tensors)
+        describe_stage(work, name, parts, time.perf_counter() - start)
+        try: os.replace(work, final)
+        except OSError as e: raise write_error(final, e) from None
+    return final
 
-    def seconds(self, name: str, parts: dict[str, Any]) -> float:
-        "How long the finished stage took when it was made."
-        file = self.path(name, parts)/'stage.json'
-        try: return json.loads(file.read_text())['seconds']
-        except (OSError, ValueError, KeyError) as e: raise StoreError(f"{file}: cannot be read ({e}); delete the folder of the stage and run again") from None
+# %% ../nbs/01_store.ipynb #3c3fcece
+@patch
+def tensors(self: Store,
+    name: str, parts: dict[str, Any], make: Callable[[Path], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    "The stage's tensors, from disk or made now."
+    return load_tensors(self.stage(name, parts, make)/'data.safetensors')
 
-    def tensors(self,
-        name: str, parts: dict[str, Any], make: Callable[[Path], dict[str, Tensor]]
-    ) -> dict[str, Tensor]:
-        "The stage's tensors, from disk or made now."
-        return load_tensors(self.stage(name, parts, make)/'data.safetensors')
+# %% ../nbs/01_store.ipynb #cc830cbd
+@patch
+def seconds(self: Store, name: str, parts: dict[str, Any]) -> float:
+    "How long the finished stage took when it was made."
+    file = self.path(name, parts)/'stage.json'
+    try: return json.loads(file.read_text())['seconds']
+    except (OSError, ValueError, KeyError) as e:
+        raise StoreError(f"{file}: cannot be read ({e}); delete the folder of the stage and run again") from None
 
-# %% ../nbs/01_store.ipynb #0276a077
+# %% ../nbs/01_store.ipynb #e7647ec2
+def check_shard(
+    path: Path # a file of rows
+) -> tuple[list[int], float]: # the numbers of its rows, and the seconds that they took
+    "What a file of rows holds. Raises `StoreError` when it is not one."
+    with open_tensors(path) as data:
+        if not {'index', 'seconds'} <= set(data.keys()):
+            raise StoreError(f"{path}: not rows of a stage; delete it and run again")
+        index, seconds = data.get_tensor('index').tolist(), float(data.get_tensor('seconds'))
+        keys = set(data.keys()) - {'index', 'seconds'}
+        if any((data.get_slice(k).get_shape() or [0])[0] != len(index) for k in keys):
+            raise StoreError(f"{path}: holds {len(index)} rows, but tensors of another length; delete it and run again")
+    return index, seconds
+
+# %% ../nbs/01_store.ipynb #22efb29c
+def read_shard(
+    path: Path,
+    at: list[int] | None = None # positions in the file; None: all rows
+) -> dict[str, Tensor]:
+    "The rows at some positions of a file; of a large file only the range around them is read."
+    with open_tensors(path) as f:
+        keys = [k for k in f.keys() if k not in ('index', 'seconds')]
+        if at is None: return {k: f.get_tensor(k) for k in keys}
+        low = min(at)
+        return {k: f.get_slice(k)[low:max(at) + 1][[p - low for p in at]] for k in keys}
+
+# %% ../nbs/01_store.ipynb #cf65e2d8
 class Shards:
     "Lazily filled rows of one keyed stage; rows that exist are never computed again."
     def __init__(self,
@@ -245,75 +317,76 @@ class Shards:
     ):
         self.store, self.dir, self.name, self.parts, self.hold = store, store.path(name, parts), name, parts, hold
         self._rows: dict[int, tuple[str, int]] = {}      # row -> file, position in it
-        self._held: dict[str, dict[str, Tensor]] = {}
-        self._cost: dict[int, float] = {}
+        self._held: dict[str, dict[str, Tensor]] = {}    # file -> its rows, with `hold`
+        self._cost: dict[int, float] = {}                # row -> seconds
         self._read_files: set[str] = set()
 
     def _refresh(self):
+        "Take note of files that this or another process has written since."
         for f in sorted(self.dir.glob('rows-*.safetensors')):
             if f.name in self._read_files: continue
-            with open_tensors(f) as data:
-                if not {'index', 'seconds'} <= set(data.keys()): raise StoreError(f"{f}: not rows of a stage; delete it and run again")
-                index, seconds = data.get_tensor('index').tolist(), float(data.get_tensor('seconds'))
-                keys = [k for k in data.keys() if k not in ('index', 'seconds')]
-                if any((data.get_slice(k).get_shape() or [0])[0] != len(index) for k in keys): raise StoreError(f"{f}: holds {len(index)} rows, but tensors of another length; delete it and run again")
-                if self.hold: self._held[f.name] = {k: data.get_tensor(k) for k in keys}
+            index, seconds = check_shard(f)
+            if self.hold: self._held[f.name] = read_shard(f)
             for i, r in enumerate(index): self._rows[r], self._cost[r] = (f.name, i), seconds/len(index)
             self._read_files.add(f.name)
 
     def missing(self, index: list[int]) -> list[int]:
-        "Those of the rows that would have to be made, rising."
+        "Those of the rows that would have to be made, ascending."
         if not all(i in self._rows for i in index): self._refresh()
         return sorted({i for i in index if i not in self._rows})
 
-    def fill(self,
-        index: list[int],                               # rows wanted
-        make: Callable[[list[int]], dict[str, Tensor]], # missing rows -> tensors, first axis the rows in that order
-        chunk: int = 512                                # rows per file: what a killed run can lose
-    ) -> None:
-        "Make the rows that are missing."
-        if self.missing(index):
-            with self.store.lock(self.dir):
-                missing = self.missing(index)
-                try: self.dir.mkdir(parents=True, exist_ok=True)
-                except OSError as e: raise _unwritable(self.dir, e) from None
-                _sweep(self.dir)
-                if missing and not (self.dir/'stage.json').exists(): _describe(self.dir, self.name, self.parts)
-                for a in range(0, len(missing), chunk):
-                    part, start = missing[a:a+chunk], time.perf_counter()
-                    data = make(part)
-                    data |= {'index': torch.tensor(part), 'seconds': torch.tensor(time.perf_counter() - start)}
-                    save_tensors(next(f for n in count() if not (f := self.dir/f'rows-{n:05d}.safetensors').exists()), data)
-                    self._refresh()
+# %% ../nbs/01_store.ipynb #15587c18
+@patch
+def fill(self: Shards,
+    index: list[int],                               # rows wanted
+    make: Callable[[list[int]], dict[str, Tensor]], # missing rows -> tensors, first axis the rows in that order
+    chunk: int = 512                                # rows per file: what a killed run can lose
+) -> None:
+    "Make the rows that are missing."
+    if not self.missing(index): return
+    with self.store.lock(self.dir):
+        missing = self.missing(index) # another process may have made some
+        make_folder(self.dir)
+        remove_temporary(self.dir)
+        if missing and not (self.dir/'stage.json').exists(): describe_stage(self.dir, self.name, self.parts)
+        for a in range(0, len(missing), chunk):
+            part, start = missing[a:a+chunk], time.perf_counter()
+            data = make(part)
+            data |= {'index': torch.tensor(part), 'seconds': torch.tensor(time.perf_counter() - start)}
+            save_tensors(next(f for n in count() if not (f := self.dir/f'rows-{n:05d}.safetensors').exists()), data)
+            self._refresh()
 
-    def read(self,
-        index: list[int]    # rows that exist
-    ) -> dict[str, Tensor]: # stacked in the order of `index`
-        "The rows asked for. Raises KeyError for one that was not made."
-        if not all(i in self._rows for i in index): self._refresh()
-        places: dict[str, list[tuple[int, int]]] = {}
-        for k, i in enumerate(index): places.setdefault(self._rows[i][0], []).append((k, self._rows[i][1]))
-        out: dict[str, Tensor] = {}
-        for name, at in places.items():
-            for key, rows in self._of(name, [p for _, p in at]).items():
-                if key not in out: out[key] = rows.new_empty(len(index), *rows.shape[1:])
-                out[key][[k for k, _ in at]] = rows
-        return out
+# %% ../nbs/01_store.ipynb #d7049345
+@patch
+def read(self: Shards,
+    index: list[int]    # rows that exist
+) -> dict[str, Tensor]: # stacked in the order of `index`
+    "The rows asked for. Raises KeyError for one that was not made."
+    if not all(i in self._rows for i in index): self._refresh()
+    places: dict[str, list[tuple[int, int]]] = {}
+    for k, i in enumerate(index): places.setdefault(self._rows[i][0], []).append((k, self._rows[i][1]))
+    out: dict[str, Tensor] = {}
+    for name, at in places.items():
+        wanted = [p for _, p in at]
+        if self.hold: found = {k: v[wanted] for k, v in self._held[name].items()}
+        else: found = read_shard(self.dir/name, wanted)
+        for key, rows in found.items():
+            if key not in out: out[key] = rows.new_empty(len(index), *rows.shape[1:])
+            out[key][[k for k, _ in at]] = rows
+    return out
 
-    def _of(self, name: str, at: list[int]) -> dict[str, Tensor]:
-        if self.hold: return {k: v[at] for k, v in self._held[name].items()}
-        low = min(at)
-        with open_tensors(self.dir/name) as f:
-            return {k: f.get_slice(k)[low:max(at) + 1][[p - low for p in at]] for k in f.keys() if k not in ('index', 'seconds')}
+# %% ../nbs/01_store.ipynb #ab84c090
+@patch
+def get(self: Shards,
+    index: list[int], make: Callable[[list[int]], dict[str, Tensor]], chunk: int = 512 # as in `fill`
+) -> dict[str, Tensor]: # stacked in the order of `index`
+    "The rows asked for, made where they are missing."
+    self.fill(index, make, chunk)
+    return self.read(index)
 
-    def get(self,
-        index: list[int], make: Callable[[list[int]], dict[str, Tensor]], chunk: int = 512 # as in `fill`
-    ) -> dict[str, Tensor]: # stacked in the order of `index`
-        "The rows asked for, made where they are missing."
-        self.fill(index, make, chunk)
-        return self.read(index)
-
-    def seconds(self, index: list[int]) -> float:
-        "What these rows cost when they were made."
-        self.missing(index)
-        return sum(self._cost[i] for i in index)
+# %% ../nbs/01_store.ipynb #71f89b7f
+@patch
+def seconds(self: Shards, index: list[int]) -> float:
+    "The time that making these rows took."
+    self.missing(index)
+    return sum(self._cost[i] for i in index)

@@ -3,7 +3,7 @@ import json
 import pytest
 from hypothesis import given, strategies as st
 
-from dynad.config import PRESETS, Config, ConfigError, content_key, dump_config, load_config, make_config, parse_config, parse_overrides
+from dynad.config import PRESETS, Config, ConfigError, content_key, dump_config, load_config, make_config, merged, nested, parse_config, parse_overrides, parse_pairs, parse_value, with_overrides
 
 
 @pytest.mark.parametrize('key, value, words', [
@@ -16,7 +16,11 @@ from dynad.config import PRESETS, Config, ConfigError, content_key, dump_config,
     ('data.image_size', 100, ['data.image_size = 100', 'multiple of 32']),
     ('reconstruction.t_max', 2000, ['reconstruction.t_max = 2000 is larger than diffusion.T = 1000']),
     ('denoiser.epochs', 3, ['denoiser.epochs and denoiser.steps: exactly one']),
-    ('fusion.layers', [2, 4], ['fusion.layers.1 = 4']),
+    ('fusion.layers', [2, -1], ['fusion.layers.1 = -1', 'numbers of layers that the backbone has']),
+    ('fusion.layers', [2, 'last'], ["fusion.layers.1 = 'last'"]),
+    ('dic.layer', 10, ['dic.layer = 10', 'a layer number j that the backbone has']),
+    ('features.backbone', 'resnet43', ["features.backbone = 'resnet43': no backbone of this name; did you mean resnet34", 'any name of timm.list_models()']),
+    ('features.backbone', 3, ['features.backbone = 3']),
 ])
 def test_errors_name_key_value_and_what_is_allowed(key, value, words):
     with pytest.raises(ConfigError) as e: make_config('small', {key: value})
@@ -55,6 +59,30 @@ def test_a_broken_file_is_named(tmp_path, text, words):
 def test_set_pairs():
     assert parse_overrides(['a.b=1', 'c=x=y', 'd=[1,2]', 'e=null']) == {'a.b': 1, 'c': 'x=y', 'd': [1, 2], 'e': None}
     with pytest.raises(ConfigError, match='expected key=value'): parse_overrides(['eta'])
+    with pytest.raises(ConfigError, match=r"-p 'n_boot': expected key=value, e.g. n_boot=50"): parse_pairs(['n_boot'], '-p', 'n_boot=50')
+    with pytest.raises(ConfigError, match='expected key=value'): parse_pairs([' =3'])
+
+
+@pytest.mark.parametrize('text, value', [
+    ('4', 4), ('-4', -4), ('+4', 4.), ('.5', .5), ('1.', 1.), ('1e-3', 1e-3), ('2.5', 2.5),
+    ('true', True), ('false', False), ('null', None), ('True', True), ('False', False), ('None', None),
+    ('[0, 1]', [0, 1]), ('[tile, wood]', ['tile', 'wood']), ("['tile', 'wood']", ['tile', 'wood']), ('[True, null]', [True, None]), ('{"a": 1}', {'a': 1}), ('{a: 1}', {'a': 1}),
+    ('taesd', 'taesd'), ('"4"', '4'), ('', ''), ('x=y', 'x=y'), ('[open', '[open'), ('yes', 'yes'), ('2026-11-25', '2026-11-25'), ('1.2.3', '1.2.3'), ('9'*5000, '9'*5000), ('['*100_000, '['*100_000),
+])
+def test_a_value_is_read_as_json_python_or_yaml_write_it(text, value):
+    got = parse_value(text)
+    assert got == value and type(got) is type(value)
+
+
+def test_overrides_of_a_configuration():
+    cfg = make_config('small', seed=3)
+    other = with_overrides(cfg, {'reconstruction.eta': 4., 'batch': 2})
+    assert (other.reconstruction.eta, other.batch, other.seed, other.reconstruction.t_max) == (4., 2, 3, 640) and cfg.batch == 32
+    assert with_overrides(cfg, {}) == cfg
+    with pytest.raises(ConfigError, match='fusion.lam = 2: .*less than or equal to 1'): with_overrides(cfg, {'fusion.lam': 2})
+    with pytest.raises(ConfigError, match='dic.K = 2: dic = 1 is given as a whole beside it'): nested({'dic': 1, 'dic.K': 2})
+    base = {'a': {'b': 1, 'c': 2}}
+    assert merged(base, {'a': {'b': 3}, 'd': 4}) == {'a': {'b': 3, 'c': 2}, 'd': 4} and base == {'a': {'b': 1, 'c': 2}}
 
 
 def test_settings_cannot_be_changed_in_place():
