@@ -17,22 +17,21 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from .config import Config, content_key, make_config, parse_config, _merge, _nest
-from .data import AnomalyDataset, Sample, load_masks, open_dataset
+from .data import AnomalyDataset, Sample, load_masks, open_dataset, open_folder
 from .denoiser import make_unet, save_denoiser, train_denoiser
 from .detector import DynAD, Staged, images_key, split, _PAIR
 from .diffusion import make_schedule
 from .fusion import Calibration, feature_map, upsample
 from .latents import load_latents, shipped
-from .layouts import _images
 from .lesson import runs_folder
 from .metrics import _ordered, region_weights
-from .images import EXTENSIONS, DataError, to_float
+from .images import DataError, to_float
 from .store import atomic_write, file_sha256, load_tensors, save_tensors
 from .synthetic import nominal, image_rng, write_synthetic
 
 # %% auto #0
-__all__ = ['PLACES', 'NOTE', 'DEMO_NOTE', 'blur_matrix', 'spread', 'Setting', 'Cut', 'QuickMetrics', 'open_folder', 'Bench',
-           'demo_config', 'demo_weights', 'demo_run', 'train_demo']
+__all__ = ['PLACES', 'NOTE', 'DEMO_NOTE', 'blur_matrix', 'spread', 'Setting', 'Cut', 'QuickMetrics', 'Bench', 'demo_config',
+           'demo_weights', 'demo_run', 'train_demo']
 
 # %% ../nbs/18_session.ipynb #19f41d30
 @lru_cache(512)
@@ -228,17 +227,6 @@ def _part(
     s = copy.copy(staged)
     s._pairs = lambda t_hat: [i*_PAIR + int(t_hat[i]) for i in rows]
     return s
-
-def open_folder(
-    folder: str | Path
-) -> AnomalyDataset:
-    "Every image below the folder as a normal training image; a folder in MVTec's layout is opened as such. Raises DataError when there is none."
-    root = Path(folder).expanduser().resolve()
-    if not root.is_dir(): raise DataError(f"{root}: {'a file, not a folder' if root.exists() else 'no such folder'}; name the folder that holds your normal images")
-    if (root/'train'/'good').is_dir(): return open_dataset(root)
-    found = _images(root)
-    if not found: raise DataError(f"{root}: no image in there ({', '.join(sorted(EXTENSIONS))})")
-    return AnomalyDataset(root.name, root, 'folder', None, tuple(Sample(p.relative_to(root).as_posix(), p, 0, 'good', 'train') for p in found))
 
 def _own(info: dict[str, Any], c: Config) -> AnomalyDataset:
     "The data set that a run was fitted on."
