@@ -46,12 +46,13 @@ def _mapped(
             pool.shutdown(cancel_futures=True)
             raise
 
-# %% ../nbs/03b_data.ipynb #df95ceeb
+# %% ../nbs/03b_data.ipynb #3e3b33fc
 def _digest(p: Path | None) -> str:
     "sha256 of a file, '' without one."
     try: return file_sha256(p) if p else ''
     except OSError as e: raise DataError(f"{p}: cannot be read ({e.strerror}); open the data set again") from None
 
+# %% ../nbs/03b_data.ipynb #b206fa58
 def _fingerprint_line(s: Sample) -> str:
     "All of a sample that results depend on."
     rule = [] if s.mask_rule == 'half' else [s.mask_rule]
@@ -92,7 +93,7 @@ class AnomalyDataset:
             h.update(line.encode())
         return h.hexdigest()
 
-# %% ../nbs/03b_data.ipynb #83b11ea5
+# %% ../nbs/03b_data.ipynb #281ed509
 @patch
 def summary(self: AnomalyDataset) -> pd.DataFrame:
     "Number of images and masks by split, label and kind of defect."
@@ -107,13 +108,14 @@ def summary(self: AnomalyDataset) -> pd.DataFrame:
 def __repr__(self: AnomalyDataset) -> str:
     bad = [s for s in self.test if s.label]
     return (f'AnomalyDataset {self.name!r} ({self.layout}): {len(self.train)} train, '
-            f'{len(self.test) - len(bad)} normal + {len(bad)} anomalous test, {sum(s.mask is not None for s in bad)} masks')
+            f'{len(self.test) - len(bad)} normal + {len(bad)} anomalous test, '
+            f'{sum(s.mask is not None for s in bad)} masks')
 
 @patch
 def _repr_html_(self: AnomalyDataset) -> str:
     return f'<p><b>{html.escape(self.name)}</b> (layout {self.layout})</p>{self.summary().to_html()}'
 
-# %% ../nbs/03b_data.ipynb #1cb81e67
+# %% ../nbs/03b_data.ipynb #b967a9cb
 def _too_few(n: int, k: int, minimum: int, fraction: float) -> str:
     "The end of the error when `k` of `n` normal images are to be held out: what is missing, and what helps."
     cure = f"add at least {minimum + 2 - n} normal images" if n < minimum + 2 else f"lower data.holdout = {fraction}"
@@ -122,6 +124,7 @@ def _too_few(n: int, k: int, minimum: int, fraction: float) -> str:
     return (f"{n} normal training image{'s'*(n != 1)}, but {k} are held out for calibration "
             f"and at least 2 must remain to learn from; {cure}")
 
+# %% ../nbs/03b_data.ipynb #a86af49b
 @patch
 def holdout(self: AnomalyDataset,
     fraction: float = .2, # of the normal training images, to be held out
@@ -154,7 +157,7 @@ def images_key(
     "The identity of these images at this size, for the keys of a run's store."
     return content_key(dict(data=fingerprint, names=[s.name for s in samples], size=size))
 
-# %% ../nbs/03b_data.ipynb #e2991f27
+# %% ../nbs/03b_data.ipynb #3eb69555
 def _n_anomalous(
     k: int,      # images to draw
     normal: int, # that many are there
@@ -165,6 +168,7 @@ def _n_anomalous(
     if k >= 2 and normal and anomalous: n = min(max(n, 1), k - 1)
     return min(max(n, k - normal), anomalous)
 
+# %% ../nbs/03b_data.ipynb #9d807f5a
 @patch
 def limited(self: AnomalyDataset,
     n_train: int, # normal training images kept
@@ -186,7 +190,7 @@ def limited(self: AnomalyDataset,
     size = f'{n} of {len(self.train)} train, {k} of {len(self.test)} test, seed {seed}'
     return replace(self, name=f'{self.name} ({size})', samples=kept)
 
-# %% ../nbs/03b_data.ipynb #75112b88
+# %% ../nbs/03b_data.ipynb #d307e875
 def _check_mask_size(sample: Sample) -> None:
     "Raises `DataError` when the mask does not have the size of its image."
     if sample.mask is None: return
@@ -195,6 +199,7 @@ def _check_mask_size(sample: Sample) -> None:
         raise DataError(f"{sample.mask}: the mask is {mw}×{mh} pixels, but its image {sample.image.name} is {w}×{h}; "
                         f"make a mask of the image's size")
 
+# %% ../nbs/03b_data.ipynb #00116655
 def _choose_layout(root: Path, layout: str) -> str:
     "The layout to read a folder with."
     if layout == 'folder' and (root/'train'/'good').is_dir(): return 'mvtec' # its test images are no training images
@@ -249,11 +254,11 @@ def open_dataset(
     for _ in _mapped(_check_mask_size, data.samples, 'sizes'): pass
     return data
 
-# %% ../nbs/03b_data.ipynb #448ea46d
+# %% ../nbs/03b_data.ipynb #a58a8ba8
 def open_folder(
     folder: str | Path
 ) -> AnomalyDataset:
-    "Every image below a folder as a normal training image; a folder with train/good is opened in MVTec's layout instead."
+    "Every image below a folder as a normal training image; a folder with train/good is opened in MVTec's layout."
     root = Path(folder).expanduser().resolve()
     if not root.is_dir():
         raise DataError(f"{root}: {'a file, not a folder' if root.exists() else 'no such folder'}; "
@@ -276,13 +281,14 @@ def load_images(
                       f"12-bit values in a 16-bit file must be scaled beforehand", stacklevel=2)
     return out
 
-# %% ../nbs/03b_data.ipynb #c0f16c07
+# %% ../nbs/03b_data.ipynb #4ecb991c
 def _load_mask(s: Sample, side: int) -> Tensor: # [1,side,side] bool
     "The mask of a sample, empty where there is none."
     if s.label == 0 or s.mask is None: return torch.zeros(1, side, side, dtype=torch.bool)
     _check_mask_size(s)
     return read_mask(s.mask, side, s.mask_rule == 'nonzero')
 
+# %% ../nbs/03b_data.ipynb #9fe68d33
 def load_masks(
     samples: Sequence[Sample],
     size: int                # side of the square in pixels

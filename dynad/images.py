@@ -54,12 +54,13 @@ def _file_error(path: Path, e: Exception) -> DataError:
     return DataError(f"{path}: " + text.format(
         size=size, error=e, limit=Image.MAX_IMAGE_PIXELS, kind=type(e).__name__))
 
-# %% ../nbs/03_images.ipynb #bd06e9f5
+# %% ../nbs/03_images.ipynb #da5cc951
 def _upright(im: Image.Image) -> Image.Image:
     "The decoded image with its EXIF rotation applied."
     im.load()
     return ImageOps.exif_transpose(im)
 
+# %% ../nbs/03_images.ipynb #fd1239f1
 def _open(
     path: Path,
     use: Callable = _upright # what to take from the open file
@@ -75,11 +76,12 @@ def _open(
             return use(im)
     except Exception as e: raise _file_error(path, e) from None
 
-# %% ../nbs/03_images.ipynb #105df539
+# %% ../nbs/03_images.ipynb #b8cf2511
 def _is_deep(im: Image.Image) -> bool:
     "Whether the pixels have more than 8 bits per channel."
     return im.mode in ('I', 'F') or im.mode.startswith('I;16')
 
+# %% ../nbs/03_images.ipynb #8a44db70
 def _scale_deep(im: Image.Image, path: Path) -> np.ndarray:
     "A 16-bit, 32-bit or float image divided by its full range: [H,W] float32 in [0,1]."
     a = np.asarray(im).astype(np.float32)
@@ -131,7 +133,7 @@ def read_image(
     a = np.array(_to_rgb(im, path).resize(side, Image.Resampling.BILINEAR))
     return to_float(torch.from_numpy(a).permute(2, 0, 1).contiguous())
 
-# %% ../nbs/03_images.ipynb #b4a562e4
+# %% ../nbs/03_images.ipynb #dfc86707
 def _nonzero(im: Image.Image, path: Path) -> np.ndarray:
     "[H,W] bool, every value but 0; of a palette image its indices, not its colours."
     a = np.asarray(im)
@@ -139,6 +141,7 @@ def _nonzero(im: Image.Image, path: Path) -> np.ndarray:
         raise DataError(f"{path}: some values are NaN or infinite; repair the mask or remove it")
     return (a != 0) if a.ndim == 2 else (a[..., :3] != 0).any(-1)
 
+# %% ../nbs/03_images.ipynb #1870ee23
 def _above_half(im: Image.Image, path: Path) -> np.ndarray:
     "[H,W] bool, above half of the full range in any channel."
     a = _scale_deep(im, path)*255 if _is_deep(im) else np.asarray(_to_rgb(im, path)).max(-1)
@@ -160,13 +163,14 @@ def read_mask(
     rows, cols = ((2*np.arange(n) + 1)*k//(2*n) for k in m.shape)
     return torch.from_numpy(m[rows[:, None], cols])[None]
 
-# %% ../nbs/03_images.ipynb #9239405c
+# %% ../nbs/03_images.ipynb #b438d4c8
 def _upright_size(im: Image.Image) -> tuple[int, int]:
     "(width, height) after the EXIF rotation, from the header alone."
     # a PNG's EXIF is read only where it stands before the pixels
     turn = im.getexif().get(0x0112, 1) if im.format != 'PNG' or 'exif' in im.info else 1
     return im.size[::-1] if turn in (5, 6, 7, 8) else im.size
 
+# %% ../nbs/03_images.ipynb #1c312a12
 def image_size(
     path: str | Path
 ) -> tuple[int, int]: # (width, height), upright

@@ -35,7 +35,7 @@ class Sample:
                 names = '0 (normal), 1 (anomalous)' if field == 'label' else ', '.join(allowed)
                 raise DataError(f"{self.name}: {field} = {value!r}; allowed: {names}")
 
-# %% ../nbs/03a_layouts.ipynb #75d56761
+# %% ../nbs/03a_layouts.ipynb #6cb30ec3
 def _by_key(
     folder: Path
 ) -> dict[str, Path]: # path below the folder without extension -> file
@@ -48,6 +48,7 @@ def _by_key(
                             f"cannot be told apart; rename or remove one of the two")
     return out
 
+# %% ../nbs/03a_layouts.ipynb #a5d4c62b
 def _subfolders(folder: Path) -> list[Path]:
     "The folders in a folder, sorted, without hidden ones."
     found = folder.iterdir() if folder.is_dir() else ()
@@ -55,7 +56,7 @@ def _subfolders(folder: Path) -> list[Path]:
 
 def _relative(p: Path, root: Path) -> str: return p.relative_to(root).as_posix()
 
-# %% ../nbs/03a_layouts.ipynb #dd84ac08
+# %% ../nbs/03a_layouts.ipynb #6696a6f8
 def _match_masks(
     truth: Path,                         # ground_truth/DEFECT
     images: dict[str, Path]              # of test/DEFECT, by key
@@ -66,14 +67,15 @@ def _match_masks(
         name = key if key in images else key.removesuffix('_mask')
         if name not in images: left.append(p)
         elif name in found:
-            raise DataError(f"{p}: a second mask of {images[name].name} beside {found[name].name}; remove one of the two")
+            raise DataError(f"{p}: a second mask of {images[name].name} beside {found[name].name}; "
+                            f"remove one of the two")
         else: found[name] = p
     if left and images and not found:
         raise DataError(f"{left[0]}: no mask in this folder fits an image's name; "
                         f"name a mask like its image, with or without _mask")
     return found, left
 
-# %% ../nbs/03a_layouts.ipynb #53809f60
+# %% ../nbs/03a_layouts.ipynb #878b8c2d
 def _normal_files(train: Path, good: str) -> list[Path]:
     "The normal training images in train/GOOD. Raises `DataError` when there is none."
     if files := list(_by_key(train/good).values()) if (train/good).is_dir() else []: return files
@@ -81,6 +83,7 @@ def _normal_files(train: Path, good: str) -> list[Path]:
     raise DataError(f"{train/good}: no normal training image (found in {train}: {inside}); "
                     f"put images of normal parts there, as one of {', '.join(sorted(EXTENSIONS))}")
 
+# %% ../nbs/03a_layouts.ipynb #f195057b
 def _warn_unused(
     train: Path, test: Path,
     good: str,      # name of the folder of normal images
@@ -91,12 +94,13 @@ def _warn_unused(
     if others:
         warnings.warn(f"{train}: the folder{'s'*(len(others) > 1)} {', '.join(others)} will not be used: only "
                       f"train/{good} is used for training; anomalous images belong in test", stacklevel=stacklevel)
-    loose = [p for f in (train, test) if f.is_dir() for p in f.iterdir() if p.is_file() and p.suffix.lower() in EXTENSIONS]
+    beside = [p for f in (train, test) if f.is_dir() for p in f.iterdir()]
+    loose = [p for p in beside if p.is_file() and p.suffix.lower() in EXTENSIONS]
     if loose:
         warnings.warn(f"{loose[0]}: lies outside train/{good} and test/DEFECT (as do {len(loose) - 1} more) "
                       f"and will not be used", stacklevel=stacklevel)
 
-# %% ../nbs/03a_layouts.ipynb #e0268104
+# %% ../nbs/03a_layouts.ipynb #f40b0865
 def _test_folder(
     root: Path, folder: Path, good: str
 ) -> tuple[list[Sample], list[Path]]: # the samples of one folder of test; masks without an image
@@ -109,6 +113,7 @@ def _test_folder(
     defect = folder.name if label else 'good'
     return [Sample(_relative(p, root), p, label, defect, 'test', masks.get(k)) for k, p in images.items()], left
 
+# %% ../nbs/03a_layouts.ipynb #bbf3ade3
 def _read_mvtec(root: Path, category: str | None, seed: int, good: str = 'good') -> list[Sample]:
     "MVTec's layout, or BTAD's, in which the folders of normal images are named ok."
     train, test = root/'train', root/'test'
@@ -165,7 +170,7 @@ def _visa_sample(root: Path, row: dict[str, str], where: str) -> Sample:
     defect = 'anomaly' if anomalous else 'good'
     return Sample(name, image, int(anomalous), defect, split, mask if anomalous else None, 'nonzero')
 
-# %% ../nbs/03a_layouts.ipynb #c3f32de9
+# %% ../nbs/03a_layouts.ipynb #4da66f75
 def _read_visa(root: Path, category: str | None, seed: int) -> list[Sample]:
     "VisA as published; `root` is the folder of one category, the table lies beside it."
     table = root.parent/'split_csv'/'1cls.csv'
@@ -181,16 +186,18 @@ def _read_visa(root: Path, category: str | None, seed: int) -> list[Sample]:
                         f"{len(samples)} images and their masks); unpack the data set again")
     named = {s.image for s in samples}
     if spare := [p for p in list_images(root/'Data'/'Images') if p not in named]:
-        warnings.warn(f"{spare[0]}: not named in {table.name} (as are {len(spare) - 1} more) and will not be used", stacklevel=3)
+        warnings.warn(f"{spare[0]}: not named in {table.name} (as are {len(spare) - 1} more) and will not be used",
+                      stacklevel=3)
     return samples
 
-# %% ../nbs/03a_layouts.ipynb #2765a44e
+# %% ../nbs/03a_layouts.ipynb #932994de
 def _split_good(good: list[Path], root: Path, seed: int) -> list[Sample]:
     "Normal images, 80 % of them for training, drawn by the seed."
     test = set(np.random.default_rng(seed).permutation(len(good))[:round(.2*len(good))].tolist())
     split = lambda i: 'test' if i in test else 'train'
     return [Sample(_relative(p, root), p, 0, 'good', split(i)) for i, p in enumerate(good)]
 
+# %% ../nbs/03a_layouts.ipynb #18b0565f
 def _mtd_folders(root: Path) -> dict[str, Path]: # kind of defect, 'free' for none -> folder of its images
     "The MT_ folders. Raises `DataError` when MT_Free is missing."
     parts = {f.name.removeprefix('MT_').lower(): f/'Imgs' for f in _subfolders(root) if f.name.startswith('MT_')}
@@ -199,7 +206,7 @@ def _mtd_folders(root: Path) -> dict[str, Path]: # kind of defect, 'free' for no
         raise DataError(f"{root}: no folder MT_Free with the normal images; found {found}")
     return parts
 
-# %% ../nbs/03a_layouts.ipynb #0b34acea
+# %% ../nbs/03a_layouts.ipynb #3c5ade21
 def _read_mtd(root: Path, category: str | None, seed: int) -> list[Sample]:
     "Magnetic tiles as published."
     if category is not None:
@@ -212,7 +219,8 @@ def _read_mtd(root: Path, category: str | None, seed: int) -> list[Sample]:
     for defect, folder in parts.items():
         if defect == 'free': continue
         masks = {p.stem: p for p in files(folder, '.png')}
-        samples += [Sample(_relative(p, root), p, 1, defect, 'test', masks.get(p.stem)) for p in files(folder, '.jpg', '.jpeg')]
+        images = files(folder, '.jpg', '.jpeg')
+        samples += [Sample(_relative(p, root), p, 1, defect, 'test', masks.get(p.stem)) for p in images]
     return samples
 
 # %% ../nbs/03a_layouts.ipynb #6d8511ef
@@ -229,7 +237,7 @@ def _elpv_rows(table: Path) -> list[tuple[str, float, str]]: # path, probability
                             f"expected a path, a probability and a type") from None
     return rows
 
-# %% ../nbs/03a_layouts.ipynb #058491fe
+# %% ../nbs/03a_layouts.ipynb #aa526e36
 def _read_elpv(root: Path, category: str | None, seed: int) -> list[Sample]:
     "Solar cells, all or those of one type."
     if category not in (None, 'mono', 'poly'):
@@ -245,6 +253,7 @@ def _read_elpv(root: Path, category: str | None, seed: int) -> list[Sample]:
         raise DataError(f"{table}: no cell with probability 0 (good)" + (f" and type {category}" if category else ''))
     return _split_good(sorted(good), root, seed) + bad
 
+# %% ../nbs/03a_layouts.ipynb #e12fc407
 def elpv_root() -> Path:
     "The folder in which the PyPI package elpv-dataset keeps its images; the package is not imported."
     spec = importlib.util.find_spec('elpv_dataset')
@@ -261,7 +270,7 @@ def _read_folder(root: Path, category: str | None, seed: int) -> list[Sample]:
     if not found: raise DataError(f"{root}: no image in there ({', '.join(sorted(EXTENSIONS))})")
     return [Sample(_relative(p, root), p, 0, 'good', 'train') for p in found]
 
-# %% ../nbs/03a_layouts.ipynb #927f719f
+# %% ../nbs/03a_layouts.ipynb #7f78fd45
 @dataclass(frozen=True)
 class Layout:
     "How one kind of folder is recognised and read."
@@ -271,15 +280,21 @@ class Layout:
     hint: str                                             # what such a folder holds
     detected: bool = True                                 # False: never chosen by 'auto'
 
+# %% ../nbs/03a_layouts.ipynb #39297956
 def _is_btad(r: Path) -> bool: return (r/'train'/'ok').is_dir() and not (r/'train'/'good').is_dir()
 
 def _is_mvtec(r: Path) -> bool: return (r/'train').is_dir() and not _is_btad(r)
 
+def _is_elpv(r: Path) -> bool: return (r/'labels.csv').is_file() and (r/'images').is_dir()
+
+def _is_visa(r: Path) -> bool: return (r/'Data'/'Images').is_dir()
+
+# %% ../nbs/03a_layouts.ipynb #e774bd70
 LAYOUTS: dict[str, Layout] = {
     'mvtec': Layout(_read_mvtec, _is_mvtec, True, 'train/good and test/DEFECT'),
     'mtd': Layout(_read_mtd, lambda r: (r/'MT_Free').is_dir(), False, 'MT_Free/Imgs and other MT_ folders'),
-    'elpv': Layout(_read_elpv, lambda r: (r/'labels.csv').is_file() and (r/'images').is_dir(), False, 'labels.csv and images'),
-    'visa': Layout(_read_visa, lambda r: (r/'Data'/'Images').is_dir(), True, 'CATEGORY/Data/Images and split_csv/1cls.csv'),
+    'elpv': Layout(_read_elpv, _is_elpv, False, 'labels.csv and images'),
+    'visa': Layout(_read_visa, _is_visa, True, 'CATEGORY/Data/Images and split_csv/1cls.csv'),
     'btad': Layout(partial(_read_mvtec, good='ok'), _is_btad, True, 'train/ok, test/ok and test/ko'),
     'folder': Layout(_read_folder, lambda r: r.is_dir(), False, 'normal images only (must be named)', detected=False)}
 

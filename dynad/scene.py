@@ -17,7 +17,7 @@ from scipy import ndimage
 # %% auto #0
 __all__ = ['At', 'Canvas', 'box', 'disc', 'hexagon', 'glyphs', 'letter', 'Defect', 'extent', 'scratch', 'stain', 'pit', 'cut']
 
-# %% ../nbs/03d_scene.ipynb #066ec914
+# %% ../nbs/03d_scene.ipynb #1b80c465
 class Canvas:
     "Albedo, height and gloss of a scene seen from above, with the pose, light and noise of one photograph."
     def __init__(self,
@@ -32,7 +32,8 @@ class Canvas:
         g = (np.arange(self.n, dtype=np.float32) + .5)/self.n - .5
         self.gx, self.gy = g[None], g[:, None]
         self.angle = math.radians(rng.uniform(-turn, turn))
-        self.dx, self.dy, self.zoom = rng.uniform(-shift, shift), rng.uniform(-shift, shift), 1 + rng.uniform(-zoom, zoom)
+        self.dx, self.dy = rng.uniform(-shift, shift), rng.uniform(-shift, shift)
+        self.zoom = 1 + rng.uniform(-zoom, zoom)
         self.azimuth = math.radians(-125 + rng.uniform(-12, 12))
         self.elevation = math.radians(48 + rng.uniform(-5, 5))
         self.exposure, self.slope = 1 + rng.uniform(-.06, .06), rng.uniform(-.12, .12, 2)
@@ -92,7 +93,7 @@ def paint(self: Canvas,
         self.height[at] += cover*rise*(t*(2 - t))
     if gloss is not None: self.gloss[at] += cover*(gloss - self.gloss[at])
 
-# %% ../nbs/03d_scene.ipynb #bcaf58b2
+# %% ../nbs/03d_scene.ipynb #20990c87
 @patch
 def _reflection(self: Canvas) -> tuple[np.ndarray, np.ndarray]: # diffuse, specular; [n,n]
     "Light that the slopes reflect to the camera."
@@ -105,6 +106,7 @@ def _reflection(self: Canvas) -> tuple[np.ndarray, np.ndarray]: # diffuse, specu
     for _ in range(5): spec = spec*spec
     return diffuse, spec
 
+# %% ../nbs/03d_scene.ipynb #6391abba
 @patch
 def _shadow(self: Canvas) -> np.ndarray: # [n,n], 1 in full light
     "Shadows of whatever stands higher in the direction of the light."
@@ -118,7 +120,7 @@ def _shadow(self: Canvas) -> np.ndarray: # [n,n], 1 in full light
         shadow = np.maximum(shadow, np.clip((there - self.height - k*se/ce*.75)/.006, 0, 1))
     return 1 - .55*ndimage.uniform_filter(shadow, 5)
 
-# %% ../nbs/03d_scene.ipynb #9801a26d
+# %% ../nbs/03d_scene.ipynb #6791775a
 @patch
 def _expose(self: Canvas,
     image: np.ndarray, # [n,n,3]
@@ -130,6 +132,7 @@ def _expose(self: Canvas,
     grain = np.random.default_rng([self.seed, 99]).standard_normal(image.shape, dtype=np.float32)
     return np.clip(image + noise*self.size/256*(.5 + image)*grain, 0, 1)
 
+# %% ../nbs/03d_scene.ipynb #92d60ba4
 @patch
 def photograph(self: Canvas,
     noise: float = .009 # σ of the sensor at 256²; a pixel of a smaller image gathers more light
@@ -220,13 +223,14 @@ def scratch(
     dist = np.maximum(tapered, np.abs(u) - length/2)
     c.paint(at, dist, tone, rise=-.003, bevel=width/2, alpha=d.contrast*c.solid[at])
 
-# %% ../nbs/03d_scene.ipynb #335024e6
+# %% ../nbs/03d_scene.ipynb #2eb63192
 def _blob(x, y, r, rng, rough=.25):
     "Approximate signed distance of an irregular spot of mean radius r."
     a = np.arctan2(y, x)
     edge = sum(rng.normal(0, rough/k)*np.cos(k*a + rng.uniform(0, 2*math.pi)) for k in range(2, 6))
     return np.hypot(x, y) - r*np.clip(1 + edge, .4, 1.8)
 
+# %% ../nbs/03d_scene.ipynb #9efb0e3a
 def stain(
     c: Canvas, d: Defect,
     x: float, y: float,   # centre
