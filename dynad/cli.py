@@ -39,7 +39,7 @@ def _dataset(data: str, layout: str, category: str | None, seed: int):
     from dynad.data import open_dataset
     return open_dataset(data, layout=layout, category=category, seed=seed)
 
-Layout = Annotated[str, typer.Option(help='auto, mvtec, visa, btad, mtd or elpv')]
+Layout = Annotated[str, typer.Option(help='auto, mvtec, visa, btad, mtd, elpv or folder (normal images only)')]
 Category = Annotated[Optional[str], typer.Option(help='one category of a data set that has several')]
 Seed = Annotated[int, typer.Option(min=0, help='the one seed: split, training, noise, bootstrap')]
 Set = Annotated[Optional[list[str]], typer.Option('--set', metavar='KEY=VALUE', help='a setting, e.g. reconstruction.t_max=320; may be repeated')]
@@ -107,10 +107,10 @@ def _report(e, folder: Path) -> Path:
 
 # %% ../nbs/20_cli.ipynb #e44d1379
 def _images(images: list[Path]) -> list[Path]:
-    from dynad.data import EXTENSIONS, DataError
+    from dynad.images import EXTENSIONS, DataError, list_images
     out = []
     for p in images:
-        if p.is_dir(): out += sorted(q for q in p.rglob('*') if q.suffix.lower() in EXTENSIONS and not any(n.startswith('.') for n in q.relative_to(p).parts))
+        if p.is_dir(): out += list_images(p)
         elif p.exists(): out.append(p)
         else: raise DataError(f'{p}: no such file or folder')
     if not out: raise DataError(f"{', '.join(map(str, images))}: no image in there ({', '.join(sorted(EXTENSIONS))})")

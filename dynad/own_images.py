@@ -16,15 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .session import open_folder, _own
+from .session import _own
 from .config import ConfigError, make_config
-from .data import load_images
+from .data import load_images, open_folder
 from .denoiser import TrainingStopped
 from .detector import DynAD, Prediction, images_key, split
 from .latents import psnr
-from .layouts import _images
 from .live import CSS, Background, error_html, guarded, png, told
-from .images import EXTENSIONS, DataError, image_size, read_image, to_float
+from .images import EXTENSIONS, DataError, image_size, list_images, read_image, to_float
 from .show import Picture, colorize, figure_png, overlay, save_png, smoothed, to_uint8
 from .store import StoreError, atomic_write, load_tensors, replacing
 
@@ -185,7 +184,7 @@ class OwnImages:
         return Path(self.good_folder.value).expanduser() if self.good_folder.value.strip() else self.folder/'good'
 
     def _count(self):
-        n = len(_images(self.folder/'good')) if (self.folder/'good').is_dir() else 0
+        n = len(list_images(self.folder/'good')) if (self.folder/'good').is_dir() else 0
         self.good_text.value = f'<span class="dynad-soft">{n} dropped so far, kept in {html.escape(self.folder.name)}/good. Many images: name a folder, a drop of more than some 10 MB at once may be refused by the server.</span>'
 
     @guarded
@@ -359,7 +358,7 @@ class OwnImages:
         if named:
             root = Path(named).expanduser()
             if not root.is_dir(): raise DataError(f'{root}: no such folder; name a folder of images to judge')
-            files = _images(root)
+            files = list_images(root)
         else: files = self._dropped
         if not files: raise DataError(f"{named or 'no image'}: nothing to judge; drop images or name a folder that holds some")
         return files

@@ -1,4 +1,4 @@
-"Room 03: images, masks and layouts, on files written here and on real data sets where they are at hand."
+"Modules images, layouts and data, on files written here and on real data sets where they are available."
 import importlib.util
 import os
 import re
@@ -13,8 +13,11 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
-from dynad.data import (EXTENSIONS, LAYOUTS, AnomalyDataset, DataError, Sample, contact_sheet, load_images, load_masks,
-                        open_dataset, read_image, read_mask, to_float)
+from dynad.config import DataSettings
+from dynad.data import (EXTENSIONS, LAYOUTS, AnomalyDataset, DataError, Sample, contact_sheet, images_key, load_images,
+                        load_masks, open_dataset, open_folder, read_image, read_mask, split_normal, to_float)
+from dynad.images import list_images
+from dynad.store import content_key
 
 real = pytest.mark.skipif(not os.environ.get('DYNAD_DATA'), reason='DYNAD_DATA is not set')
 RAMP = np.tile(np.linspace(0, 1, 16, dtype=np.float32), (16, 1))
@@ -40,6 +43,15 @@ def tree(root: Path, n=8, good=2, bad=2, side=16) -> Path:
         m = np.zeros((side, side), np.uint8); m[2:9, 3:6 + i] = 255
         put(root/f'ground_truth/crack/{i:03}_mask.png', m)
     return root
+
+# ---- list_images
+
+def test_images_are_listed_by_extension_without_hidden_ones_and_folders(tmp_path):
+    for name in ('b.png', 'a.JPG', 'deep/er/c.tif', '.d.png', '.hidden/e.png', 'f.txt', 'g.png/h.bmp'): put_bytes(tmp_path/name)
+    assert [p.relative_to(tmp_path).as_posix() for p in list_images(tmp_path)] == ['a.JPG', 'b.png', 'deep/er/c.tif', 'g.png/h.bmp']
+    assert list_images(str(tmp_path/'.hidden')) == [tmp_path/'.hidden/e.png'] and list_images(tmp_path/'none') == [] # hidden below the folder only
+
+def put_bytes(path): path.parent.mkdir(parents=True, exist_ok=True); path.write_bytes(b'x')
 
 # ---- read_image: every kind of file
 
@@ -125,7 +137,7 @@ def test_unreadable_files_are_named_with_a_cure(tmp_path):
     fails(tmp_path/'no.png', 'no such file')
     fails(tmp_path, 'a folder, not an image')
     (tmp_path/'empty.png').write_bytes(b''); fails(tmp_path/'empty.png', 'the file is empty (0 bytes)', 'copy it again')
-    (tmp_path/'text.png').write_text('hello, I am no image'); fails(tmp_path/'text.png', 'not an image', '22 bytes', 'convert it')
+    (tmp_path/'text.png').write_text('hello, I am no image'); fails(tmp_path/'text.png', 'not an image', '20 bytes', 'convert it')
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     for name in ('a.png', 'a.jpg', 'a.bmp', 'a.tif'):
         p = put(tmp_path/name, noise); p.write_bytes(p.read_bytes()[:p.stat().st_size//2])
@@ -169,7 +181,7 @@ def test_masks_are_resized_by_nearest_neighbour(tmp_path, n, size, seed):
     assert (read_mask(put(tmp_path/'m.png', a), size)[0].numpy() == (a[i][:, i] > 0)).all()
 
 def test_masks_in_small_numbers_are_an_error_not_an_empty_mask(tmp_path):
-    with pytest.raises(DataError, match=r'm\.png: mask values from 0 to 1 of 255, none above half.*write defective pixels as 255'):
+    with pytest.raises(DataError, match=r'm\.png: mask values from 0 to 1 of 255, none above half.*write anomalous pixels as 255'):
         read_mask(put(tmp_path/'m.png', np.eye(4, dtype=np.uint8)), 4)
     assert not read_mask(put(tmp_path/'z.png', np.zeros((4, 4), np.uint8)), 4).any()
 
@@ -181,7 +193,7 @@ def test_mvtec_layout(tmp_path):
     assert len(data.train) == 8 and [s.name for s in data.test] == ['test/crack/000.png', 'test/crack/001.png', 'test/good/000.png', 'test/good/001.png']
     assert [s.mask.name if s.mask else None for s in data.test] == ['000_mask.png', '001_mask.png', None, None]
     assert {(s.label, s.defect, s.split) for s in data.samples} == {(0, 'good', 'train'), (0, 'good', 'test'), (1, 'crack', 'test')}
-    assert repr(data) == "AnomalyDataset 'nuts' (mvtec): 8 train, 2 good + 2 defective test, 2 masks" and 'nuts' in data._repr_html_()
+    assert repr(data) == "AnomalyDataset 'nuts' (mvtec): 8 train, 2 normal + 2 anomalous test, 2 masks" and 'nuts' in data._repr_html_()
     assert data.summary()['images'].tolist() == [8, 2, 2] and data.summary()['masks'].sum() == 2
 
 def test_ordinary_untidiness_is_taken_in_stride(tmp_path):
@@ -320,6 +332,18 @@ def test_too_few_to_hold_out(n, kw, text):
 def test_what_the_error_advises_works():
     assert [len(x) for x in numbered(3).holdout(minimum=1)] == [2, 1] and [len(x) for x in numbered(6).holdout(minimum=4)] == [2, 4]
 
+@pytest.mark.parametrize('n, most, want', [(50, 256, 10), (50, 3, 3), (50, 4, 4), (50, 7, 5)])
+def test_split_normal_spreads_what_it_keeps(n, most, want):
+    fit, held = numbered(n).holdout(.2, 5, seed=3)
+    training, held_out = split_normal(numbered(n), DataSettings(max_calibration=most), 3)
+    assert training == fit and len(held_out) == want and held_out == held[::-(-len(held)//most)]
+    with pytest.raises(DataError, match='but 5 are held out'): split_normal(numbered(3), DataSettings(), 0)
+
+def test_the_key_of_images_follows_data_names_and_size():
+    s = numbered(3).train
+    assert images_key(s, 'f', 64) == content_key(dict(data='f', names=['train/0', 'train/1', 'train/2'], size=64))
+    assert len({images_key(*a) for a in ((s, 'f', 64), (s, 'g', 64), (s, 'f', 32), (s[:2], 'f', 64), (s[::-1], 'f', 64))}) == 5
+
 @settings(deadline=None)
 @given(st.integers(1, 20), st.integers(0, 20), st.integers(0, 20), st.integers(1, 25), st.integers(0, 45), st.integers(0, 9))
 def test_limited_keeps_both_kinds(n, good, bad, n_train, n_test, seed):
@@ -355,13 +379,13 @@ def test_load_images_names_the_damaged_file_and_stops(tmp_path):
     with pytest.raises(DataError, match=r'017\.png: not an image'): load_images(data.samples, 12, progress=True)
 
 def test_a_bar_only_after_two_seconds(tmp_path, capfd, monkeypatch):
-    import time, dynad.data as room
+    import time, dynad.data as module
     data = open_dataset(tree(tmp_path/'a', n=6))
     load_images(data.train, 8, progress=True)
     assert capfd.readouterr().err == ''
-    monkeypatch.setattr(room, '_pool', lambda: room.ThreadPoolExecutor(1))
-    slow = room.read_image
-    monkeypatch.setattr(room, 'read_image', lambda *a: (time.sleep(.5), slow(*a))[1])
+    monkeypatch.setattr(module, '_pool', lambda: module.ThreadPoolExecutor(1))
+    slow = module.read_image
+    monkeypatch.setattr(module, 'read_image', lambda *a: (time.sleep(.5), slow(*a))[1])
     load_images(data.train, 8, progress=True)
     assert 'images' in capfd.readouterr().err
 
@@ -394,6 +418,29 @@ def test_contact_sheet_spreads_over_the_samples(tmp_path):
     fig = contact_sheet(data.samples, size=16, n=3)
     assert [ax.get_title() for ax in fig.axes if ax.images] == ['good', 'good', 'good'] and len(contact_sheet(data.test, size=16).axes) == 4
     with pytest.raises(DataError, match='no sample'): contact_sheet([])
+
+# ---- a folder of normal images
+
+def test_a_flat_folder_of_normal_images(tmp_path):
+    for i in range(3): put(tmp_path/f'own/{i}.png')
+    put(tmp_path/'own/more/x.JPG')
+    data = open_dataset(tmp_path/'own', layout='folder')
+    assert (data.name, data.layout, data.category, data.test) == ('own', 'folder', None, [])
+    assert [s.name for s in data.train] == ['0.png', '1.png', '2.png', 'more/x.JPG'] and {(s.label, s.defect, s.split) for s in data.samples} == {(0, 'good', 'train')}
+    assert open_folder(tmp_path/'own') == data and open_folder(tmp_path/'own').fingerprint == data.fingerprint
+    with pytest.raises(DataError, match='no known layout .*folder: normal images only'): open_dataset(tmp_path/'own')
+    with pytest.raises(DataError, match="category = 'x', but the layout folder has no categories"): open_dataset(tmp_path/'own', layout='folder', category='x')
+
+def test_test_images_never_become_training_images_of_a_folder(tmp_path):
+    root = tree(tmp_path/'a')
+    for data in (open_folder(root), open_dataset(root, layout='folder')): assert data.layout == 'mvtec' and len(data.train) == 8 and len(data.test) == 4
+    assert open_folder(root/'train').layout == 'folder' and len(open_folder(root/'train').train) == 8
+
+def test_folders_without_images(tmp_path):
+    with pytest.raises(DataError, match='no such folder; name the folder that holds your normal images'): open_folder(tmp_path/'none')
+    with pytest.raises(DataError, match='a file, not a folder; name the folder'): open_folder(put(tmp_path/'a/a.png'))
+    (tmp_path/'empty').mkdir()
+    with pytest.raises(DataError, match=r'empty: no image in there \(\.bmp'): open_folder(tmp_path/'empty')
 
 # ---- magnetic tiles
 

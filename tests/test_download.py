@@ -1,4 +1,4 @@
-"Rooms 02c, 03b: VisA and BTAD as shipped, published counts, downloads over a server that misbehaves, archives that mean harm."
+"Modules layouts and download: VisA and BTAD as shipped, published counts, downloads over a server that misbehaves, archives that mean harm."
 import hashlib
 import io
 import multiprocessing
@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-import dynad.download as room
+import dynad.download as module
 from dynad.data import DataError, load_images, load_masks, open_dataset
 from dynad.download import PUBLISHED, SOURCES, compare_counts, download, fetch, missing, unpack
 from dynad.layouts import LAYOUTS, Sample
@@ -139,8 +139,8 @@ def test_btad_is_not_taken_for_mvtec(tmp_path):
     with pytest.raises(DataError, match='not a folder of layout mvtec'): open_dataset(root, layout='mvtec', category='02')
     (root/'02/train/good').mkdir(); (root/'02/train/ok').rename(root/'02/train/good/x')
     assert open_dataset(root/'02').layout == 'mvtec'
-    with pytest.raises(DataError, match="layout = 'coco' does not exist; allowed: auto, mvtec, mtd, elpv, visa, btad"): open_dataset(root, layout='coco')
-    assert list(LAYOUTS) == ['mvtec', 'mtd', 'elpv', 'visa', 'btad']
+    with pytest.raises(DataError, match="layout = 'coco' does not exist; allowed: auto, mvtec, mtd, elpv, visa, btad, folder"): open_dataset(root, layout='coco')
+    assert list(LAYOUTS) == ['mvtec', 'mtd', 'elpv', 'visa', 'btad', 'folder']
 
 # ---- counts
 
@@ -201,7 +201,7 @@ def server(behave, blob=BLOB):
     finally: s.shutdown(); s.server_close()
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch): monkeypatch.setattr(room, '_WAIT', .01)
+def quick(monkeypatch): monkeypatch.setattr(module, '_WAIT', .01)
 
 def left(folder): return sorted(p.name for p in folder.iterdir() if not p.name.endswith('.lock'))
 
@@ -219,7 +219,7 @@ def test_a_later_call_goes_on_where_the_first_stopped(tmp_path):
     def dies(h, a, n):
         if n == 1: h.whole(a, 150_000)
     with server(dies) as (url, seen):                                       # after the first, the server closes without a word
-        with pytest.raises(DataError, match=r'5 times without a new byte after 150,000 of 200,000; call again later: it goes on from there'):
+        with pytest.raises(DataError, match=r'5 times without a new byte after 150,000 of 200,000; call again later: it continues from there'):
             fetch(url, tmp_path/'f', SHA, len(BLOB), progress=False)
         assert left(tmp_path) == ['f.part', 'f.part.json'] and (tmp_path/'f.part').read_bytes() == BLOB[:150_000]
         seen.clear(); again = url
@@ -292,7 +292,7 @@ def test_a_redirect_to_a_file_on_this_machine_is_refused(tmp_path):
     with server(lambda h, a, n: h.head(302, Location='file:///etc/passwd')) as (url, _), pytest.raises(DataError, match='302'): fetch(url, tmp_path/'f', SHA, progress=False)
 
 def test_no_room_is_said_before_anything_comes(tmp_path, monkeypatch):
-    monkeypatch.setattr(room.shutil, 'disk_usage', lambda p: type('U', (), dict(free=1000)))
+    monkeypatch.setattr(module.shutil, 'disk_usage', lambda p: type('U', (), dict(free=1000)))
     with server(lambda h, a, n: h.whole(a)) as (url, _), pytest.raises(DataError, match='200,000 bytes are still to come, but only 1,000 are free'): fetch(url, tmp_path/'f', SHA, progress=False)
     assert left(tmp_path) == []
 
@@ -370,7 +370,7 @@ def test_unpacking_needs_a_free_place_and_room(tmp_path, monkeypatch):
     a = tar_of(tmp_path/'a.tar', ('x', F, b'x'*5000))
     (tmp_path/'out').mkdir()
     with pytest.raises(DataError, match='out: exists already'): unpack(a, tmp_path/'out')
-    monkeypatch.setattr(room.shutil, 'disk_usage', lambda p: type('U', (), dict(free=1000)))
+    monkeypatch.setattr(module.shutil, 'disk_usage', lambda p: type('U', (), dict(free=1000)))
     with pytest.raises(DataError, match='unpacks to more than the 1,000 bytes that are free'): unpack(a, tmp_path/'new', progress=False)
     assert left(tmp_path) == ['a.tar', 'out']
 

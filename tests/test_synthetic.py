@@ -1,4 +1,4 @@
-"Room 04 with 03a: the synthetic set."
+"Modules scene, products and synthetic: the synthetic set."
 import json, subprocess, sys
 
 import numpy as np
@@ -12,7 +12,7 @@ from dynad.config import FeatureSettings
 from dynad.data import load_masks, open_dataset, to_float
 from dynad.features import load_features
 from dynad.patchcore import PatchBank
-from dynad.synthetic import (CHANGED, KINDS, PRODUCTS, SMALLEST, SyntheticError, add_defect, defective, make_scene, nominal, nominal_batch, image_rng,
+from dynad.synthetic import (CHANGED, KINDS, PRODUCTS, SMALLEST, SyntheticError, add_defect, anomalous, make_scene, nominal, nominal_batch, image_rng,
                              scale_of, write_synthetic)
 
 ALL = [(p, k) for p in PRODUCTS for k in KINDS[p]]
@@ -105,7 +105,7 @@ def test_reuse_and_refusal(tmp_path):
 def test_nothing_half_written(tmp_path, monkeypatch):
     import dynad.synthetic as m
     def broken(*args, **kwargs): raise KeyboardInterrupt
-    monkeypatch.setattr(m, 'defective', broken)
+    monkeypatch.setattr(m, 'anomalous', broken)
     with pytest.raises(KeyboardInterrupt): write_synthetic(tmp_path/'w', 'weave', 1, 0, 1, 64)
     assert list(tmp_path.iterdir()) == []
 
@@ -138,7 +138,7 @@ def test_difficulty(product):
     bank = PatchBank(n=20_000, seed=seed).fit(features(draw('train', 80)))
     score = lambda images: torch.cat([bank.score(f, size)[1] for f in features(images)])
     limit = torch.quantile(score(draw('test', 40)), .95)
-    bad = sorted((defective(product, i, size, seed)[:2] for i in range(56)), key=lambda b: int(b[1].sum()))[:14]
+    bad = sorted((anomalous(product, i, size, seed)[:2] for i in range(56)), key=lambda b: int(b[1].sum()))[:14]
     found = (score([image for image, _ in bad]) > limit).float().mean().item()
     assert .3 <= found <= .9
 
