@@ -19,7 +19,7 @@ from .runner import PROFILES, TARGETS, Job, RunnerError, outdated, papers_folder
 
 # %% auto #0
 __all__ = ['HEADLINE', 'formula', 'notebook_html', 'status', 'paper_prints', 'headline', 'split_status', 'front_row', 'book_jobs',
-           'write_page', 'Section', 'write_section', 'write_book']
+           'write_page', 'BookSection', 'write_section', 'write_book']
 
 # %% ../nbs/19b_book.ipynb #f0b8df68
 def formula(
@@ -32,7 +32,7 @@ def formula(
     try: return convert(plain, display='block' if display else 'inline')
     except Exception: return f'<code class="tex">{html.escape(plain)}</code>'
 
-# %% ../nbs/19b_book.ipynb #4ead4826
+# %% ../nbs/19b_book.ipynb #a8369e63
 def _exporter():
     from nbconvert.exporters import HTMLExporter
     from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
@@ -45,9 +45,11 @@ def _exporter():
     e.register_filter('markdown2html', to_html)
     return e
 
+# %% ../nbs/19b_book.ipynb #ad96a8b2
 def _is_static(kind: str) -> bool:
     return not kind.startswith('application/') or kind in ('application/json', 'application/pdf')
 
+# %% ../nbs/19b_book.ipynb #37401f07
 def notebook_html(
     path: str | Path # an executed notebook
 ) -> str:            # the body, no scripts
@@ -89,7 +91,7 @@ def paper_prints(target: str) -> list[dict[str, Any]]:
     hit = df[(df.row.map(plain_name) == HEADLINE[target]) & (df.column == 'Ours')]
     return [dict(metric=r.metric, value=r.value) for r in hit.itertuples()]
 
-# %% ../nbs/19b_book.ipynb #fe4c03e4
+# %% ../nbs/19b_book.ipynb #4c43aadc
 def _own_row(target: str, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     "Our lines of the row that stands for the table, on the first data set."
     wanted = [p['metric'] for p in paper_prints(target)]
@@ -99,6 +101,7 @@ def _own_row(target: str, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     own = [l for l in own if l['row'] == row]
     return sorted((l for l in own if l['data'] == own[0]['data']), key=lambda l: wanted.index(l['metric']))
 
+# %% ../nbs/19b_book.ipynb #c79f31fe
 def headline(
     target: str,
     lines: list[dict[str, Any]] # the record's comparison
@@ -124,17 +127,17 @@ def split_status(
         if s.startswith(head): return kind, head.strip(), ' ' + s[len(head):] if s[len(head):] else ''
     return 'not', s, ''
 
-# %% ../nbs/19b_book.ipynb #598c936d
-def _figure(v: float | None, metric: str) -> str: return f'{METRICS.get(metric, metric)} {text_cell(v, metric)}'
-
+# %% ../nbs/19b_book.ipynb #b682dfa0
 def _numbers(shown: list[dict], kind: str) -> dict[str, list[str]]:
     "The columns of our numbers: on the paper's data, their difference, on stand-in data."
     several = kind != 'reproduced' and len({l['row'] for l in shown}) > 1
-    texts = [f"{l['row']}: {text_cell(l['ours'], l['metric'])}" if several else _figure(l['ours'], l['metric']) for l in shown]
-    real = kind in ('reproduced', 'run')
+    name = lambda l: f"{l['row']}:" if several else METRICS.get(l['metric'], l['metric'])
+    texts = [f"{name(l)} {text_cell(l['ours'], l['metric'])}" for l in shown]
     apart = [text_cell(l['difference'], l['metric'], True) for l in shown if l['difference'] is not None]
-    return dict(ours=texts if real else [], difference=apart if kind == 'reproduced' else [], standin=[] if real else texts)
+    if kind == 'reproduced': return dict(ours=texts, difference=apart, standin=[])
+    return dict(ours=texts, difference=[], standin=[]) if kind == 'run' else dict(ours=[], difference=[], standin=texts)
 
+# %% ../nbs/19b_book.ipynb #466f33d7
 def _what(shown: list[dict], preset: str | None) -> str:
     "What the numbers of a row are, when they are no reproduction."
     l, several = shown[0], len({l['row'] for l in shown}) > 1
@@ -142,6 +145,7 @@ def _what(shown: list[dict], preset: str | None) -> str:
     column = l['column'] if l['column'] != 'Ours' else ''
     return ' · '.join(filter(None, (row, column, f'{preset} preset' if preset not in ('paper', None) else '')))
 
+# %% ../nbs/19b_book.ipynb #82c7d843
 def front_row(
     job: Job,
     result: dict[str, Any] | None,  # <target>.json
@@ -156,9 +160,10 @@ def front_row(
     return dict(name=job.name, title=job.title, kind=kind, head=head, rest=rest, of=of, data=data, link='', thumb='',
                 minutes=f"{result['minutes']:.1f}" if result else '',
                 old=f'from an older version of the {since}' if since else '',
-                paper=[_figure(p['value'], p['metric']) for p in paper_prints(job.target)], **_numbers(shown, kind))
+                paper=[f"{METRICS.get(p['metric'], p['metric'])} {text_cell(p['value'], p['metric'])}"
+                       for p in paper_prints(job.target)], **_numbers(shown, kind))
 
-# %% ../nbs/19b_book.ipynb #e3d4a09f
+# %% ../nbs/19b_book.ipynb #f2bd5201
 def _job_of(note: dict[str, Any], name: str, folder: Path, profile: str) -> Job:
     "The job of a result that the plan does not know: a variant, or a notebook of the user's."
     t = TARGETS.get(note['target'])
@@ -167,11 +172,12 @@ def _job_of(note: dict[str, Any], name: str, folder: Path, profile: str) -> Job:
     return Job(name, note['target'], note['title'], profile, str(path), note['parameters'], str(folder/name), '',
                note['data'], note['minutes'], True, None, wanted=t.wanted if t else ())
 
+# %% ../nbs/19b_book.ipynb #7bcf730e
 def book_jobs(
     root: Path,   # folder of the results
     profile: str
 ) -> list[Job]:
-    "Every target, its variants that have results, and the user's own notebooks; a variant replaces the target without data."
+    "Every target, its variants with results, and the user's notebooks; a variant replaces the target without data."
     jobs = {j.name: j for j in plan(['all'], profile, root=root)}
     for file in sorted((root/profile).glob('*/run.json')):
         note, name = read_json(file), file.parent.name.removesuffix('.failed')
@@ -181,13 +187,14 @@ def book_jobs(
     place = lambda j: order.index(j.target) if j.target in order else len(order)
     return sorted(kept, key=lambda j: (place(j), j.name))
 
-# %% ../nbs/19b_book.ipynb #23b66ad7
+# %% ../nbs/19b_book.ipynb #978fd0b0
 def _style(*more: str) -> Markup: return Markup('\n').join((css('page.css', 'book.css'), *more))
 
 def _pygments() -> Markup:
     from pygments.formatters import HtmlFormatter
     return Markup(HtmlFormatter(style='default').get_style_defs('.highlight'))
 
+# %% ../nbs/19b_book.ipynb #8c75d2c3
 def _thumb(source: Path, target: Path) -> None:
     "The left end of a figure, which stays readable when it is small."
     with Image.open(source) as im:
@@ -195,6 +202,7 @@ def _thumb(source: Path, target: Path) -> None:
         w = min(im.width, round(im.height*1.5))
         im.crop((0, 0, w, min(im.height, round(w/1.5)))).resize((288, 192)).save(target, optimize=True)
 
+# %% ../nbs/19b_book.ipynb #117b26ba
 def _copy_figures(source: Path, own: Path, names: list[str]) -> list[str]:
     "Copy PNG and PDF of each figure that exists, and make the thumbnail; the figures' names."
     names = [f for f in names if (source/f'{f}.png').is_file()]
@@ -203,7 +211,7 @@ def _copy_figures(source: Path, own: Path, names: list[str]) -> list[str]:
     if names: _thumb(own/f'{names[0]}.png', own/'thumb.png')
     return names
 
-# %% ../nbs/19b_book.ipynb #95895373
+# %% ../nbs/19b_book.ipynb #d6a7cbac
 def _comparison(result: dict[str, Any]) -> Markup | str:
     if not result.get('comparison'): return ''
     df = comparison_table(result['comparison'], result['parameters'].get('preset', ''))
@@ -213,6 +221,7 @@ def _fine_print(result: dict[str, Any]) -> str:
     keys = ('parameters', 'data', 'versions', 'commit', 'hardware', 'finished')
     return json.dumps({k: result.get(k) for k in keys}, indent=1, ensure_ascii=False) if result else ''
 
+# %% ../nbs/19b_book.ipynb #ab6bb5e7
 def write_page(
     folder: Path,                   # of the profile's pages
     job: Job,
@@ -229,16 +238,17 @@ def write_page(
     figures = _copy_figures(source, own, result.get('figures', []))
     if result: shutil.copyfile(source/name, own/name)
     executed, h = source/f'{job.target}.ipynb', result.get('hardware') or {}
+    machine = h.get('gpu') or f"{h.get('cpu', '')}, {h.get('cores', '?')} cores"
     text = render('book_page.html', r=row, profile=job.profile, style=_style(_pygments()), before=before, after=after,
-                  data=result.get('data', []), machine=h.get('gpu') or f"{h.get('cpu', '')}, {h.get('cores', '?')} cores",
-                  figures=figures, json=name, notes=result.get('notes', []), trace=(failure or {}).get('traceback', ''),
+                  data=result.get('data', []), machine=machine, figures=figures,
+                  json=name, notes=result.get('notes', []), trace=(failure or {}).get('traceback', ''),
                   table=_comparison(result), fine=_fine_print(result),
                   body=Markup(notebook_html(executed)) if executed.is_file() else '')
     (folder/f'{job.name}.html').write_text(text, encoding='utf-8')
 
-# %% ../nbs/19b_book.ipynb #8b244831
+# %% ../nbs/19b_book.ipynb #0c8cc14e
 @dataclass
-class Section:
+class BookSection:
     "A profile on the front page."
     name: str
     rows: list[dict[str, Any]]
@@ -253,15 +263,17 @@ class Section:
         "How many rows have a result, and the command that makes the others."
         done, old = sum(r['kind'] != 'not' for r in self.rows), sum(bool(r['old']) for r in self.rows)
         older = f', {old} of them from an older version' if old else ''
-        smoke = ' The smoke profile is a test of the machinery: its numbers are no results.' if self.name == 'smoke' else ''
+        smoke = ' The smoke profile is a test of the machinery: its numbers are no results.'
         return dict(done=f'{done} of {len(self.rows)} rows have a result{older}; what is missing or older is made by',
-                    command=f'dynad reproduce all --profile {self.name}', end=f'.{smoke}')
+                    command=f'dynad reproduce all --profile {self.name}',
+                    end='.' + (smoke if self.name == 'smoke' else ''))
 
+# %% ../nbs/19b_book.ipynb #1d402b43
 def write_section(
     root: Path,    # folder of the results
     work: Path,    # folder of the book
     profile: str
-) -> Section:
+) -> BookSection:
     "The pages of one profile."
     jobs, rows, folder = book_jobs(root, profile), [], work/profile
     folder.mkdir(parents=True)
@@ -275,13 +287,13 @@ def write_section(
         write_page(folder, j, row, None if failure else result, failure, pages[k - 1], pages[k + 1])
         row['link'] = f'{profile}/{j.name}.html'
         if (folder/j.name/'thumb.png').exists(): row['thumb'] = f'{profile}/{j.name}/thumb.png'
-    return Section(profile, rows)
+    return BookSection(profile, rows)
 
-# %% ../nbs/19b_book.ipynb #7189229a
+# %% ../nbs/19b_book.ipynb #fe795e78
 def write_book(
     root: str | Path | None = None # folder of the results; None: nbs/_runs
 ) -> Path:                         # <root>/book/index.html
-    "All results of all profiles as static pages; a profile without any result is left out, unless there is none at all."
+    "All results of all profiles as static pages; a profile without results is left out, unless there is none at all."
     from dynad import __version__
     root = Path(root) if root else runs_folder()
     if not root.is_dir():

@@ -21,18 +21,20 @@ from .show import COLORS, LUT, TEST, TRAIN
 __all__ = ['KINDS', 'WIDTH', 'LEFT', 'TOP', 'BASE', 'template_text', 'render', 'css', 'error_html', 'gradient', 'color_bar',
            'Svg', 'nice_top', 'Scale', 'bar_chart', 'extend_edges', 'histogram', 't_hat_chart', 'score_chart']
 
-# %% ../nbs/02b_charts.ipynb #5e5d93ac
+# %% ../nbs/02b_charts.ipynb #75112cb2
 def template_text(
     name: str # of a file in dynad/templates
 ) -> str:
     "A template or style sheet as text."
     return (files('dynad')/'templates'/name).read_text(encoding='utf-8')
 
+# %% ../nbs/02b_charts.ipynb #f0c03a14
 @cache
 def _environment() -> jinja2.Environment:
     return jinja2.Environment(loader=jinja2.FunctionLoader(template_text), autoescape=True,
                               undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
+# %% ../nbs/02b_charts.ipynb #200be2d4
 def render(
     name: str,      # of a template
     **values: Any   # strings are escaped, `Markup` and `Svg` are not
@@ -53,12 +55,13 @@ def error_html(text: str) -> str:
     "A box for an error message, escaped; an empty string for an empty text."
     return f'<div class="dynad-error" role="alert">{html.escape(text)}</div>' if text else ''
 
-# %% ../nbs/02b_charts.ipynb #737582c1
+# %% ../nbs/02b_charts.ipynb #f1db3ca1
 def gradient(cmap: str = 'viridis') -> str: # a key of `show.LUT`
     "A colour map as a CSS gradient from left to right."
     stops = ','.join('rgb({},{},{})'.format(*LUT[cmap][i]) for i in range(0, 256, 51))
     return f'linear-gradient(90deg,{stops})'
 
+# %% ../nbs/02b_charts.ipynb #628de07f
 def color_bar(
     top: float,            # value of the brightest colour
     unit: str,             # what the values mean, as HTML
@@ -68,10 +71,11 @@ def color_bar(
     return (f'<span class="dynad-scale" style="background:{gradient(cmap)}"></span>'
             f'<span class="dynad-ends"><span>0</span><span>{unit}</span><span>{top:.3g}</span></span>')
 
-# %% ../nbs/02b_charts.ipynb #719a7ad3
+# %% ../nbs/02b_charts.ipynb #b4ac9df2
 class Svg(str):
     "An SVG image: a string for HTML, which jinja2 does not escape, and which a notebook displays."
     def __html__(self) -> str: return self
+    def __repr__(self) -> str: return f'<Svg of {len(self)} characters>'
 
     def _repr_svg_(self) -> str:
         return self.replace('<svg ', '<svg xmlns="http://www.w3.org/2000/svg" color="#333" ', 1)
@@ -109,8 +113,10 @@ class Scale:
         "A value as it is written."
         return f'{v:.0%}' if self.percent else f'{v:g}'
 
-# %% ../nbs/02b_charts.ipynb #bd3b34f0
-def _rectangles(scale: Scale, series: dict, borders: np.ndarray, kinds: Sequence[str], layout: str, gap: float) -> list[dict]:
+# %% ../nbs/02b_charts.ipynb #0935f679
+def _rectangles(
+    scale: Scale, series: dict[str, Sequence[float]], borders: np.ndarray, kinds: Sequence[str], layout: str, gap: float
+) -> list[dict]:
     "The bars that are not empty."
     out, n, under = [], len(series), np.zeros(len(borders) - 1)
     for j, (name, values) in enumerate(series.items()):
@@ -125,6 +131,7 @@ def _rectangles(scale: Scale, series: dict, borders: np.ndarray, kinds: Sequence
             if layout == 'stack': under[k] += v
     return out
 
+# %% ../nbs/02b_charts.ipynb #c8185c73
 def _legend(names: Sequence[str], kinds: Sequence[str]) -> list[dict]:
     "Places of the legend's entries; a kind of '' is the dashed line."
     out, x = [], LEFT
@@ -173,7 +180,7 @@ def extend_edges(
     below, beyond = edges[0] - left*np.arange(n_lo, 0, -1), edges[-1] + right*np.arange(1, n_hi + 1)
     return np.concatenate([below, edges, beyond])
 
-# %% ../nbs/02b_charts.ipynb #bb468683
+# %% ../nbs/02b_charts.ipynb #b07f6462
 def _array(v: Tensor | Sequence[float]) -> np.ndarray:
     return np.asarray(v.detach().cpu() if isinstance(v, Tensor) else v, dtype=float).reshape(-1)
 
@@ -184,6 +191,7 @@ def _checked_edges(edges: Tensor | Sequence[float]) -> np.ndarray:
         raise ValueError(f"histogram: edges must be at least two increasing numbers, got {e.tolist()}")
     return e
 
+# %% ../nbs/02b_charts.ipynb #bc096733
 def _finite(v: Tensor | Sequence[float], name: str) -> np.ndarray:
     v = _array(v)
     if n := int((~np.isfinite(v)).sum()):
@@ -195,7 +203,7 @@ def _bin_numbers(edges: np.ndarray, at) -> list[tuple[float, str]]:
     step = max(1, int(np.ceil(.04/max(at(edges[1]) - at(edges[0]), 1e-3))))
     return [(at((edges[i] + edges[i+1])/2), str(i + 1)) for i in range(0, len(edges) - 1, step)]
 
-# %% ../nbs/02b_charts.ipynb #f3ec3fb3
+# %% ../nbs/02b_charts.ipynb #ea04c5a5
 def histogram(
     train: Tensor | Sequence[float],       # values of the training images
     test: Tensor | Sequence[float] | None, # values of the test images
@@ -204,7 +212,7 @@ def histogram(
     xlabel: str = 'distance to the nearest training images',
     labels: tuple[str, str] = ('training', 'test')
 ) -> Svg:
-    "Share of images per bin, training images in blue and test images in orange. Raises ValueError for NaN or bad edges."
+    "Share of images per bin, training in blue, test in orange. Raises ValueError for NaN or bad edges."
     e = _checked_edges(edges)
     parts = {n: _finite(v, n) for n, v in zip(labels, (train, test)) if v is not None}
     every = np.concatenate([e, *parts.values(), [] if place is None else [place]])

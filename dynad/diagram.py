@@ -55,10 +55,11 @@ class Flow(Figure):
         style = dict(ha='center', va='center', fontsize=size, color=color, linespacing=1.35, zorder=6)
         self.ax.text(x, y, text, **style | more)
 
-# %% ../nbs/02a_diagram.ipynb #3617b780
+# %% ../nbs/02a_diagram.ipynb #fdc4e3ad
 def _rounded(x0: float, y0: float, w: float, h: float, radius: float, **style) -> FancyBboxPatch:
     return FancyBboxPatch((x0, y0), w, h, boxstyle=f'round,pad=0,rounding_size={radius}', lw=1, **style)
 
+# %% ../nbs/02a_diagram.ipynb #9ab24b0a
 @patch
 def box(self: Flow,
     x: float, y: float, w: float, h: float,
@@ -71,6 +72,7 @@ def box(self: Flow,
     self.text(x, y, text, size)
     return Spot(x, y, w, h)
 
+# %% ../nbs/02a_diagram.ipynb #03a5d2df
 @patch
 def group(self: Flow,
     x0: float, y0: float, x1: float, y1: float, # corners
@@ -82,7 +84,7 @@ def group(self: Flow,
     self.ax.add_patch(_rounded(x0, y0, x1 - x0, y1 - y0, .12, fc=color, ec='#BBBBBB', zorder=0))
     self.text(x0 + indent, y1 - .11, title, 12.5, ha='left', va='top', weight='bold')
 
-# %% ../nbs/02a_diagram.ipynb #6f55d9a8
+# %% ../nbs/02a_diagram.ipynb #0dc14fb4
 @patch
 def _card(self: Flow, x: float, y: float, side: float, image: Tensor, edge: str, lw: float) -> None:
     "An image in a frame."
@@ -92,11 +94,13 @@ def _card(self: Flow, x: float, y: float, side: float, image: Tensor, edge: str,
     self.ax.add_patch(Rectangle((x - side/2, y - side/2), side, side, fill=False, ec=edge, lw=lw, zorder=4.5))
     self.ax.set(xlim=(0, self.get_figwidth()), ylim=(0, self.get_figheight()))
 
+# %% ../nbs/02a_diagram.ipynb #c47a7c8f
 @patch
 def _names(self: Flow, x: float, y: float, w: float, h: float, label: str, note: str) -> None:
     if label: self.text(x, y + h/2 + .06, label, 13, va='bottom')
     if note: self.text(x, y - h/2 - .06, note, 10.5, SOFT, va='top')
 
+# %% ../nbs/02a_diagram.ipynb #ca6b4a96
 @patch
 def image(self: Flow,
     x: float, y: float, side: float,
@@ -111,7 +115,7 @@ def image(self: Flow,
     self._names(x, y, side, side, label, note)
     return Spot(x, y, side, side)
 
-# %% ../nbs/02a_diagram.ipynb #38d3f986
+# %% ../nbs/02a_diagram.ipynb #c4899820
 def _most_varied(channels: Tensor, like: Tensor | None, n: int) -> tuple[Tensor, float, float]:
     "The n channels that vary most in `like`, and the 1 and 99 % quantiles of those."
     flat = (channels if like is None else like).detach().float().flatten(1).cpu()
@@ -119,6 +123,7 @@ def _most_varied(channels: Tensor, like: Tensor | None, n: int) -> tuple[Tensor,
     lo, hi = (float(v) for v in torch.quantile(flat[rows].flatten(), torch.tensor([.01, .99])))
     return channels.detach().float().cpu()[rows], lo, max(hi, lo + 1e-6)
 
+# %% ../nbs/02a_diagram.ipynb #8db70888
 @patch
 def stack(self: Flow,
     x: float, y: float, side: float,

@@ -27,7 +27,7 @@ __all__ = ['HEADS', 'NOTES', 'DECISIONS', 'TITLES', 'OURS', 'ReportData', 'repor
            'images_of', 'charts_of', 'metric_cell', 'metric_rows', 'tiles_of', 'chips_of', 'walk_text', 'value_text',
            'sections_of', 'write_gallery', 'ReportError', 'is_report', 'page_html', 'write_report']
 
-# %% ../nbs/17a_report.ipynb #00a7f5dc
+# %% ../nbs/17a_report.ipynb #0e3241ae
 @dataclass(frozen=True)
 class ReportData:
     "What a results page shows."
@@ -47,6 +47,7 @@ class ReportData:
         "0 normal, 1 anomalous."
         return torch.tensor([s.label for s in self.samples])
 
+# %% ../nbs/17a_report.ipynb #a4dfad16
 def report_data(e: Evaluation) -> ReportData:
     "What the page takes from an evaluation of DynAD."
     def maps(rows):
@@ -61,7 +62,7 @@ def report_data(e: Evaluation) -> ReportData:
         t_hat=e.t_hat,
         distances=(dic.train_distance, e.staged.severity['distance'], dic.edges))
 
-# %% ../nbs/17a_report.ipynb #8383bc4b
+# %% ../nbs/17a_report.ipynb #c7336700
 def _pools(scores: Tensor, labels: Tensor, threshold: float) -> dict[str, list[int]]:
     "Positions of all images by group, the most telling first."
     s, y = scores.double(), labels.bool()
@@ -72,9 +73,11 @@ def _pools(scores: Tensor, labels: Tensor, threshold: float) -> dict[str, list[i
     for k in ('found', 'normal'): pools[k].sort(key=lambda i: -float(s[i]))
     return pools
 
+# %% ../nbs/17a_report.ipynb #cb4999f0
 def _evenly(p: list[int], k: int) -> list[int]:
     return [p[i] for i in np.linspace(0, len(p) - 1, k).round().astype(int)] if k else []
 
+# %% ../nbs/17a_report.ipynb #915d7ff2
 def choose(
     scores: Tensor,    # [N]
     labels: Tensor,    # [N] 0 normal, 1 anomalous
@@ -90,7 +93,7 @@ def choose(
     shown = {k: _evenly(p, take[k]) if k == 'normal' else p[:take[k]] for k, p in pools.items()}
     return {k: sorted(p, key=lambda i: -float(scores[i])) for k, p in shown.items()}
 
-# %% ../nbs/17a_report.ipynb #0e45457e
+# %% ../nbs/17a_report.ipynb #028c24f9
 def scale_of_maps(
     maps: Tensor # [N,1,H,W] calibrated
 ) -> float:      # shown as the brightest colour
@@ -98,6 +101,7 @@ def scale_of_maps(
     v = maps.flatten().float()
     return max(1., float(torch.quantile(v[::max(1, v.numel()//1_000_000)], .998)))
 
+# %% ../nbs/17a_report.ipynb #3c56b3b2
 def scales_of(d: ReportData) -> dict[str, float]: # name of a map -> upper end
     "The upper end of each map, from at most 256 images evenly through the set."
     rows = list(range(0, len(d.samples), -(-len(d.samples)//256)))
@@ -122,12 +126,12 @@ def images_of(
         out[i]['mask'] = marked(x[k], maps['A_map'][k] > threshold, MARKED, truth)
     return out
 
-# %% ../nbs/17a_report.ipynb #80af9f51
+# %% ../nbs/17a_report.ipynb #5db5c85b
 def charts_of(d: ReportData) -> list[dict[str, Any]]: # title, note and svg
     "The charts that this method has."
     out, threshold = [], d.result['decision']['image_threshold']
     if d.distances is not None:
-        note = 'Distance to the nearest normal training images. The numbers are the bins, which divide the training range.'
+        note = 'Distance to the nearest normal training images. The numbers are the bins of the training range.'
         out.append(dict(title='Distances', note=note, svg=histogram(*d.distances, xlabel='distance')))
     if d.t_hat is not None:
         note = 'Test images per T̂, the timestep up to which noise is added.'
@@ -135,13 +139,14 @@ def charts_of(d: ReportData) -> list[dict[str, Any]]: # title, note and svg
     note = 'Test images per score. The threshold was learned on held-out normal images.'
     return [*out, dict(title='Scores', note=note, svg=score_chart(d.scores, d.labels, threshold))]
 
-# %% ../nbs/17a_report.ipynb #321ed66e
+# %% ../nbs/17a_report.ipynb #28ed12ce
 HEADS = ('I-AUROC', 'P-AUROC', 'PRO', 'I-AP', 'P-AP', 'I-F1-max', 'P-F1-max') # of `KEYS`
 NOTES = {'t_hat_0': ('T̂ = 0', 'autoencoder alone, no diffusion'),
          'untrained_denoiser': ('untrained denoiser', 'the same method with random weights'),
          'neighbour_distance': ('neighbour distance', 'what is known before any diffusion'),
          'patchcore': ('PatchCore', "nearest training patch in the same features")}
 
+# %% ../nbs/17a_report.ipynb #5e724df5
 def metric_cell(
     m: dict[str, Any] | None    # value, low, high
 ) -> dict[str, Any] | None:     # texts, and places in percent of the bar
@@ -152,7 +157,7 @@ def metric_cell(
     return dict(value=f"{m['value']:.3f}", low=f'{low:.3f}', high=f'{high:.3f}', at=percent(m['value']),
                 start=percent(low), width=round(percent(high) - percent(low), 1))
 
-# %% ../nbs/17a_report.ipynb #ec53abe6
+# %% ../nbs/17a_report.ipynb #13ccfb01
 def metric_rows(result: dict[str, Any]) -> list[dict[str, Any]]: # name, note, own, cells
     "The rows of the table: the method, null models, baselines."
     named = [(result.get('method', 'DynAD'), 'the whole method', result, True)]
@@ -162,6 +167,7 @@ def metric_rows(result: dict[str, Any]) -> list[dict[str, Any]]: # name, note, o
             named.append((word + name, note, v, False))
     return [dict(name=n, note=t, own=own, cells=[metric_cell(r.get(k)) for k in KEYS]) for n, t, r, own in named]
 
+# %% ../nbs/17a_report.ipynb #071567be
 def tiles_of(result: dict[str, Any]) -> list[dict[str, str]]: # name, value, note
     "The four figures at the top."
     out = []
@@ -173,7 +179,7 @@ def tiles_of(result: dict[str, Any]) -> list[dict[str, str]]: # name, value, not
     return [*out, dict(name='decided by the learned threshold', value=f"{c['true_positives']} of {p['test_defective']}",
                        note=f"found; {c['false_positives']} of {p['test_good']} normal images called anomalous")]
 
-# %% ../nbs/17a_report.ipynb #7529866b
+# %% ../nbs/17a_report.ipynb #3d753cec
 def chips_of(result: dict[str, Any]) -> dict[str, list[str]]: # 'warnings' and 'chips'
     "The short facts below the title."
     p, d, s = result['protocol'], result['data'], result['settings']
@@ -186,6 +192,7 @@ def chips_of(result: dict[str, Any]) -> dict[str, list[str]]: # 'warnings' and '
               f"{p['training_images']} normal images for training, {p['held_out_images']} held out"]
     return dict(warnings=warnings, chips=chips)
 
+# %% ../nbs/17a_report.ipynb #20bbbfbd
 def walk_text(settings: dict[str, Any]) -> dict[str, str] | None:
     "How DynAD works at these settings, in words; None for a method without a reconstruction."
     if 'reconstruction' not in settings: return None
@@ -195,11 +202,11 @@ def walk_text(settings: dict[str, Any]) -> dict[str, str] | None:
     noise = ('the image is only scaled down, no noise is added (ω\u00a0=\u00a00)' if r['omega'] == 0 else
              f"a share ω = {r['omega']:g} of the noise is added")
     scale = ('Both are scaled by the lowest and the highest value of the test images themselves.'
-             if f['calibration'] == 'test' else 'Both are scaled by normal images that were not used for training: 0 is an '
-             f"ordinary pixel, 1 the {f['quantile']:g} quantile of normal pixels.")
+             if f['calibration'] == 'test' else 'Both are scaled by normal images that were not used for training: '
+             f"0 is an ordinary pixel, 1 the {f['quantile']:g} quantile of normal pixels.")
     return dict(severity=severity, noise=noise, scale=scale, lam=f"{f['lam']:g}")
 
-# %% ../nbs/17a_report.ipynb #62e4a761
+# %% ../nbs/17a_report.ipynb #4975661b
 def value_text(v: Any) -> str:
     "A setting or a measurement as it is written."
     if v is None: return '—'
@@ -207,25 +214,30 @@ def value_text(v: Any) -> str:
     if isinstance(v, float): return f'{v:.4g}'
     return ', '.join(map(str, v)) if isinstance(v, (list, tuple)) else str(v)
 
+# %% ../nbs/17a_report.ipynb #b5502b16
 def _group(name: str, d: dict[str, Any]) -> dict[str, Any]:
-    return dict(name=name, pairs=[(k.replace('_', ' '), value_text(v)) for k, v in d.items() if not isinstance(v, dict)])
+    pairs = [(k.replace('_', ' '), value_text(v)) for k, v in d.items() if not isinstance(v, dict)]
+    return dict(name=name, pairs=pairs)
 
+# %% ../nbs/17a_report.ipynb #cd5388a6
 def sections_of(r: dict[str, Any]) -> list[dict[str, Any]]: # title, groups of name and pairs
     "Protocol, settings and cost, for the end of the page."
     s = r['settings']
     cost = {f'{k} (s)': v for k, v in r['seconds_by_stage'].items()}
     cost |= {'images per second': r['images_per_second'], 'peak memory (MB)': r['peak_memory_mb']}
     about = [_group(k, r[k]) for k in ('protocol', 'data', 'decision')]
+    measured = [_group('test images', cost), _group('versions', r['versions'])]
     settings = [_group('run', s), *(_group(k, v) for k, v in s.items() if isinstance(v, dict))]
     return [dict(title='Protocol and data', groups=about), dict(title='Settings', groups=settings),
-            dict(title='Time, memory and versions', groups=[_group('test images', cost), _group('versions', r['versions'])])]
+            dict(title='Time, memory and versions', groups=measured)]
 
-# %% ../nbs/17a_report.ipynb #5054712b
+# %% ../nbs/17a_report.ipynb #22d01bb5
 DECISIONS = {(True, True): 'found', (True, False): 'called anomalous, is normal', (False, True): 'missed',
              (False, False): 'called normal'} # (score above the threshold, anomalous)
 TITLES = {'wrong': 'Wrong decisions, the worst of them', 'found': 'Found, the surest of them',
           'normal': 'Normal images, called normal'}
 
+# %% ../nbs/17a_report.ipynb #43943d1e
 def _figures(images: dict[str, Tensor | None], i: int, folder: Path) -> list[dict[str, Any]]:
     "Save the images of one row; their names and files."
     out = []
@@ -235,6 +247,7 @@ def _figures(images: dict[str, Tensor | None], i: int, folder: Path) -> list[dic
         out.append(dict(name=column, src=src))
     return out
 
+# %% ../nbs/17a_report.ipynb #e063dbc3
 def write_gallery(
     d: ReportData,
     folder: Path,            # images go to its folder `images`
@@ -247,12 +260,13 @@ def write_gallery(
     shown = images_of(d, [i for rows in chosen.values() for i in rows], ends)
     def entry(i):
         hit, label = bool(d.scores[i] > threshold), int(y[i])
-        return dict(name=d.samples[i].name, label=label, kind=d.samples[i].defect if label else 'normal', wrong=hit != label,
-                    score=f'{float(d.scores[i]):.3f}', t_hat=None if d.t_hat is None else int(d.t_hat[i]),
-                    decision=DECISIONS[hit, bool(label)], figures=_figures(shown[i], i, folder))
+        s, t_hat = d.samples[i], None if d.t_hat is None else int(d.t_hat[i])
+        return dict(name=s.name, label=label, kind=s.defect if label else 'normal', wrong=hit != label, t_hat=t_hat,
+                    score=f'{float(d.scores[i]):.3f}', decision=DECISIONS[hit, bool(label)],
+                    figures=_figures(shown[i], i, folder))
     return [dict(title=TITLES[k], images=[entry(i) for i in rows]) for k, rows in chosen.items() if rows]
 
-# %% ../nbs/17a_report.ipynb #0193a4dc
+# %% ../nbs/17a_report.ipynb #56bcdaea
 class ReportError(DynadError, ValueError):
     "A report that cannot be written: the text names the folder and the cure."
 
@@ -264,16 +278,19 @@ def is_report(folder: Path) -> bool:
     if not page.is_file() or b'content="dynad report"' not in page.read_bytes()[:1000]: return False
     return {p.name for p in folder.iterdir()} <= OURS and all(p.suffix == '.png' for p in (folder/'images').glob('*'))
 
+# %% ../nbs/17a_report.ipynb #51757e6b
 def _place(folder: str | Path) -> Path:
     "The real place of a new report. Raises ReportError when something else is there."
     place = Path(folder).resolve()
     if place.exists() and not place.is_dir(): raise ReportError(f"{folder}: is a file; name a folder for the report")
     if place.is_dir() and any(place.iterdir()) and not is_report(place):
         other = sorted(p.name for p in place.iterdir() if p.name not in OURS)
-        raise ReportError(f"{folder}: is not empty and holds something else than a report{f' ({other[0]})' if other else ''}; "
+        example = f' ({other[0]})' if other else ''
+        raise ReportError(f"{folder}: is not empty and holds something else than a report{example}; "
                           "choose a new folder, or empty this one yourself")
     return place
 
+# %% ../nbs/17a_report.ipynb #cee0e005
 def _replace(new: Path, place: Path) -> None:
     "Move a folder to its place; an older one goes, or stays when that fails."
     umask = os.umask(0); os.umask(umask)
@@ -289,7 +306,7 @@ def _replace(new: Path, place: Path) -> None:
     finally:
         if old: shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/17a_report.ipynb #c5b63f23
+# %% ../nbs/17a_report.ipynb #771d9340
 def page_html(
     d: ReportData,
     title: str,
@@ -299,10 +316,11 @@ def page_html(
     "The page as HTML."
     r, p = d.result, d.result['protocol']
     return render('report.html', title=title, style=css('page.css', 'report.css'), heads=HEADS, rows=metric_rows(r),
-                  tiles=tiles_of(r), walk=walk_text(r['settings']), n_normal=p['test_good'], n_anomalous=p['test_defective'],
-                  charts=charts_of(d), gallery=gallery, ends=', '.join(f'{v:.2g} ({k})' for k, v in ends.items()),
-                  ramp=gradient(), sections=sections_of(r), **chips_of(r))
+                  tiles=tiles_of(r), walk=walk_text(r['settings']), n_normal=p['test_good'],
+                  n_anomalous=p['test_defective'], charts=charts_of(d), gallery=gallery, ramp=gradient(),
+                  ends=', '.join(f'{v:.2g} ({k})' for k, v in ends.items()), sections=sections_of(r), **chips_of(r))
 
+# %% ../nbs/17a_report.ipynb #76eccf70
 def write_report(
     evaluation: Evaluation | ReportData,
     folder: str | Path,        # made, or replaced when it holds an older report

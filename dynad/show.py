@@ -25,12 +25,12 @@ __all__ = ['LUT', 'BLANK', 'drawing_lock', 'TRUTH', 'PREDICTED', 'MARKED', 'MARK
            'mask_border', 'overlay', 'marked', 'shade', 'outline', 'paint_mask', 'paint_heat', 'panel', 'smoothed',
            'curve']
 
-# %% ../nbs/02_show.ipynb #e673ab10
+# %% ../nbs/02_show.ipynb #af5e92f6
 def palette_png(
     image: Image.Image, # RGB
     colors: int = 256   # size of the palette, 8 to 256
 ) -> bytes:
-    "PNG with a palette: two thirds for the most frequent colours, a third for rare ones (the peak of a map), one entry for pure white."
+    "PNG with a palette: two thirds frequent colours, a third rare ones (the peak of a map), one entry for white."
     if not 8 <= colors <= 256: raise ValueError(f"colors = {colors}; allowed: 8 to 256, or None for full colour")
     values = _palette(image, colors - 1)
     palette = Image.new('P', (1, 1))
@@ -42,12 +42,13 @@ def palette_png(
     small.save(out, format='PNG', optimize=True)
     return out.getvalue()
 
+# %% ../nbs/02_show.ipynb #65a79df6
 def _palette(image: Image.Image, n: int) -> list[int]:
     parts = (n - n//3, Image.Quantize.MEDIANCUT), (n//3, Image.Quantize.MAXCOVERAGE)
     return [v for k, method in parts
             for v in image.quantize(k, method=method, dither=Image.Dither.NONE).getpalette()[:3*k]]
 
-# %% ../nbs/02_show.ipynb #08625765
+# %% ../nbs/02_show.ipynb #e2398ff5
 LUT = {name: (colormaps[name](np.arange(256))[:, :3]*255).round().astype(np.uint8) for name in ('viridis', 'inferno')}
 
 def png_bytes(
@@ -60,6 +61,7 @@ def png_bytes(
     im.save(out, format='PNG', compress_level=1)
     return out.getvalue()
 
+# %% ../nbs/02_show.ipynb #3e1baea6
 BLANK = png_bytes(np.full((8, 8, 3), 235, np.uint8)) # what an image widget shows before there is an image
 
 # %% ../nbs/02_show.ipynb #9d5fe003
@@ -72,7 +74,7 @@ class SmallImage:
         "Write the small PNG, atomically."
         atomic_write(path, self._repr_png_())
 
-# %% ../nbs/02_show.ipynb #a4e62774
+# %% ../nbs/02_show.ipynb #b994e1b0
 drawing_lock = threading.RLock() # held by whatever draws with matplotlib
 
 def _locked(name: str):
@@ -82,6 +84,7 @@ def _locked(name: str):
         with drawing_lock: return method(self, *args, **kwargs)
     return call
 
+# %% ../nbs/02_show.ipynb #3ca7a94b
 class Figure(matplotlib.figure.Figure):
     "A matplotlib figure outside pyplot that displays itself in a notebook and draws in one thread at a time."
     savefig, draw, tight_layout = map(_locked, ('savefig', 'draw', 'tight_layout'))
@@ -89,7 +92,7 @@ class Figure(matplotlib.figure.Figure):
     def _repr_mimebundle_(self, include=None, exclude=None):
         return {'image/png': figure_png(self), 'text/plain': repr(self)}
 
-# %% ../nbs/02_show.ipynb #3346851a
+# %% ../nbs/02_show.ipynb #7d550b78
 def figure_png(
     fig: matplotlib.figure.Figure,
     dpi: float | None = None,  # None: the figure's own
@@ -101,6 +104,7 @@ def figure_png(
         fig.savefig(buf, format='png', dpi=dpi or fig.dpi, bbox_inches='tight', pad_inches=.04, facecolor='white')
     return buf.getvalue() if colors is None else palette_png(Image.open(buf).convert('RGB'), colors)
 
+# %% ../nbs/02_show.ipynb #b915c146
 def _figure(width: float, height: float) -> Figure: return Figure(figsize=(width, height), dpi=75)
 
 # %% ../nbs/02_show.ipynb #6875c06c
@@ -149,7 +153,7 @@ def colorize(
     rgba = colormaps[cmap].with_extremes(bad='0.5')(unit)
     return torch.from_numpy(rgba[..., :3].astype(np.float32)).permute(2, 0, 1)
 
-# %% ../nbs/02_show.ipynb #363fe9f2
+# %% ../nbs/02_show.ipynb #f1d3f368
 def _show(ax, x: Tensor | np.ndarray, cmap: str | None = None, vmin: float = 0, vmax: float = 1) -> None:
     x = torch.as_tensor(x).detach().cpu()
     if cmap and x.dtype != torch.bool and (x.ndim == 2 or x.shape[0] == 1): x = colorize(x, vmin, vmax, cmap)
@@ -159,6 +163,7 @@ def _bare(ax) -> None:
     ax.set_xticks([]); ax.set_yticks([])
     for s in ax.spines.values(): s.set_visible(False)
 
+# %% ../nbs/02_show.ipynb #cbe36a15
 def _range(maps: list[Tensor]) -> tuple[float, float]:
     "The common finite range of several maps, never empty."
     v = torch.cat([torch.as_tensor(m).detach().float().flatten().cpu() for m in maps]) if maps else torch.zeros(1)
@@ -166,7 +171,7 @@ def _range(maps: list[Tensor]) -> tuple[float, float]:
     lo, hi = (v.min().item(), v.max().item()) if len(v) else (0., 1.)
     return lo, hi if hi > lo else lo + 1
 
-# %% ../nbs/02_show.ipynb #1bfb139a
+# %% ../nbs/02_show.ipynb #4f7a6494
 def _axes(nrows: int, ncols: int, size: float, lines: int):
     "Axes for images of `size` inches without margins, with room for titles of that many lines."
     title, height = .17*lines, nrows*(size + .17*lines)
@@ -176,6 +181,7 @@ def _axes(nrows: int, ncols: int, size: float, lines: int):
     for ax in axes.flat: _bare(ax)
     return fig, axes.flat
 
+# %% ../nbs/02_show.ipynb #5e2603a5
 def grid(
     images: Tensor | Sequence,            # [B,3,H,W], [B,1,H,W], or a list of images as for `to_uint8`
     titles: Sequence[str] | None = None,  # one per image
@@ -199,7 +205,7 @@ def grid(
     for ax, t in zip(fig.axes, titles): ax.set_title(str(t), fontsize=8, pad=2)
     return fig
 
-# %% ../nbs/02_show.ipynb #8d36a327
+# %% ../nbs/02_show.ipynb #9177677b
 TRUTH = (.34, .71, .91)     # ground truth: Okabe and Ito's sky blue
 PREDICTED = (1., 1., 1.)    # contour of a predicted mask
 MARKED = (.90, .62, .0)     # area of a predicted mask: Okabe and Ito's orange
@@ -215,18 +221,21 @@ def mask_border(
     edge = m - (1 - grow(1 - m)) if inner else grow(m) - m
     return edge[0] > .5
 
+# %% ../nbs/02_show.ipynb #eca4e8b2
 def _line(image: Tensor) -> int: return max(1, round(min(image.shape[1:])/128)) # width of a contour
 def _grey(image: Tensor) -> Tensor: return (image*_rgb((.299, .587, .114))).sum(0, keepdim=True).expand(3, -1, -1)
 def _rgb(color: Sequence[float]) -> Tensor: return torch.tensor(color)[:, None, None]
 
-# %% ../nbs/02_show.ipynb #977dfc98
+# %% ../nbs/02_show.ipynb #004216ca
 def _like(image: Tensor, x: Tensor, what: str) -> Tensor:
     x = x.detach().cpu()
     x = x if x.ndim == 3 else x[None]
     if x.shape != (1, *image.shape[1:]):
-        raise ValueError(f"overlay: the {what} is {list(x.shape)} and the image {list(image.shape)}; resize one of them")
+        raise ValueError(f"overlay: the {what} is {list(x.shape)} and the image {list(image.shape)}; "
+                         "resize one of them")
     return x
 
+# %% ../nbs/02_show.ipynb #9bfa4350
 def overlay(
     image: Tensor,               # [3,H,W] or [1,H,W] in [0,1]
     map: Tensor | None = None,   # [1,H,W] in [0,1]: heat, the more opaque the higher
@@ -259,7 +268,7 @@ def marked(
     if truth is None or not truth.any(): return out
     return torch.where(mask_border(truth, _line(image), False), _rgb(TRUTH), out)
 
-# %% ../nbs/02_show.ipynb #3f34c317
+# %% ../nbs/02_show.ipynb #30124da7
 MARK = np.uint8([230, 159, 0])                       # predicted, as `MARKED`
 BLUE = np.uint8([round(255*v) for v in TRUTH])
 
@@ -270,6 +279,7 @@ def shade(
     "Indices into a colour map, from 0 to `top`."
     return (m*(255/top)).clip(0, 255).astype(np.uint8)
 
+# %% ../nbs/02_show.ipynb #6b664276
 def outline(
     mask: np.ndarray,  # bool [H,W]
     width: int = 1
@@ -281,7 +291,7 @@ def outline(
         for axis in (0, 1): inner &= np.roll(m, k, axis) & np.roll(m, -k, axis)
     return mask & ~inner[width:-width, width:-width]
 
-# %% ../nbs/02_show.ipynb #b3169b34
+# %% ../nbs/02_show.ipynb #ae58e88b
 def paint_mask(
     grey: np.ndarray,               # float32 [H,W,1], the grey image, 0…255
     mask: np.ndarray,               # bool [H,W]: filled
@@ -294,6 +304,7 @@ def paint_mask(
     if truth is not None: out[outline(truth, max(1, len(truth)//128))] = BLUE
     return out
 
+# %% ../nbs/02_show.ipynb #0983c6a5
 def paint_heat(
     grey: np.ndarray,  # float32 [H,W,1], the grey image, 0…255
     m: np.ndarray,     # uint8 [H,W] from `shade`
@@ -305,11 +316,12 @@ def paint_heat(
     out[outline(mask, max(1, len(mask)//128))] = 255
     return out
 
-# %% ../nbs/02_show.ipynb #27beae8b
+# %% ../nbs/02_show.ipynb #32ae2de4
 def _is_map(v: Any) -> bool:
     if not isinstance(v, (Tensor, np.ndarray)): return False
     return (v.ndim == 2 or v.shape[0] == 1) and torch.as_tensor(v).dtype != torch.bool
 
+# %% ../nbs/02_show.ipynb #69345994
 def panel(
     rows: Sequence[Mapping[str, Any]], # name -> image [3,H,W], map [1,H,W], mask [1,H,W] of bools, or text
     size: float = 1.6,                 # of one image, in inches
