@@ -23,7 +23,7 @@ setup(
     keywords=cfg["keywords"].split(),
     python_requires=">=" + cfg["min_python"],
     packages=find_packages(include=["dynad", "dynad.*"]),
-    package_data={"dynad": ["weights/*.safetensors", "weights/*.json", "*.csv"]},
+    package_data={"dynad": ["weights/*.safetensors", "weights/*.json", "*.csv", "templates/*"]},
     install_requires=cfg["requirements"].split(),
     extras_require={
         "dev": cfg["dev_requirements"].split(),

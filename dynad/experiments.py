@@ -31,10 +31,10 @@ from .store import atomic_write, replacing
 from .synthetic import PRODUCTS, write_synthetic
 
 # %% auto #0
-__all__ = ['METRICS', 'SETS', 'TABLE_SET', 'NULLS', 'MAIN', 'printed', 'RealSet', 'pool', 'Subject', 'find_set', 'subjects',
-           'fitted', 'at', 'measure', 'slim', 'null_rows', 'paired', 'hardware', 'Record', 'compared',
-           'comparison_table', 'enter', 'enter_nulls', 'enter_difference', 'verdict', 'Lines', 'said', 'oracle',
-           'by_class', 'part', 'area_groups', 'provenance', 'conclude', 'dots', 'pixel_space']
+__all__ = ['METRICS', 'SETS', 'TABLE_SET', 'NULLS', 'plain_name', 'text_cell', 'MAIN', 'printed', 'RealSet', 'pool', 'Subject',
+           'find_set', 'subjects', 'fitted', 'at', 'measure', 'slim', 'null_rows', 'paired', 'hardware', 'Record',
+           'compared', 'comparison_table', 'enter', 'enter_nulls', 'enter_difference', 'verdict', 'Lines', 'said',
+           'oracle', 'by_class', 'part', 'area_groups', 'provenance', 'conclude', 'dots', 'pixel_space']
 
 # %% ../nbs/19_experiments.ipynb #955f9a40
 METRICS = {'i_auroc': 'I-AUROC', 'p_auroc': 'P-AUROC', 'pro': 'PRO', 'i_ap': 'I-AP', 'p_ap': 'P-AP', 'i_f1_max': 'I-F1-max', 'p_f1_max': 'P-F1-max', 'fps': '1/s', 'seconds': 's per image'}
@@ -470,6 +470,8 @@ def comparison_table(
     df = pd.DataFrame(rows, columns=['row', 'method', 'metric', 'paper', 'ours', 'difference', 'oracle', 'gap', 'n, seeds, interval', 'data', 'hardware, minutes'])
     if (df.oracle == '—').all(): df = df.drop(columns=['oracle', 'gap'])
     return df.set_index(['row', 'method', 'metric'])
+
+plain_name, text_cell = _plain, _text
 
 # %% ../nbs/19_experiments.ipynb #69d89a7c
 def _comparison(self: Record) -> pd.DataFrame:

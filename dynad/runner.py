@@ -18,10 +18,10 @@ from . import __version__
 from .config import ConfigError, DynadError, content_key, data_root, weights_root
 
 # %% auto #0
-__all__ = ['TARGETS', 'TRAINING', 'TIMEOUT', 'LONGEST', 'PROFILES', 'SMALL_DATA', 'RunnerError', 'Target', 'Profile', 'variants',
-           'find_target', 'Cell', 'read_notebook', 'notebook_parameters', 'check_notebook', 'parse_parameters',
-           'source_hash', 'notebook_hash', 'folder_stamp', 'Job', 'papers_folder', 'plan', 'listing', 'outdated',
-           'Outcome', 'run_job', 'local_workers', 'cluster', 'run_jobs']
+__all__ = ['TARGETS', 'TRAINING', 'TIMEOUT', 'LONGEST', 'PROFILES', 'SMALL_DATA', 'read_json', 'swap_folder', 'RunnerError',
+           'Target', 'Profile', 'variants', 'find_target', 'Cell', 'read_notebook', 'notebook_parameters',
+           'check_notebook', 'parse_parameters', 'source_hash', 'notebook_hash', 'folder_stamp', 'Job', 'papers_folder',
+           'plan', 'listing', 'outdated', 'Outcome', 'run_job', 'local_workers', 'cluster', 'run_jobs']
 
 # %% ../nbs/19a_runner.ipynb #1962ecd8
 class RunnerError(DynadError, ValueError):
@@ -541,6 +541,8 @@ def run_job(job: Job) -> Outcome:
         if not wrong: shutil.rmtree(_failed(job), ignore_errors=True)
         _log(folder, event='failed' if wrong else 'finished', name=job.name, key=job.key)
         return out
+
+read_json, swap_folder = _read_json, _swap
 
 # %% ../nbs/19a_runner.ipynb #1ff2b229
 def _my_gpu() -> str | None:

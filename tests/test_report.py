@@ -1,14 +1,13 @@
 "The results page: what it shows, what it escapes, what it refuses to overwrite."
 import copy, dataclasses, json, re
 from html.parser import HTMLParser
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from dynad.report import ReportError, bars, bin_chart, choose, is_report, marked, scale_of_maps, score_chart, t_hat_chart, write_report
+from dynad.report import ReportError, choose, is_report, report_data, scale_of_maps, write_report
 
 # the choice of images
 
@@ -19,61 +18,22 @@ def test_choice(images, threshold, n):
     c = choose(scores, labels, threshold, n)
     every = sum(c.values(), [])
     assert len(every) == len(set(every)) == min(n, len(images))
-    for i in c['misjudged']: assert bool(scores[i] > threshold) != bool(labels[i])
+    for i in c['wrong']: assert bool(scores[i] > threshold) != bool(labels[i])
     for i in c['found']: assert scores[i] > threshold and labels[i] == 1
-    for i in c['good']: assert scores[i] <= threshold and labels[i] == 0
+    for i in c['normal']: assert scores[i] <= threshold and labels[i] == 0
     for rows in c.values(): assert [float(scores[i]) for i in rows] == sorted((float(scores[i]) for i in rows), reverse=True)
 
 def test_the_worst_mistakes_come_in_first():
     scores = torch.tensor([0., .9, 1.1, 9., 2., 3.])
     labels = torch.tensor([1, 1, 0, 0, 1, 1])
-    assert set(choose(scores, labels, 1., 6)['misjudged']) == {0, 1, 2, 3}
-    assert choose(scores, labels, 1., 3) == {'misjudged': [3, 0], 'found': [5], 'good': []}
+    assert set(choose(scores, labels, 1., 6)['wrong']) == {0, 1, 2, 3}
+    assert choose(scores, labels, 1., 3) == {'wrong': [3, 0], 'found': [5], 'normal': []}
 
-# charts
-
-def test_bars_are_as_high_as_their_values():
-    c = bars({'a': [1, 2], 'b': [0, 4]}, np.array([0, .5, 1]))
-    high = {(b['name'], b['value']): b['h'] for b in c['bars']}
-    assert high['a', '2'] == pytest.approx(2*high['a', '1'], abs=.02) and high['b', '4'] == pytest.approx(4*high['a', '1'], abs=.03)
-    assert len(c['bars']) == 3, "an empty slot has no bar"
-
-def test_a_stack_stands_on_itself():
-    a, b = bars({'a': [3], 'b': [1]}, np.array([0, 1]), layout='stack')['bars']
-    assert b['y'] + b['h'] == pytest.approx(a['y'], abs=.02)
-
-def test_no_image_is_lost_from_a_chart():
-    "Values outside the training range have slots of their own."
-    g = torch.Generator().manual_seed(0)
-    train, test = torch.rand(40, generator=g) + 1, torch.rand(60, generator=g)*4
-    c = bin_chart(train, test, torch.linspace(float(train.min()), float(train.max()), 11))
-    unit = {}
-    for b in c['bars']: unit.setdefault(b['series'], []).append(b['h'])
-    top = c['base'] - c['grid'][-1][0]
-    share = float(c['grid'][-1][1].rstrip('%'))/100
-    for heights in unit.values(): assert sum(heights)/top*share == pytest.approx(1, abs=.02)
-    labels = torch.tensor([0, 1]*30)
-    s = score_chart(test, labels, 1.)
-    assert sum(float(b['value']) for b in s['bars']) == 60
-    assert sum(float(b['value']) for b in t_hat_chart(torch.tensor([20, 40, 60]*20), labels)['bars']) == 60
-
-@pytest.mark.parametrize('scores', [[1.]*4, [0., 0, 0, 5], [1e-3, 1, 10, 1000]])
-def test_score_chart_of_odd_scores(scores):
-    c = score_chart(torch.tensor(scores), torch.tensor([0, 0, 1, 1]), .5)
-    assert sum(float(b['value']) for b in c['bars']) == 4 and all(np.isfinite([b['x'], b['y'], b['w'], b['h']]).all() and b['w'] > 0 for b in c['bars'])
-    assert c['left'] <= c['mark'][0] <= c['w']
-
-def test_equal_distances(): bin_chart(torch.ones(5), torch.ones(3), torch.ones(11))
+# maps
 
 def test_scale_is_at_least_one():
     assert scale_of_maps(torch.zeros(2, 1, 8, 8)) == 1
     assert scale_of_maps(torch.full((2, 1, 8, 8), 7.)) == 7
-
-def test_marked_places_differ():
-    x, m = torch.full((3, 16, 16), .5), torch.zeros(1, 16, 16, dtype=torch.bool)
-    m[:, 4:8, 4:8] = True
-    y = marked(x, m, (1., 0, 0))
-    assert (y[0][m[0]] > .8).all() and (y[:, ~m[0]] == y[:, 0, 0][:, None]).all()
 
 # the page
 
@@ -133,13 +93,23 @@ def test_without_null_models_and_masks(e, tmp_path):
     page = Page(write_report(dataclasses.replace(e, result=r, has_mask=torch.zeros_like(e.has_mask)), tmp_path/'report', n=3))
     assert 'no mask shipped' in page.text and 'null:' not in page.text and 'not defined for these images' in page.text
 
+def test_a_method_without_reconstruction_and_t_hat(e, tmp_path):
+    "Columns, charts and sentences of what a method does not have are left out."
+    r = copy.deepcopy(e.result)
+    for k in ('reconstruction', 'dic'): r['settings'].pop(k)
+    d = report_data(e)
+    d = dataclasses.replace(d, result=r, reconstructions=None, t_hat=None, distances=None, maps=lambda rows: {'A_map': report_data(e).maps(rows)['A_map']})
+    page = Page(write_report(d, tmp_path/'report', n=3))
+    assert page.tags.count('svg') == 1 and page.tags.count('img') == 3*4 and not page.wrong and not page.open
+    assert not re.search('T̂ [0-9]|DIC|reconstruct', page.text.split('How it was made')[0].split('Images')[1]) and 'How far an image' not in page.text
+
 def test_what_leaks_is_said(e, tmp_path):
     r = copy.deepcopy(e.result)
     r['settings']['fusion']['calibration'] = 'test'
     r['settings']['reconstruction'] |= {'severity': 'static', 'omega': 1.}
     r['data']['synthetic'] = False
     text = Page(write_report(dataclasses.replace(e, result=r), tmp_path/'report', n=0)).text
-    assert 'looks at what it judges' in text and 'the same for all images' in text and 'a share ω = 1 of the noise' in text
+    assert 'calibrated on the test images on which it is evaluated' in text and 'the same for all images' in text and 'a share ω = 1 of the noise' in text
     assert 'synthetic images' not in text and 'No image was asked for' in text
 
 # where it is written
@@ -171,6 +141,6 @@ def test_a_failure_leaves_the_old_report(e, tmp_path):
     path = write_report(e, tmp_path/'report', n=1)
     before = path.read_bytes()
     def fail(*args, **kwargs): raise RuntimeError('cut off')
-    broken = dataclasses.replace(e, staged=SimpleNamespace(images=e.staged.images, reconstructions=fail, model=e.staged.model, severity=e.staged.severity))
+    broken = dataclasses.replace(report_data(e), reconstructions=fail)
     with pytest.raises(RuntimeError, match='cut off'): write_report(broken, tmp_path/'report', n=2)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ['report']

@@ -1,5 +1,5 @@
-"Room 02: drawing primitives."
-import io
+"Notebook 02: images, overlays, grids, curves and PNG."
+import io, threading
 
 import numpy as np
 import pytest
@@ -9,8 +9,8 @@ from hypothesis.extra.numpy import arrays
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from dynad.show import (PREDICTED, TRUTH, Picture, _extend, colorize, curve, figure_png, grid, histogram, overlay, panel,
-                        save_png, smoothed, to_uint8)
+from dynad.show import (MARKED, PREDICTED, TRUTH, Figure, SmallImage, colorize, curve, drawing_lock, figure_png, grid, mask_border,
+                        marked, overlay, palette_png, panel, save_png, smoothed, to_uint8)
 
 
 def pixels(fig, **kw):
@@ -100,11 +100,11 @@ def test_overlay_of_another_size_is_told():
 
 def test_figures_do_not_pile_up_in_pyplot_and_show_themselves():
     before = plt.get_fignums()
-    figs = [grid(torch.rand(3, 3, 8, 8)), panel([dict(a=torch.rand(3, 8, 8))]), histogram([1., 2], [3.], [0., 1, 2]), curve([1., 2, 3])]
+    figs = [grid(torch.rand(3, 3, 8, 8)), panel([dict(a=torch.rand(3, 8, 8))]), curve([1., 2, 3])]
     assert plt.get_fignums() == before
     for f in figs:
         bundle = f._repr_mimebundle_()
-        assert isinstance(f, Picture) and bundle['image/png'].startswith(b'\x89PNG')
+        assert isinstance(f, Figure) and bundle['image/png'].startswith(b'\x89PNG')
 
 @pytest.mark.parametrize('n, ncols', [(1, 8), (5, 8), (5, 2), (8, 8)])
 def test_grid_shows_every_image(n, ncols):
@@ -134,29 +134,6 @@ def test_panel_scales_maps_by_column():
     fig = panel([dict(m=torch.tensor([[[0., 1.]]])), dict(m=torch.tensor([[[0., 10.]]]))])
     low, high = (ax.images[0].get_array() for ax in fig.axes)
     assert (low[0, 0] == high[0, 0]).all() and not (low[0, 1] == high[0, 1]).all()
-
-@settings(deadline=None)
-@given(st.lists(st.floats(-50, 50), min_size=1, max_size=30), st.integers(1, 12))
-def test_extended_edges_keep_the_training_bins(values, n):
-    edges = np.linspace(0., 3., n + 1)
-    out = _extend(edges, min(values), max(values), most=10**6)
-    assert (np.diff(out) > 0).all() and out[0] <= min([*values, 0]) + 1e-6 and out[-1] >= max([*values, 3]) - 1e-6
-    assert all(np.isclose(out, e).any() for e in edges)
-
-def test_histogram_counts_values_beyond_the_edges():
-    fig = histogram([.5, 1.5, 1.5, 2.5], [2.5, 9.5], [0., 1, 2, 3], place=1e9)
-    bars = [[r.get_height() for r in c.patches] for c in fig.axes[0].containers]
-    assert all(abs(sum(b) - 1) < 1e-9 for b in bars) and bars[0][:3] == [.25, .5, .25]
-    assert [t.get_text() for t in fig.axes[0].texts] == ['1', '2', '3']
-
-@pytest.mark.parametrize('train, test, edges, text', [
-    ([1.], [2.], [1.], 'at least two increasing'), ([1.], [2.], [1., 1.], 'at least two increasing'), ([1.], [2.], [0., float('nan')], 'at least two increasing'),
-    ([float('nan'), 1], [2.], [0., 1], '1 of 2 train values are NaN'), ([1.], [float('inf')], [0., 1], '1 of 1 test values')])
-def test_histogram_errors(train, test, edges, text):
-    with pytest.raises(ValueError, match=text): histogram(train, test, edges)
-
-def test_histogram_of_training_alone_or_of_nothing_is_drawn():
-    assert pixels(histogram(torch.rand(9), None, torch.linspace(0, 1, 11))).size and pixels(histogram([.5], [], [0., 1.])).size
 
 @settings(deadline=None)
 @given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=40), st.floats(0, .99))
@@ -190,3 +167,52 @@ def test_dpi_sets_the_size():
 def test_same_input_same_bytes():
     x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     assert figure_png(grid(x, ['a', 'b'])) == figure_png(grid(x, ['a', 'b']))
+
+def test_a_small_image_displays_and_saves_the_same_bytes(tmp_path):
+    im = SmallImage(Image.linear_gradient('L'))
+    im.save(tmp_path/'x.png')
+    assert (tmp_path/'x.png').read_bytes() == im._repr_png_() == palette_png(im.image, 128)
+
+# ---- masks
+
+@settings(max_examples=25, deadline=None)
+@given(arrays(bool, (9, 8)))
+def test_the_inner_border_lies_inside_and_the_outer_one_outside(a):
+    m = torch.from_numpy(a)[None]
+    assert not (mask_border(m) & ~m).any() and not (mask_border(m, inner=False) & m).any()
+
+def test_marked_places_differ():
+    x, m = torch.full((3, 16, 16), .5), torch.zeros(1, 16, 16, dtype=torch.bool)
+    m[:, 4:8, 4:8] = True
+    y = marked(x, m, (1., 0, 0))
+    assert (y[0][m[0]] > .8).all() and (y[:, ~m[0]] == y[:, 0, 0][:, None]).all()
+    assert torch.equal(marked(x, m, MARKED, torch.zeros_like(m)), marked(x, m, MARKED))
+
+# ---- threads
+
+def test_formulas_are_drawn_in_several_threads_at_once():
+    "mathtext is not thread-safe: without the lock this raises, or mixes up formulas."
+    def make(k):
+        fig = Figure(figsize=(2, 1), dpi=50)
+        for i in range(4): fig.text(.1, .2*i, rf'$\hat T_{{{i}}} = \frac{{{k}}}{{\sqrt{{{i + 1}}}}}$')
+        return fig
+    expected = [figure_png(make(k)) for k in range(6)]
+    got, wrong = {}, []
+    def draw(k):
+        try: got[k] = [figure_png(make(k)) for _ in range(5)]
+        except Exception as e: wrong.append(e)
+    threads = [threading.Thread(target=draw, args=(k,)) for k in range(6)]
+    for t in threads: t.start()
+    for t in threads: t.join(120)
+    assert not wrong and all(png == expected[k] for k in range(6) for png in got[k])
+
+def test_everything_that_lays_out_text_waits_for_the_lock():
+    fig, done = curve([1., 2., 3.]), []
+    tasks = [lambda: fig.savefig(io.BytesIO()), fig.tight_layout, lambda: figure_png(fig)]
+    threads = [threading.Thread(target=lambda f=f: done.append(f()), daemon=True) for f in tasks]
+    with drawing_lock:
+        for t in threads: t.start()
+        for t in threads: t.join(.1)
+        assert not done
+    for t in threads: t.join(30)
+    assert len(done) == 3
