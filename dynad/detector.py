@@ -261,7 +261,7 @@ def cached_walk(self: DynAD, images: ImageSet) -> CachedWalk:
     "The walk of a set of images under this method's parts and settings."
     return CachedWalk(self.parts, images)
 
-# %% ../nbs/16_detector.ipynb #bad9db32
+# %% ../nbs/16_detector.ipynb #98999398
 @patch
 def predict_set(self: DynAD,
     images: ImageSet,
@@ -272,6 +272,18 @@ def predict_set(self: DynAD,
     T, distance = walk.t_hat, walk.severity.distance
     for r, (A, l, f) in self.maps(walk, T, rows):
         yield r, DynADPrediction(score(A), A, t_hat=T[r], latent_map=l, feature_map=f, distance=distance[r])
+
+DynAD.reconstructs = True
+
+@patch
+def reconstructions(self: DynAD, images: ImageSet, rows: list[int]) -> Tensor: # [len(rows),3,H,W] in [0,1]
+    "x̂_0 of some images of a set."
+    return self.cached_walk(images).reconstructions(rows=rows)
+
+@patch
+def bins(self: DynAD) -> tuple[Tensor, Tensor]:
+    "The training images' distances among themselves [N], and the edges of the bins."
+    return self.parts.dic.train_distance, self.parts.dic.edges
 
 @patch
 def seconds(self: DynAD, images: ImageSet) -> dict[str, float]:

@@ -184,8 +184,10 @@ def predict_set(self: Method,
     cached.fill(rows)
     for b in batches(len(rows), 64): yield (r := [rows[k] for k in b]), self.prediction_class(**cached(r))
 
-# %% ../nbs/15_method.ipynb #ceb90312
-Method.prediction_class = Prediction # what `predict_batch` returns
+# %% ../nbs/15_method.ipynb #ddbee6de
+Method.prediction_class = Prediction         # what `predict_batch` returns
+Method.reconstructs = False                  # whether there is a `reconstructions(images, rows)`, for reports
+Method.bins = lambda self: None              # distances of the training images and bin edges, of a method that has them
 Method.null_models = lambda self, images: {} # name -> predictions of a set that tell what parts of the method add
 
 @patch

@@ -16,7 +16,7 @@ from torch import Tensor
 from .charts import css, gradient, histogram, render, score_chart, t_hat_chart
 from .config import DynadError
 from .data import Sample
-from .evaluate import KEYS, write_result
+from .evaluate import KEYS, method_title, write_result
 from .show import MARKED, TRUTH, colorize, marked, save_png
 from .store import atomic_write
 
@@ -49,18 +49,19 @@ class ReportData:
 
 # %% ../nbs/17a_report.ipynb #a4dfad16
 def report_data(e: Evaluation) -> ReportData:
-    "What the page takes from an evaluation of DynAD."
+    "What the page takes from an evaluation, of whatever method."
+    method, images, bins = e.method, e.images, e.method.bins()
     def maps(rows):
-        A, latent, feature = e.maps_of(rows)
-        return {'l_map': latent, 'f_map': feature, 'A_map': A}
-    dic = e.staged.model.dic
+        p = e.prediction_of(rows)
+        parts = {'l_map': getattr(p, 'latent_map', None), 'f_map': getattr(p, 'feature_map', None), 'A_map': p.map}
+        return {k: v for k, v in parts.items() if v is not None}
     return ReportData(
         e.result, e.samples, e.scores, e.masks, e.has_mask,
-        images=lambda rows: e.staged.images[rows].float()/255,
+        images=lambda rows: images.images[rows].float()/255,
         maps=maps,
-        reconstructions=lambda rows: e.staged.reconstructions(e.t_hat, rows),
-        t_hat=e.t_hat,
-        distances=(dic.train_distance, e.staged.severity['distance'], dic.edges))
+        reconstructions=(lambda rows: method.reconstructions(images, rows)) if method.reconstructs else None,
+        t_hat=e.per_image.get('t_hat'),
+        distances=bins and (bins[0], e.per_image['distance'], bins[1]))
 
 # %% ../nbs/17a_report.ipynb #c7336700
 def _pools(scores: Tensor, labels: Tensor, threshold: float) -> dict[str, list[int]]:
@@ -160,7 +161,7 @@ def metric_cell(
 # %% ../nbs/17a_report.ipynb #13ccfb01
 def metric_rows(result: dict[str, Any]) -> list[dict[str, Any]]: # name, note, own, cells
     "The rows of the table: the method, null models, baselines."
-    named = [(result.get('method', 'DynAD'), 'the whole method', result, True)]
+    named = [(method_title(result), 'the whole method', result, True)]
     for part, word in (('null_models', 'null: '), ('baseline', 'baseline: ')):
         for k, v in result.get(part, {}).items():
             name, note = NOTES.get(k, (k.replace('_', ' '), ''))

@@ -80,7 +80,7 @@ def test_images_are_those_of_the_evaluation(e, tmp_path):
     from dynad.show import to_uint8
     folder = write_report(e, tmp_path/'report', n=40).parent
     for i in range(len(e.samples)):
-        assert (np.asarray(Image.open(folder/'images'/f'{i:05d}_input.png')) == to_uint8(e.staged.images[i])).all()
+        assert (np.asarray(Image.open(folder/'images'/f'{i:05d}_input.png')) == to_uint8(e.images.images[i])).all()
 
 def test_names_are_escaped(e, tmp_path):
     evil = '<img src=x onerror=alert(1)>&"\''
