@@ -19,12 +19,14 @@ from tqdm.auto import tqdm
 from .adaptation import adapt
 from .config import HOW, Config, ConfigError, content_key, dump_config, load_config, make_config, parse_config, _merge, _nest
 from .data import AnomalyDataset, Sample, load_images, read_image, to_float
-from .denoiser import CHECKPOINT, check_denoiser, load_denoiser, make_unet, save_denoiser, set_compiled, train_denoiser
+from .training import CHECKPOINT
+from .denoiser import check_denoiser, load_denoiser, make_unet, save_denoiser, set_compiled, train_denoiser
 from .dic import DIC, pooled, t_grid
 from .diffusion import make_schedule
 from .features import load_features
 from .fusion import Calibration, anomaly_map, feature_map, feature_maps, latent_map, score, upsample
-from .latents import finetune, load_latents
+from .autoencoder import finetune
+from .latents import load_latents
 from .reconstruction import generators_for, noise_for, overshoots, reconstruct
 from .launch import check_trackers, processes, run_collectively
 from .patchcore import PatchBank

@@ -19,14 +19,13 @@ from torch import Tensor
 from .session import open_folder, _own
 from .config import ConfigError, make_config
 from .data import load_images
-from .denoiser import TrainingStopped
 from .detector import DynAD, Prediction, images_key, split
 from .latents import psnr
 from .layouts import _images
 from .live import CSS, Background, error_html, guarded, png, told
 from .images import EXTENSIONS, DataError, image_size, read_image, to_float
 from .show import Picture, colorize, figure_png, overlay, save_png, smoothed, to_uint8
-from .store import StoreError, atomic_write, load_tensors, replacing
+from .store import StoreError, TrainingStopped, atomic_write, load_tensors, replacing
 
 # %% auto #0
 __all__ = ['FEW', 'SOME', 'DIM', 'LOST', 'STATE', 'STAGES', 'LOSSES', 'keep', 'Doubt', 'carried', 'unlike', 'doubts',

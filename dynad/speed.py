@@ -21,7 +21,8 @@ from .dic import DIC, pooled, t_grid
 from .diffusion import make_schedule
 from .features import load_features
 from .fusion import Calibration, anomaly_map, feature_maps, latent_map, score
-from .latents import HUB, KLF8, TAESD, Autoencoder, finetune, load_latents
+from .autoencoder import finetune
+from .latents import HUB, KLF8, TAESD, Autoencoder, load_latents
 from .metrics import pixel_metrics
 from .reconstruction import reconstruct
 
