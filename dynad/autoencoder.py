@@ -113,8 +113,8 @@ def finetuning(
         return {'steps': steps, 'batch': batch, 'lr': lr, 'seed': seed, 'network': ae.config,
                 'images': state_hash({'images': images})[:16], 'phi': phi and state_hash(phi.state_dict())[:16]}
     optimizer = torch.optim.AdamW(ae.parameters(), lr=lr, weight_decay=1e-4, betas=(.9, .98))
-    return Training('autoencoder', 'the autoencoder', ae, optimizer, loss, steps, lambda k: lr * warmup_cosine(k, steps),
-                    identity, clip=1., checkpoint_every=checkpoint_every, error=LatentError,
+    return Training('autoencoder', 'the autoencoder', ae, optimizer, loss, steps,
+                    lambda k: lr * warmup_cosine(k, steps), identity, clip=1., checkpoint_every=checkpoint_every, error=LatentError,
                     cure=f'lower latents.finetune_lr = {lr:.3g} or look for NaN in the images')
 
 # %% ../nbs/08b_autoencoder.ipynb #bd1557eb
@@ -136,7 +136,8 @@ def finetune(
     steps = settings.finetune_steps
     if steps == 0: return []
     if not isinstance(ae, TinyAE):
-        raise LatentError(f"latents.finetune_steps = {steps}, but latents.kind = {ae.kind} is used as it is; set it to 0")
+        raise LatentError(f"latents.finetune_steps = {steps}, but latents.kind = {ae.kind} is used as it is; "
+                          f"set it to 0")
     if images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0:
         raise LatentError(f"images of shape {tuple(images.shape)}, {images.dtype}: expected [N,3,H,W] uint8 with N > 0")
     path = Path(workdir)/FINETUNE_CHECKPOINT if workdir is not None else None
@@ -159,7 +160,8 @@ def spectral_noise(
     u = (fx * np.cos(a) + fy * np.sin(a)) * stretch
     v = (-fx * np.sin(a) + fy * np.cos(a)) / stretch
     f = np.sqrt(u * u + v * v); f[0, 0] = np.inf
-    noise = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((size, size))) / np.maximum(f, 1 / size) ** beta, s=(size, size))
+    white = np.fft.rfft2(rng.standard_normal((size, size)))
+    noise = np.fft.irfft2(white / np.maximum(f, 1 / size) ** beta, s=(size, size))
     return ((noise - noise.mean()) / (noise.std() + 1e-9)).astype(np.float32)
 
 # %% ../nbs/08b_autoencoder.ipynb #a4d960bd
@@ -192,7 +194,8 @@ def _labels(rng: np.random.Generator, size: int) -> tuple[np.ndarray, int]:
         if kinds[i] == 0: draw.ellipse((x - s, y - s, x + s, y + s), fill=i + 1); continue
         if kinds[i] == 1: corner, s2 = np.array([.25, .75, 1.25, 1.75]) * np.pi + a, s
         elif kinds[i] == 2: corner, s2 = np.array([.1, .9, 1.1, 1.9]) * np.pi + a, s * 1.6 # a bar
-        else: corner, s2 = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(3, 9))), s * rng.uniform(.5, 1.3) # any polygon
+        else: # any polygon
+            corner, s2 = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(3, 9))), s * rng.uniform(.5, 1.3)
         draw.polygon(list(zip((x + s2 * np.cos(corner)).tolist(), (y + s2 * np.sin(corner)).tolist())), fill=i + 1)
     return np.asarray(canvas), n + 1
 
@@ -325,7 +328,8 @@ def _export(ae: TinyAE, data: dict[str, Tensor], out: Path, settings: dict[str, 
     "Standardise, save as shipped, and write the log."
     ae.standardise(data['x'][:512])
     ae.save_pretrained(out/'model', half=True)
-    for name, to in zip(FILES, ('tiny_ae.json', 'tiny_ae.safetensors')): atomic_write(out/to, (out/'model'/name).read_bytes())
+    for name, to in zip(FILES, ('tiny_ae.json', 'tiny_ae.safetensors')):
+        atomic_write(out/to, (out/'model'/name).read_bytes())
     x = data['held_out'].float() / 255
     quality = {'seconds': round(log.seconds, 1), 'psnr_held_out': round(psnr(ae(x), x).mean().item(), 3)}
     atomic_write(out/'log.json', json.dumps({**settings, **quality, 'losses': [round(l, 5) for l in log.losses]}))

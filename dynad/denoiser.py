@@ -75,11 +75,12 @@ def _check_levels(settings: DenoiserSettings, latent_size: int) -> None:
     w, levels, p = settings.widths, len(settings.widths), settings.patch
     if not levels: raise DenoiserError("denoiser.widths = () has no level: give at least one width, e.g. [64,128,128]")
     if latent_size % p:
-        raise DenoiserError(f"denoiser.patch = {p} does not divide the side of the latent, {latent_size}: choose a divisor")
+        raise DenoiserError(f"denoiser.patch = {p} does not divide the side of the latent, {latent_size}: "
+                            f"choose a divisor")
     side, unit = latent_size//p, 2**(levels - 1)
     if side < unit or side % unit:
-        raise DenoiserError(f"denoiser.widths = {list(w)} has {levels} levels and halves the latent {levels-1} times, but its side is "
-                            f"{side}{f' (in patches of {p})' if p > 1 else ''}, no multiple of {unit}: "
+        raise DenoiserError(f"denoiser.widths = {list(w)} has {levels} levels and halves the latent {levels-1} times, "
+                            f"but its side is {side}{f' (in patches of {p})' if p > 1 else ''}, no multiple of {unit}: "
                             f"use fewer widths, or a larger data.image_size")
 
 def _check_attention(settings: DenoiserSettings) -> None:
@@ -103,7 +104,8 @@ def check_denoiser(
     _check_levels(settings, latent_size)
     _check_attention(settings)
     if precision == 'fp16' and device == 'cpu':
-        raise DenoiserError("precision = 'fp16' needs a GPU and this training runs on the CPU: use precision = 'no' or 'bf16'")
+        raise DenoiserError("precision = 'fp16' needs a GPU and this training runs on the CPU: "
+                            "use precision = 'no' or 'bf16'")
 
 # %% ../nbs/08a_denoiser.ipynb #7ed0c701
 def make_unet(
@@ -142,8 +144,8 @@ def compile_errors() -> Iterator[None]:
     try: yield
     except torch._dynamo.exc.TorchDynamoException as e:
         why = next((l.strip() for l in str(e).splitlines() if l.strip()), type(e).__name__)
-        raise DenoiserError(f"denoiser.compile = true, but torch.compile fails here ({why[:200]}): install what it names "
-                            f"(on a CPU a C++ compiler, g++), or set denoiser.compile = false") from e
+        raise DenoiserError(f"denoiser.compile = true, but torch.compile fails here ({why[:200]}): "
+                            f"install what it names (on a CPU a C++ compiler, g++), or set denoiser.compile = false") from e
 
 # %% ../nbs/08a_denoiser.ipynb #aae96bb0
 def count_parameters(module: nn.Module) -> int:
@@ -187,9 +189,10 @@ def learning_rate(
 def _check_latents(unet: Denoiser, latents: Tensor) -> None:
     c, s = unet.latent_channels, unet.latent_size
     if latents.ndim != 4 or not len(latents) or latents.shape[1:] != (c, s, s):
-        raise DenoiserError(f"latents have the shape {list(latents.shape)}, the denoiser was built for [N,{c},{s},{s}] with N ≥ 1: "
-                            f"build it with make_unet(settings, latent_channels, latent_size)")
-    if not latents.is_floating_point(): raise DenoiserError(f"latents are {latents.dtype}: a denoiser is trained on float32")
+        raise DenoiserError(f"latents have the shape {list(latents.shape)}, the denoiser was built "
+                            f"for [N,{c},{s},{s}] with N ≥ 1: build it with make_unet(settings, latent_channels, latent_size)")
+    if not latents.is_floating_point():
+        raise DenoiserError(f"latents are {latents.dtype}: a denoiser is trained on float32")
     if bad := (~latents.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
         raise DenoiserError(f"latents hold NaN or infinity in {len(bad)} of {len(latents)} rows, first {bad[0]}: "
                             f"check that image and the autoencoder")
@@ -260,7 +263,7 @@ def train_denoiser(
     trackers: tuple[str, ...] = (),                       # 'tensorboard', 'mlflow', 'wandb': loss and rate of each step
     logs: Path | str | None = None                        # folder of their logs
 ) -> TrainLog:
-    "Train ε_θ on Eq. 6; leaves the average of the weights in `unet`, in eval mode. Resumes from a checkpoint in `workdir`."
+    "Train ε_θ on Eq. 6; leaves the average of the weights in `unet`, in eval mode. Resumes from a checkpoint."
     _check_latents(unet, latents)
     check_trackers(trackers)
     if trackers and logs is None: raise DenoiserError(f"trackers = {list(trackers)} need a folder: give logs")
@@ -298,8 +301,8 @@ def load_denoiser(
     try: config = load_json(folder/'config.json')
     except StoreError as e: raise DenoiserError(str(e)) from None
     if config.get('_class_name') != 'UNet2DModel' or 'heads' not in config:
-        raise DenoiserError(f"{folder/'config.json'}: describes {config.get('_class_name')!r} with heads = {config.get('heads')!r}, "
-                            f"no denoiser of dynad (UNet2DModel with heads)")
+        raise DenoiserError(f"{folder/'config.json'}: describes {config.get('_class_name')!r} "
+                            f"with heads = {config.get('heads')!r}, no denoiser of dynad (UNet2DModel with heads)")
     patch = config.get('patch', 1)
     if type(patch) is not int or patch < 1:
         raise DenoiserError(f"{folder/'config.json'}: patch = {patch!r}; allowed: a whole number from 1")

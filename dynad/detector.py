@@ -450,8 +450,9 @@ class DynAD:
             noise = noise_for(rows, tuple(z0.shape[1:]), c.seed).to(z0.device) if a.omega > 0 else None
             return self.ae.decode(reconstruct(self.unet, z0, T, self.schedule, S=c.reconstruction.S, eta=a.eta, omega=a.omega, noise=noise).z_hat)
         def make(work):
-            phi, losses = adapt(phi0, rebuild, self.good.images, a, c.reconstruction.S, c.seed, self.device, progress, callback, should_stop)
+            phi, losses = adapt(phi0, rebuild, self.good.images, a, c.reconstruction.S, c.seed, self.device, progress, callback, should_stop, work)
             save_tensors(work/'phi.safetensors', phi.state_dict())
+            (work/CHECKPOINT).unlink(missing_ok=True)
             return {'losses': torch.tensor(losses)}
         parts = dict(features=c.features.model_dump(mode='json', exclude={'weights'}), base=phi0.weights_hash, S=c.reconstruction.S, seed=c.seed)
         if a.gamma: parts |= dict(images=self.good.images_key, autoencoder=self.hashes['autoencoder'], denoiser=self.hashes['denoiser'], settings=a.model_dump(mode='json'), diffusion=c.diffusion.model_dump(mode='json'))

@@ -132,14 +132,16 @@ def _encoder(widths: _Three, blocks: _Three, z: int) -> nn.Sequential:
     a, b, c = widths
     return nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, a, 3, padding=1), *(_Block(a) for _ in range(blocks[0])),
                          nn.Conv2d(a, b, 4, 2, 1), *(_Block(b) for _ in range(blocks[1])),
-                         nn.Conv2d(b, c, 4, 2, 1), *(_Block(c) for _ in range(blocks[2])), nn.Conv2d(c, z, 3, padding=1))
+                         nn.Conv2d(b, c, 4, 2, 1), *(_Block(c) for _ in range(blocks[2])),
+                         nn.Conv2d(c, z, 3, padding=1))
 
 def _decoder(widths: _Three, blocks: _Three, z: int) -> nn.Sequential:
     a, b, c = widths
     return nn.Sequential(nn.Conv2d(z, c, 3, padding=1),
                          *(_Block(c) for _ in range(blocks[2])), nn.Conv2d(c, 4 * b, 1), nn.PixelShuffle(2),
                          *(_Block(b) for _ in range(blocks[1])), nn.Conv2d(b, 4 * a, 1), nn.PixelShuffle(2),
-                         *(_Block(a) for _ in range(blocks[0])), nn.SiLU(), nn.Conv2d(a, 12, 3, padding=1), nn.PixelShuffle(2))
+                         *(_Block(a) for _ in range(blocks[0])), nn.SiLU(),
+                         nn.Conv2d(a, 12, 3, padding=1), nn.PixelShuffle(2))
 
 # %% ../nbs/06_latents.ipynb #c47c32c1
 class TinyAE(Autoencoder):
@@ -232,8 +234,8 @@ def from_files(cls: TinyAE, config: str | Path, weights: str | Path) -> TinyAE:
     want = ae.state_dict()
     wrong = sorted(set(state) ^ set(want)) + [k for k in want if k in state and want[k].shape != state[k].shape]
     if wrong:
-        raise LatentError(f"{weights}: does not fit {config}: {len(wrong)} tensors are missing, unknown or of another shape, "
-                          f"first {wrong[0]}")
+        raise LatentError(f"{weights}: does not fit {config}: {len(wrong)} tensors are missing, "
+                          f"unknown or of another shape, first {wrong[0]}")
     ae.load_state_dict(state)
     return ae.to(memory_format=torch.channels_last)
 
@@ -255,7 +257,8 @@ def _folder(kind: str, weights: str | None) -> Path | None:
     folder = Path(weights) if weights is not None else root/kind
     for name in FILES:
         if not (folder/name).is_file():
-            raise LatentError(f"{folder/name}: no such file; latents.kind = {kind} needs a folder with {' and '.join(FILES)}")
+            raise LatentError(f"{folder/name}: no such file; latents.kind = {kind} needs a folder "
+                              f"with {' and '.join(FILES)}")
     return folder
 
 def _diffusers(kind: str, weights: str | None) -> nn.Module:
@@ -264,14 +267,15 @@ def _diffusers(kind: str, weights: str | None) -> nn.Module:
     name, hub, sub = HUB[kind]
     folder, cls = _folder(kind, weights), getattr(diffusers, name)
     try:
-        if folder is not None: return cls.from_pretrained(folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False)
+        if folder is not None:
+            return cls.from_pretrained(folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False)
     except Exception as e:
         raise LatentError(f"{folder}: not a {name} that diffusers can read ({str(e).splitlines()[0][:160]})") from None
     try: return cls.from_pretrained(hub, subfolder=sub, use_safetensors=True)
     except Exception as e:
-        raise LatentError(f"the weights of {kind} are not on this machine and {hub} cannot be fetched ({type(e).__name__}); "
-                          f"put {' and '.join(FILES)} into $DYNAD_WEIGHTS/{kind}/, or name their folder in latents.weights, "
-                          f"or choose latents.kind = tiny, which comes with the package") from None
+        raise LatentError(f"the weights of {kind} are not on this machine and {hub} cannot be fetched "
+                          f"({type(e).__name__}); put {' and '.join(FILES)} into $DYNAD_WEIGHTS/{kind}/, "
+                          f"or name their folder in latents.weights, or choose latents.kind = tiny, which comes with the package") from None
 
 # %% ../nbs/06_latents.ipynb #cd748dfb
 def load_latents(
@@ -287,5 +291,6 @@ def load_latents(
         folder = _folder('tiny', settings.weights) if settings.weights is not None else None
         ae = TinyAE.from_files(*(shipped() if folder is None else (folder/n for n in FILES)))
     if image_size % ae.downsample:
-        raise LatentError(f"data.image_size = {image_size} is not a multiple of {ae.downsample}, the downsampling of latents.kind = {kind}")
+        raise LatentError(f"data.image_size = {image_size} is not a multiple of {ae.downsample}, "
+                          f"the downsampling of latents.kind = {kind}")
     return ae.eval().requires_grad_(False)

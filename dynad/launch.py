@@ -24,7 +24,7 @@ __all__ = ['PATIENCE', 'TRACKERS', 'processes', 'accelerator', 'OneProcess', 'ch
            'run_collectively']
 
 # %% ../nbs/07a_launch.ipynb #24bc6502
-PATIENCE = timedelta(days=1) # how long a process waits for the first one, which prepares the stages that only one process makes
+PATIENCE = timedelta(days=1) # how long a process waits for the first one, which makes the stages that need only one
 
 def processes(
     device: str = 'auto' # 'auto' (accelerate's choice) or 'cpu'
@@ -65,7 +65,7 @@ class OneProcess:
 TRACKERS = {'tensorboard': 'tensorboard', 'mlflow': 'mlflow', 'wandb': 'wandb'} # name -> package to install
 
 def _installed(package: str) -> bool:
-    "Whether a distribution is installed; a folder of that name in the working directory, as W&B leaves one, does not count."
+    "Whether a distribution is installed; a folder of that name, as W&B leaves one, does not count."
     try: return bool(importlib.metadata.version(package))
     except importlib.metadata.PackageNotFoundError: return False
 
@@ -74,8 +74,8 @@ def check_trackers(names: tuple[str, ...]) -> None:
     for n in names:
         if n not in TRACKERS: raise ConfigError(f"trackers: {n!r} is not known; allowed: {', '.join(TRACKERS)}")
         if not _installed(TRACKERS[n]):
-            raise ConfigError(f"trackers: {n} is asked for, but its package is not installed: pip install {TRACKERS[n]}, "
-                              f"or leave the tracker out (on the command line: --tracker none)")
+            raise ConfigError(f"trackers: {n} is asked for, but its package is not installed: "
+                              f"pip install {TRACKERS[n]}, or leave the tracker out (on the command line: --tracker none)")
 
 # %% ../nbs/07a_launch.ipynb #dec6b148
 @contextmanager
@@ -109,7 +109,7 @@ def run_collectively(
     store: Store,
     name: str,
     parts: dict[str, Any],
-    make: Callable[[Path], dict[str, Tensor] | None] # as for `Store.stage`; called in every process, must write in the first only
+    make: Callable[[Path], dict[str, Tensor] | None] # as for `Store.stage`; in every process, writes in the first
 ) -> Path:                                           # the finished stage
     "A stage that all processes make together."
     state = processes_now()

@@ -81,7 +81,8 @@ class EMA:
     @torch.no_grad()
     def update(self, module: nn.Module, k: int) -> None:
         "Include the weights after step k."
-        torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for p in module.parameters()], 1 - self.decay_at(k))
+        weights = [p.detach() for p in module.parameters()]
+        torch._foreach_lerp_(list(self.shadow.values()), weights, 1 - self.decay_at(k))
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
@@ -99,10 +100,10 @@ class Training:
     subject: str                               # in messages, e.g. 'the denoiser'
     module: nn.Module                          # trained in place
     optimizer: torch.optim.Optimizer           # AdamW over its parameters
-    loss: Callable[[nn.Module, int], Tensor]   # (module, k) -> loss of step k; of several processes, each one's part of the sum
+    loss: Callable[[nn.Module, int], Tensor]   # (module, k) -> loss of step k; in each process its part of the sum
     steps: int
     rate: Callable[[int], float]               # learning rate of step k
-    identity: Callable[[], dict[str, Any]]     # all that the result depends on, as JSON; asked when there is a file or a log
+    identity: Callable[[], dict[str, Any]]     # all that the result depends on, as JSON; called once, when needed
     ema: EMA | None = None                     # its average becomes the result
     clip: float | None = None                  # largest norm of the gradient
     checkpoint_every: int = 100                # steps
@@ -152,7 +153,8 @@ def read_header(
 ) -> dict[str, Any]: # identity, steps, seconds, scaler
     "The header of a checkpoint. Raises the training's error when the file belongs to no training or to another one."
     with open_tensors(path) as f: head = json.loads((f.metadata() or {}).get('training', 'null'))
-    if head is None: raise training.error(f"{path}: no checkpoint of {training.subject}'s training; delete it and run again")
+    if head is None:
+        raise training.error(f"{path}: no checkpoint of {training.subject}'s training; delete it and run again")
     was = head['identity']
     if changed := [f"{k} = {was.get(k)!r}, now {v!r}" for k, v in training.identity().items() if was.get(k) != v]:
         raise training.error(f"{path}: a checkpoint of another training ({'; '.join(changed)}); "
@@ -198,8 +200,10 @@ class Run:
     def error(self, what: str, k: int) -> Exception:
         "The error of a training whose loss or weights are not finite."
         t = self.training
-        kept = f"the last checkpoint is kept in {self.path}" if self.path and self.path.exists() else "there is no checkpoint yet"
-        return t.error(f"training of {t.subject}: {what} at step {k} of {t.steps}, learning rate {t.rate(k):.3g}; {t.cure} ({kept})")
+        found = self.path and self.path.exists()
+        kept = f"the last checkpoint is kept in {self.path}" if found else "there is no checkpoint yet"
+        return t.error(f"training of {t.subject}: {what} at step {k} of {t.steps}, "
+                       f"learning rate {t.rate(k):.3g}; {t.cure} ({kept})")
 
 # %% ../nbs/08_training.ipynb #89d9a587
 @patch
@@ -255,8 +259,8 @@ def progress_bar(
 # %% ../nbs/08_training.ipynb #215f6920
 def train(
     training: Training,
-    path: Path | str | None = None,            # of the checkpoint, found there after an interruption; None: no checkpoints
-    acc: Accelerator | OneProcess | None=None, # from `launch.accelerator`; None: this process alone, on the module's device
+    path: Path | str | None = None,            # of the checkpoint, also of an interrupted run; None: no checkpoints
+    acc: Accelerator | OneProcess | None=None, # from `launch.accelerator`; None: this process, the module's device
     progress: bool = True,
     callback: Callable[[int, float], None] | None = None, # called with step and loss after each step
     should_stop: Callable[[], bool] | None = None         # asked after each step; True: checkpoint, `TrainingStopped`
@@ -273,7 +277,7 @@ def train(
                 advance()
                 if (k + 1) % training.checkpoint_every == 0 or k + 1 == steps: run.save()
                 if callback: callback(k, loss)
-                if should_stop and k + 1 < steps: run.stop_if(should_stop())
+                if should_stop: run.stop_if(should_stop())
     finally: run.acc.unwrap_model(run.model, keep_fp32_wrapper=False)
     if training.ema: training.ema.copy_to(training.module)
     log.seconds = run.before + time.monotonic() - run.begin

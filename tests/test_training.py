@@ -73,12 +73,13 @@ def test_result_is_the_average_only_when_asked(tmp_path):
     assert not torch.equal(plain.module.line.weight, averaged.module.line.weight)
     assert torch.equal(averaged.module.line.weight, averaged.ema.shadow['line.weight'])
 
-def test_stop_writes_a_checkpoint_and_not_after_the_last_step(tmp_path):
+def test_stop_writes_a_checkpoint_also_after_the_last_step(tmp_path):
     with pytest.raises(TrainingStopped, match='training of the line stopped after step 0 of 10; .*lets the next run go on'):
         train(training(), tmp_path/CHECKPOINT, progress=False, should_stop=lambda: True)
     assert train(training(), tmp_path/CHECKPOINT, progress=False).resumed_at == 1
     with pytest.raises(TrainingStopped, match='stopped after step 0 of 10$'): train(training(), progress=False, should_stop=lambda: True)
-    assert train(training(steps=1), progress=False, should_stop=lambda: True).steps == 1
+    with pytest.raises(TrainingStopped, match='stopped after step 0 of 1; '): train(training(steps=1), tmp_path/'one.safetensors', progress=False, should_stop=lambda: True)
+    assert train(training(steps=1), tmp_path/'one.safetensors', progress=False, should_stop=lambda: True).resumed_at == 1
 
 @pytest.mark.parametrize('change, text', [(dict(seed=1), 'seed = 0, now 1'), (dict(lr=.1), 'lr = 0.05, now 0.1'), (dict(steps=12), 'steps = 10, now 12')])
 def test_checkpoint_of_another_training(tmp_path, change, text):
