@@ -100,7 +100,7 @@ def adapt(
     should_stop: Callable[[], bool] | None = None,        # asked after each batch; True: checkpoint, `TrainingStopped`
     workdir: Path | str | None = None # holds the checkpoint, found there after an interruption; None: no checkpoints
 ) -> tuple[nn.Module, list[float]]:   # adapted φ in eval mode, loss per batch
-    "Train a copy of φ for γ epochs (Section 4.3); γ = 0 returns the copy as it is. Raises `AdaptationError` for a loss of NaN."
+    "Train a copy of φ for γ epochs (Section 4.3); γ = 0 returns the copy as it is."
     phi = copy.deepcopy(phi).to(device)
     if settings.gamma == 0: return phi.eval(), []
     phi.train(settings.batch_norm == 'train').requires_grad_(True)

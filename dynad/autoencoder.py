@@ -114,7 +114,8 @@ def finetuning(
                 'images': state_hash({'images': images})[:16], 'phi': phi and state_hash(phi.state_dict())[:16]}
     optimizer = torch.optim.AdamW(ae.parameters(), lr=lr, weight_decay=1e-4, betas=(.9, .98))
     return Training('autoencoder', 'the autoencoder', ae, optimizer, loss, steps,
-                    lambda k: lr * warmup_cosine(k, steps), identity, clip=1., checkpoint_every=checkpoint_every, error=LatentError,
+                    lambda k: lr * warmup_cosine(k, steps), identity, clip=1.,
+                    checkpoint_every=checkpoint_every, error=LatentError,
                     cure=f'lower latents.finetune_lr = {lr:.3g} or look for NaN in the images')
 
 # %% ../nbs/08b_autoencoder.ipynb #bd1557eb

@@ -145,7 +145,8 @@ def compile_errors() -> Iterator[None]:
     except torch._dynamo.exc.TorchDynamoException as e:
         why = next((l.strip() for l in str(e).splitlines() if l.strip()), type(e).__name__)
         raise DenoiserError(f"denoiser.compile = true, but torch.compile fails here ({why[:200]}): "
-                            f"install what it names (on a CPU a C++ compiler, g++), or set denoiser.compile = false") from e
+                            f"install what it names (on a CPU a C++ compiler, g++), "
+                            f"or set denoiser.compile = false") from e
 
 # %% ../nbs/08a_denoiser.ipynb #aae96bb0
 def count_parameters(module: nn.Module) -> int:
@@ -190,7 +191,8 @@ def _check_latents(unet: Denoiser, latents: Tensor) -> None:
     c, s = unet.latent_channels, unet.latent_size
     if latents.ndim != 4 or not len(latents) or latents.shape[1:] != (c, s, s):
         raise DenoiserError(f"latents have the shape {list(latents.shape)}, the denoiser was built "
-                            f"for [N,{c},{s},{s}] with N ≥ 1: build it with make_unet(settings, latent_channels, latent_size)")
+                            f"for [N,{c},{s},{s}] with N ≥ 1: "
+                            f"build it with make_unet(settings, latent_channels, latent_size)")
     if not latents.is_floating_point():
         raise DenoiserError(f"latents are {latents.dtype}: a denoiser is trained on float32")
     if bad := (~latents.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():

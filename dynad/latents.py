@@ -275,7 +275,8 @@ def _diffusers(kind: str, weights: str | None) -> nn.Module:
     except Exception as e:
         raise LatentError(f"the weights of {kind} are not on this machine and {hub} cannot be fetched "
                           f"({type(e).__name__}); put {' and '.join(FILES)} into $DYNAD_WEIGHTS/{kind}/, "
-                          f"or name their folder in latents.weights, or choose latents.kind = tiny, which comes with the package") from None
+                          f"or name their folder in latents.weights, "
+                          f"or choose latents.kind = tiny, which comes with the package") from None
 
 # %% ../nbs/06_latents.ipynb #cd748dfb
 def load_latents(

@@ -75,7 +75,8 @@ def check_trackers(names: tuple[str, ...]) -> None:
         if n not in TRACKERS: raise ConfigError(f"trackers: {n!r} is not known; allowed: {', '.join(TRACKERS)}")
         if not _installed(TRACKERS[n]):
             raise ConfigError(f"trackers: {n} is asked for, but its package is not installed: "
-                              f"pip install {TRACKERS[n]}, or leave the tracker out (on the command line: --tracker none)")
+                              f"pip install {TRACKERS[n]}, "
+                              f"or leave the tracker out (on the command line: --tracker none)")
 
 # %% ../nbs/07a_launch.ipynb #dec6b148
 @contextmanager
