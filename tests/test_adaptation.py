@@ -1,9 +1,11 @@
 import pytest
 import torch
 
-from dynad.adaptation import adapt, adaptation_loss, draw_t_hat
+from dynad.adaptation import adapt, adaptation_draws, adaptation_loss, draw_t_hat
 from dynad.config import AdaptationSettings, FeatureSettings
 from dynad.features import load_features
+from dynad.store import TrainingStopped
+from dynad.training import CHECKPOINT, TrainingError
 
 
 @pytest.fixture(scope='module')
@@ -42,7 +44,7 @@ def test_gamma_0_is_the_same_phi(phi):
 
 
 def test_a_loss_that_is_not_finite_stops_it(phi):
-    with pytest.raises(FloatingPointError, match='adaptation: loss nan after 0 batches; lower adaptation.lr'):
+    with pytest.raises(FloatingPointError, match='training of φ: the loss is nan at step 0 of 2, learning rate 0.0001; lower adaptation.lr'):
         adapt(phi, lambda x, r, T: x*float('nan'), IMAGES, AdaptationSettings(gamma=1, batch=4), progress=False)
 
 
@@ -50,3 +52,24 @@ def test_t_hat_is_drawn_over_all_ten_levels():
     g = torch.Generator().manual_seed(0)
     drawn = {draw_t_hat(AdaptationSettings(t_max=160), 10, g) for _ in range(300)}
     assert drawn == {20, 30, 50, 60, 80, 100, 110, 130, 140, 160}
+
+
+def test_draws_are_a_function_of_seed_and_step():
+    s = AdaptationSettings(gamma=3, batch=3)
+    draws = adaptation_draws(8, s, 10, seed=1)
+    assert len(draws) == 6 and str(draws) == str(adaptation_draws(8, s, 10, seed=1)) != str(adaptation_draws(8, s, 10, seed=2))
+    for epoch in range(3): assert len({int(r) for rows, _ in draws[2*epoch:2*epoch + 2] for r in rows}) == 6
+    assert [len(rows) for rows, _ in adaptation_draws(2, s, 10, seed=1)] == [2]*3 # fewer images than a batch
+
+
+@pytest.mark.parametrize('batch_norm', ['train', 'frozen'])
+def test_it_resumes_to_the_same_weights(phi, tmp_path, batch_norm):
+    "Weights, AdamW's moments and the statistics of BatchNorm are in the checkpoint."
+    s, seen = AdaptationSettings(gamma=3, batch=4, batch_norm=batch_norm), []
+    whole, losses = adapt(phi, blurred, IMAGES, s, progress=False)
+    with pytest.raises(TrainingStopped, match='training of φ stopped after step 2 of 6; .*checkpoint.safetensors lets the next run go on'):
+        adapt(phi, blurred, IMAGES, s, progress=False, workdir=tmp_path, callback=lambda k, l: seen.append(k), should_stop=lambda: seen[-1] == 2)
+    again, more = adapt(phi, blurred, IMAGES, s, progress=False, workdir=tmp_path, callback=lambda k, l: seen.append(k))
+    assert seen == list(range(6)) and more == losses and again.weights_hash == whole.weights_hash
+    assert [f.name for f in tmp_path.iterdir()] == [CHECKPOINT]
+    with pytest.raises(TrainingError, match='a checkpoint of another training .seed = 0, now 1'): adapt(phi, blurred, IMAGES, s, seed=1, progress=False, workdir=tmp_path)

@@ -12,10 +12,11 @@ from torch import nn
 
 from dynad import denoiser as D
 from dynad.config import DenoiserSettings, DiffusionSettings, make_config
-from dynad.denoiser import (CHECKPOINT, EMA, WEIGHTS, Denoiser, DenoiserError, TrainingStopped, count_parameters, draw_batch, eps_loss, learning_rate,
+from dynad.denoiser import (WEIGHTS, Denoiser, DenoiserError, count_parameters, draw_batch, eps_loss, learning_rate,
                             load_denoiser, make_unet, save_denoiser, train_denoiser)
 from dynad.diffusion import make_schedule
-from dynad.store import StoreError, load_tensors, save_tensors
+from dynad.store import StoreError, TrainingStopped, load_tensors, save_tensors
+from dynad.training import CHECKPOINT, EMA
 
 SCHEDULE = make_schedule(DiffusionSettings())
 BASE = dict(widths=(16, 32), attention=(1,), heads=4, layers_per_block=1, epochs=None, steps=6, batch=4, lr=2e-3, lr_schedule='one_cycle', ema=.9, checkpoint_every=2)
@@ -238,7 +239,7 @@ def test_files_that_are_no_checkpoint(tmp_path):
     (tmp_path/CHECKPOINT).write_bytes(b'torn')
     with pytest.raises(StoreError, match='checkpoint.safetensors: not a whole safetensors file'): train(build(), tiny(), tmp_path)
     save_tensors(tmp_path/CHECKPOINT, {'x': torch.ones(1)})
-    with pytest.raises(DenoiserError, match="checkpoint.safetensors: no checkpoint of a denoiser's training; delete it"): train(build(), tiny(), tmp_path)
+    with pytest.raises(DenoiserError, match="checkpoint.safetensors: no checkpoint of the denoiser's training; delete it"): train(build(), tiny(), tmp_path)
 
 def poisoned(u, at):
     "The network answers with NaN from call `at` on."

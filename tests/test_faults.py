@@ -26,10 +26,11 @@ from PIL import Image
 import dynad
 from dynad.config import PRESETS, Config, ConfigError, load_config, make_config, parse_config, parse_overrides
 from dynad.data import DataError, load_images, open_dataset, read_image, read_mask
-from dynad.denoiser import CHECKPOINT, DenoiserError
+from dynad.denoiser import DenoiserError
 from dynad.detector import DynAD
 from dynad.evaluate import MEASURED, evaluate
 from dynad.latents import LatentError
+from dynad.training import CHECKPOINT
 from dynad.store import Shards, Store, StoreError, TrainingStopped, WriteError, atomic_write, load_tensors, save_tensors
 from dynad.synthetic import write_synthetic
 
@@ -320,7 +321,7 @@ def test_checkpoints_that_are_torn_or_of_another_training(fitted, gears, tmp_pat
     c.write_bytes(good[:100])
     with pytest.raises(StoreError, match=f'{CHECKPOINT}: not a whole safetensors file .*delete it'): fit(gears, run)
     save_tensors(c, {'x': torch.ones(2)})
-    with pytest.raises(DenoiserError, match=f"{CHECKPOINT}: no checkpoint of a denoiser's training; delete it and run again"): fit(gears, run)
+    with pytest.raises(DenoiserError, match=f"{CHECKPOINT}: no checkpoint of the denoiser's training; delete it and run again"): fit(gears, run)
     c.write_bytes(good)
     assert fit(gears, run).parts.hashes == fitted[0].parts.hashes
     whole(run)

@@ -11,7 +11,8 @@ import torchvision
 from diffusers import AutoencoderKL
 
 from dynad.config import make_config
-from dynad.denoiser import CHECKPOINT, count_parameters, load_denoiser, make_unet, train_denoiser
+from dynad.training import CHECKPOINT
+from dynad.denoiser import count_parameters, load_denoiser, make_unet, train_denoiser
 from dynad.detector import DynAD
 from dynad.dic import DIC, pooled, t_grid
 from dynad.diffusion import make_schedule

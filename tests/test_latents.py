@@ -4,11 +4,13 @@ import json, math
 import pytest, torch
 from hypothesis import given, settings as hsettings, strategies as st
 
-from dynad import latents
+from dynad import autoencoder, latents
 from dynad.config import FeatureSettings, LatentSettings, weights_root
 from dynad.features import load_features
 from dynad.store import TrainingStopped
-from dynad.latents import KLF8, TAESD, IdentityAE, LatentError, TinyAE, _draw, _shift, finetune, load_latents, one_cycle, psnr, shipped
+from dynad.autoencoder import draw_rows, finetune, random_shift
+from dynad.latents import KLF8, TAESD, IdentityAE, LatentError, TinyAE, load_latents, psnr, shipped
+from dynad.training import warmup_cosine
 
 
 def small(seed=0):
@@ -169,14 +171,14 @@ def test_finetune_lowers_the_loss_and_repeats():
 def test_finetune_resumes_to_the_same_weights(tmp_path, monkeypatch):
     whole, cut, x = small(), small(), images()
     losses = finetune(whole, x, FAST, None, progress=False)
-    calls, real = [], latents.reconstruction_loss
+    calls, real = [], autoencoder.reconstruction_loss
     def dies(*a):
         calls.append(1)
         if len(calls) == 9: raise KeyboardInterrupt
         return real(*a)
-    monkeypatch.setattr(latents, 'reconstruction_loss', dies)
+    monkeypatch.setattr(autoencoder, 'reconstruction_loss', dies)
     with pytest.raises(KeyboardInterrupt): finetune(cut, x, FAST, None, progress=False, workdir=tmp_path, save_every=5)
-    monkeypatch.setattr(latents, 'reconstruction_loss', lambda *a: calls.append(1) or real(*a))
+    monkeypatch.setattr(autoencoder, 'reconstruction_loss', lambda *a: calls.append(1) or real(*a))
     calls.clear()
     again = small(seed=9)
     assert finetune(again, x, FAST, None, progress=False, workdir=tmp_path, save_every=5) == losses
@@ -206,21 +208,21 @@ def test_fewer_images_than_a_batch():
 @hsettings(max_examples=30, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 5))
 def test_draw_is_even(n, batch, seed):
-    count = torch.bincount(_draw(n, batch, torch.Generator().manual_seed(seed)), minlength=n)
+    count = torch.bincount(draw_rows(n, batch, torch.Generator().manual_seed(seed)), minlength=n)
     assert count.sum() == batch and count.max() - count.min() <= 1
 
 
 @hsettings(max_examples=20, deadline=None)
 @given(st.integers(1, 500))
-def test_one_cycle_stays_in_range(steps):
-    f = [one_cycle(s, steps) for s in range(steps)]
+def test_warmup_cosine_stays_in_range(steps):
+    f = [warmup_cosine(s, steps) for s in range(steps)]
     assert all(0 <= v <= 1 for v in f) and f[-1] < 1e-6
 
 
 def test_shift_keeps_the_image():
     x = torch.rand(3, 3, 16, 16)
-    assert torch.equal(_shift(x, 0, torch.Generator().manual_seed(0)), x)
-    y = _shift(x, 4, torch.Generator().manual_seed(0))
+    assert torch.equal(random_shift(x, 0, torch.Generator().manual_seed(0)), x)
+    y = random_shift(x, 4, torch.Generator().manual_seed(0))
     assert y.shape == x.shape and set(y.flatten().tolist()) <= set(x.flatten().tolist())
 
 
