@@ -466,7 +466,7 @@ class DynAD:
 
     def _load_patch_bank(self, folder: Path):
         try: self.patch_bank, self.hashes['patch_bank'] = PatchBank.from_state_dict(load_tensors(folder/'data.safetensors')), folder.name
-        except KeyError as e: raise StoreError(f"{folder/'data.safetensors'}: {e.args[0]}; {REPAIR_HINT}") from None
+        except ValueError as e: raise StoreError(f"{folder/'data.safetensors'}: {e.args[0]}; {REPAIR_HINT}") from None
 
     def _load_autoencoder(self, folder: Path):
         ae = load_latents(self.config.latents.model_copy(update={'weights': str(folder/'autoencoder')}), self.config.data.image_size)

@@ -125,7 +125,7 @@ def baseline_batches(model: DynAD, staged: Staged) -> Iterator[tuple[list[int], 
         return {'distances': torch.cat(d)}
     d = staged.store.tensors('patch_distances', dict(images=staged.images_key, bank=model.hashes['patch_bank']), make)['distances']
     for r in _batches(len(d), 64, 'baseline maps', False):
-        yield r, distance_map(d[r], c.data.image_size, c.fusion.sigma*c.data.image_size/256), d[r].flatten(1).amax(1)
+        yield r, distance_map(d[r], c.data.image_size, c.fusion.sigma), d[r].flatten(1).amax(1)
 
 def baseline_maps(model: DynAD, staged: Staged) -> dict[str, Tensor]:
     "All of `baseline_batches`: maps [N,1,H,W] and scores [N]."
