@@ -269,19 +269,21 @@ RECORD = Path(__file__).parents[1]/'nbs'/'results'/'patchcore_anomalib.json'
 ROWS = json.loads(RECORD.read_text(encoding='utf-8'))['rows']
 
 
-def mean(rows, who, metric): return sum(r[who][metric] for r in rows)/len(rows)
+METRICS = ('i_auroc', 'p_auroc', 'pro')
 
 
-@pytest.mark.parametrize('name', ['cookies', 'magnetic_tile'])
-@pytest.mark.parametrize('size', [128, 256])
-def test_recorded_figures_are_within_half_a_point_of_anomalib(name, size):
-    "tests/anomalib_patchcore.py: the same φ, images and coreset size; the mean over the seeds of both coresets."
-    here = [r for r in ROWS if (r['set'], r['size']) == (name, size)]
-    assert {r['sigma_pixels'] for r in here} == {4., 4*size/256} and all(r['coreset'] == r['coreset_anomalib'] for r in here)
-    for sigma in {r['sigma_pixels'] for r in here}:
-        rows = [r for r in here if r['sigma_pixels'] == sigma]
-        for metric in ('i_auroc', 'p_auroc', 'pro'):
-            assert abs(mean(rows, 'dynad', metric) - mean(rows, 'anomalib', metric)) <= .005, (sigma, metric)
+@pytest.mark.parametrize('row', ROWS, ids=lambda r: f"{r['set']}-{r['size']}-{r['seed']}-{r['sigma_pixels']:g}")
+def test_recorded_figures_with_the_same_bank_are_within_half_a_point_of_anomalib(row):
+    "tests/anomalib_patchcore.py: the same φ, images and coreset. What differs: anomalib's map repeats the nearest value, ours is bilinear."
+    assert row['coreset'] == row['coreset_anomalib'] and row['patches'] >= row['candidates'] >= row['coreset']
+    for m in METRICS: assert abs(row['dynad_same_bank'][m] - row['anomalib'][m]) <= .005, m
+    assert row['dynad_same_bank']['i_auroc'] == pytest.approx(row['anomalib']['i_auroc'], abs=1e-3)     # the score does not depend on the map
+
+
+@pytest.mark.parametrize('row', ROWS, ids=lambda r: f"{r['set']}-{r['size']}-{r['seed']}-{r['sigma_pixels']:g}")
+def test_recorded_figures_with_a_coreset_of_our_own_differ_by_the_draw_of_the_coreset(row):
+    "The first patch is drawn at random, which alone moves PRO on magnetic tile by 1.5 points between two of our own coresets."
+    for m in METRICS: assert abs(row['dynad'][m] - row['anomalib'][m]) <= .03, m
 
 
 def test_recorded_options_are_the_defaults():
@@ -299,8 +301,8 @@ def test_same_embedding_distances_and_score_as_anomalib(neighbours):
     assert torch.allclose(patch_features(f).permute(0, 2, 3, 1).reshape(-1, 16), embedding, atol=1e-6)
     bank = PatchBank(options).fit([f])
     model.memory_bank, f = bank.bank, {j: v for j, v in features(3, seed=7, size=32, shift=.5).items() if j > 1}
-    with torch.no_grad(): out = model.eval()(torch.zeros(3, 3, 16, 16))                # at the size of the grid nothing is upsampled
-    maps, scores = bank.score(f, 16)
+    with torch.no_grad(): out = model.eval()(torch.zeros(3, 3, 64, 64))
+    maps, scores = bank.score(f, 64)
     assert torch.allclose(scores, out.pred_score, atol=1e-4)
     theirs = model.nearest_neighbors(patch_features(f).permute(0, 2, 3, 1).reshape(-1, 16), 1)[0]
     assert torch.allclose(bank.distances(f).flatten(), theirs, atol=1e-4)
