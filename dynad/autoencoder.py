@@ -33,9 +33,7 @@ def first_feature_maps(
     layers: int = 2      # number of its stages that are run
 ) -> dict[int, Tensor]:
     "φ_1 … φ_layers, without the cost of the remaining stages."
-    x, out = ((image - phi.mean) / phi.std).contiguous(memory_format=torch.channels_last), {}
-    for j, stage in enumerate(phi.stages[:layers], 1): x = out[j] = stage(x)
-    return out
+    return phi(image, first=layers)
 
 # %% ../nbs/08b_autoencoder.ipynb #efaec984
 def reconstruction_loss(

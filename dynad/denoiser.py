@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import HOW, DenoiserSettings, DynadError
+from .config import UNKEYED_DENOISER_SETTINGS, DenoiserSettings, DynadError
 from .diffusion import Schedule, q_sample
 from .launch import accelerator, check_trackers
 from .store import StoreError, atomic_write, load_json, load_state, save_tensors, state_hash
@@ -203,7 +203,7 @@ def _identity(
     unet: Denoiser, latents: Tensor, schedule: Schedule, settings: DenoiserSettings, seed: int, precision: str
 ) -> dict[str, Any]:
     "Everything that the trained weights depend on."
-    kept = settings.model_dump(mode='json', exclude={*HOW, 'epochs', 'steps', 'min_epochs'})
+    kept = settings.model_dump(mode='json', exclude={*UNKEYED_DENOISER_SETTINGS, 'epochs', 'steps', 'min_epochs'})
     return {**kept, 'steps': settings.total_steps(len(latents)), 'seed': seed, 'precision': precision,
             'latent_channels': unet.latent_channels, 'latent_size': unet.latent_size,
             'schedule': state_hash({'betas': schedule.betas})[:16], 'latents': state_hash({'latents': latents})[:16]}

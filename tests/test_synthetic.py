@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from dynad.config import FeatureSettings
 from dynad.data import load_masks, open_dataset, to_float
 from dynad.features import load_features
-from dynad.patchcore import PatchBank
+from dynad.patchcore import PatchBank, PatchCoreOptions
 from dynad.synthetic import (CHANGED, KINDS, PRODUCTS, SMALLEST, SyntheticError, add_defect, anomalous, make_scene, nominal, nominal_batch, image_rng,
                              scale_of, write_synthetic)
 
@@ -135,7 +135,7 @@ def test_difficulty(product):
         with torch.no_grad():
             for b in torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).split(32): yield phi(to_float(b))
     draw = lambda part, n: [nominal(product, image_rng(product, part, i, seed), size) for i in range(n)]
-    bank = PatchBank(n=20_000, seed=seed).fit(features(draw('train', 80)))
+    bank = PatchBank(PatchCoreOptions(), seed).fit(features(draw('train', 80)))
     score = lambda images: torch.cat([bank.score(f, size)[1] for f in features(images)])
     limit = torch.quantile(score(draw('test', 40)), .95)
     bad = sorted((anomalous(product, i, size, seed)[:2] for i in range(56)), key=lambda b: int(b[1].sum()))[:14]
