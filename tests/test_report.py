@@ -39,8 +39,9 @@ def test_scale_is_at_least_one():
 
 @pytest.fixture(scope='module')
 def e(smoke, boards):
-    from dynad.evaluate import evaluate
-    return evaluate(smoke[0], boards, n_boot=20, progress=False)
+    from dynad.evaluate import evaluate, fitted_baseline
+    baseline = fitted_baseline(smoke[0], 'patchcore', boards, progress=False)
+    return evaluate(smoke[0], boards, n_boot=20, baselines=[baseline], progress=False)
 
 class Page(HTMLParser):
     VOID = {'meta', 'img', 'br', 'link'}

@@ -135,7 +135,7 @@ def test_difficulty(product):
         with torch.no_grad():
             for b in torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).split(32): yield phi(to_float(b))
     draw = lambda part, n: [nominal(product, image_rng(product, part, i, seed), size) for i in range(n)]
-    bank = PatchBank(PatchCoreOptions(), seed).fit(features(draw('train', 80)))
+    bank = PatchBank(PatchCoreOptions(layers=(1, 2)), seed).fit(features(draw('train', 80)))
     score = lambda images: torch.cat([bank.score(f, size)[1] for f in features(images)])
     limit = torch.quantile(score(draw('test', 40)), .95)
     bad = sorted((anomalous(product, i, size, seed)[:2] for i in range(56)), key=lambda b: int(b[1].sum()))[:14]
