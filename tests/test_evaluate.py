@@ -72,7 +72,7 @@ def test_min_max_of_the_test_set_does_not_depend_on_batches(smoke, boards):
     from dynad.fusion import Calibration, feature_map, upsample
     model = smoke[0].with_settings({'fusion.calibration': 'test'})
     again = tuple(replace(s, name=f'{k}/{s.name}') for k in range(5) for s in boards.test) # the same images under five names
-    five_times = model.test_images(list(again), replace(boards, samples=again))
+    five_times = model.test_images(list(again), replace(boards, samples=(*boards.train, *again)))
     walk, size = model.cached_walk(five_times), model.config.data.image_size
     assert len(walk) > 64
     raw = walk.raw_maps()
