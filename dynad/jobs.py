@@ -81,6 +81,19 @@ def on_this_machine(job: Job) -> Job:
     return replace(job, stamps=now, data=job.data if 'DYNAD_DATA' in planned else data,
                    reason=reason and f'on {platform.node()}: {reason}')
 
+# %% ../nbs/19d_jobs.ipynb #acb49bad
+def _my_gpu() -> str | None:
+    "On a worker of the local cluster with several GPUs: the one that is its own."
+    try:
+        from distributed import get_worker
+        worker = get_worker()
+    except (ImportError, ValueError): return None
+    own = getattr(worker, 'state', None) and worker.state.total_resources.get('GPU')
+    if not own or not isinstance(worker.name, int): return None
+    visible = [g for g in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if g]
+    seen = visible or [str(i) for i in range(max(1, gpu_count()))]
+    return seen[worker.name % len(seen)]
+
 # %% ../nbs/19d_jobs.ipynb #dc2ed559
 def _without_colours(s: str) -> str: return re.sub(r'\x1b\[[0-9;]*m', '', s)
 
@@ -200,19 +213,7 @@ def run_job(job: Job) -> Outcome:
     except RunnerError as e: return Outcome(job.name, 'failed', error=str(e))
     with FileLock(folder/f'.{job.name}.lock'): return _run_locked(job, made, start)
 
-# %% ../nbs/19d_jobs.ipynb #074344bd
-def _my_gpu() -> str | None:
-    "On a worker of the local cluster with several GPUs: the one that is its own."
-    try:
-        from distributed import get_worker
-        worker = get_worker()
-    except (ImportError, ValueError): return None
-    own = getattr(worker, 'state', None) and worker.state.total_resources.get('GPU')
-    if not own or not isinstance(worker.name, int): return None
-    visible = [g for g in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if g]
-    seen = visible or [str(i) for i in range(max(1, gpu_count()))]
-    return seen[worker.name % len(seen)]
-
+# %% ../nbs/19d_jobs.ipynb #50962471
 def local_workers() -> int:
     "One worker per GPU, else one per two cores."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
