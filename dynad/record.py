@@ -4,7 +4,7 @@
 
 # %% ../nbs/19b_record.ipynb #a30ceee1
 from __future__ import annotations
-import json, os, platform, subprocess, time
+import json, math, os, platform, subprocess, time
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ class Record:
 # %% ../nbs/19b_record.ipynb #4233fc9d
 def _check_value(where: str, metric: str, value: float | None) -> None:
     if value is None: return
-    if not np.isfinite(value): raise ValueError(f"{where}: value = {value}; a finite number or None is needed")
+    if not math.isfinite(value): raise ValueError(f"{where}: value = {value}; a finite number or None is needed")
     if metric in KEYS and not 0 <= value <= 1:
         raise ValueError(f"{where}: value = {value}; shares are given in 0…1, not in percent")
 

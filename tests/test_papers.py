@@ -9,7 +9,7 @@ import torch
 from bs4 import BeautifulSoup
 
 from dynad.data import to_float
-from dynad.experiments import area_groups
+from dynad.subjects import area_groups
 
 PAPERS = Path(__file__).parent.parent/'nbs'/'papers'
 TABLES = ('table1', 'table2', 'table3', 'table4', 'table5', 'table6', 'table8', 'table9', 'scale', 'spaces', 'sensitivity', 'severity', 'speed')
@@ -210,12 +210,12 @@ def test_change_inside_a_defect_by_that_outside():
 
 @pytest.mark.parametrize('name', ['fig7', 'fig14'])
 def test_figures_of_two_sets_open_both(name, monkeypatch, tmp_path):
-    import dynad.experiments as reproduce
+    import dynad.subjects
     for folder in ('visa/candle', 'mvtec/tile'): (tmp_path/folder).mkdir(parents=True)
     monkeypatch.setenv('DYNAD_DATA', str(tmp_path))
     [line] = [l for c in code(read(PAPERS/f'{name}.ipynb')) for l in c.source.splitlines() if l.startswith('found = ')]
     for data, found in (('auto', ['visa/candle', 'mvtec/tile']), ('synthetic:board', ['synthetic_board'])):
-        exec(line, space := vars(reproduce) | {'data': data})
+        exec(line, space := vars(dynad.subjects) | {'data': data})
         assert [s.name for s in space['found']] == found
 
 def test_nothing_but_t_hat_0_is_called_the_null_model_of_attribution():
