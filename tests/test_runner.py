@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from dynad.cli import app
 from dynad import jobs as running, runner
-from dynad.experiments import TARGETS
+from dynad.experiments import EXPERIMENTS, TARGETS
 from dynad.jobs import run_job, run_jobs
 from dynad.runner import (
     PROFILES, RunnerError, find_target, folder_stamp, notebook_parameters, plan, source_hash, syntax_key, variants)
@@ -50,9 +50,10 @@ def one_thread(monkeypatch, tmp_path):
     monkeypatch.setenv('DYNAD_POOL', str(tmp_path/'pool'))
 
 def test_targets_name_every_table_and_figure():
-    names = {n for t in TARGETS.values() for n in (t.name, *t.aliases)}
-    assert {f'table{i}' for i in range(1, 10)} | {f'fig{i}' for i in range(1, 16)} | {'scale', 'spaces', 'sensitivity', 'attribution', 'severity', 'speed', 'parity'} == names
-    assert {p.stem for p in (Path(__file__).parents[1]/'nbs'/'papers').glob('*.ipynb')} <= set(TARGETS) # no notebook without a name
+    names = [n for e in EXPERIMENTS for n in e.names]
+    assert len(set(names)) == len(names)
+    assert {f'table{i}' for i in range(1, 10)} | {f'fig{i}' for i in range(1, 16)} == {n for n in names if re.match(r'(table|fig)\d', n)}
+    assert {p.stem for p in (Path(__file__).parents[1]/'nbs'/'papers').glob('*.ipynb')} == set(TARGETS) # one entry, one notebook
     assert find_target('table7') is find_target('table3') and find_target('fig11').name == 'fig10'
     with pytest.raises(RunnerError, match=r"'tabel5' is no table or figure, did you mean table5"): find_target('tabel5')
 
@@ -173,6 +174,25 @@ def test_a_notebook_edited_since_the_batch_began_counts_as_what_it_is_now(tmp_pa
     old, = plan([notebook(tmp_path/'nbs', 'one')], root=tmp_path/'runs')
     notebook(tmp_path/'nbs', 'one', wait=.01)
     assert run_job(old).status == 'done' and not old.done and plan([old.notebook], root=tmp_path/'runs')[0].done
+
+def test_only_what_code_does_counts_for_its_key():
+    plain = syntax_key('def f(x): return 2*x')
+    assert plain == syntax_key('"""A module."""\n# %% auto\ndef f(x):\n    "Twice x."\n    return (2 *\n        x) # doubled') == syntax_key('%matplotlib inline\ndef f(x): return 2*x')
+    assert len({plain, syntax_key('def f(x): return 3*x'), syntax_key('def f(x, /): return 2*x'), syntax_key('def f(x): return None'), syntax_key('def f(x): return')}) == 5
+    assert syntax_key('no Python') == syntax_key('no Python') != syntax_key('nor this')
+
+def test_the_printed_numbers_count_for_notebooks_that_read_them(tmp_path, monkeypatch):
+    package = tmp_path/'dynad'
+    shutil.copytree(Path(runner.dynad.__file__).parent, package, ignore=shutil.ignore_patterns('weights', '__pycache__'))
+    monkeypatch.setattr(runner.dynad, '__file__', str(package/'__init__.py'))
+    keys = lambda: [source_hash(f'from dynad.{m} import x') for m in ('record', 'store')]
+    before = keys()
+    (package/'store.py').write_text((package/'store.py').read_text() + '\n# a comment\n')
+    assert keys() == before
+    (package/'printed.csv').write_text('table\n')
+    assert [a == b for a, b in zip(keys(), before)] == [False, True]
+    (package/'store.py').write_text((package/'store.py').read_text() + '\nmore = 1\n')
+    assert keys()[1] != before[1]
 
 # what a target runs on, and what that costs
 
