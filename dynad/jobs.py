@@ -45,7 +45,7 @@ def log_event(folder: Path, **entry) -> None:
     try: os.write(fd, line.encode())
     finally: os.close(fd)
 
-# %% ../nbs/19d_jobs.ipynb #fe33f4d9
+# %% ../nbs/19d_jobs.ipynb #997f66a7
 def own_roots(job: Job) -> dict[str, str]:
     "The planned folders of images and weights that this machine has too; otherwise its own settings hold."
     return {k: v for k, v in (job.roots or {}).items() if Path(v).is_dir()}
@@ -54,19 +54,21 @@ def _stamp_words(stamp: Any) -> str:
     if not stamp: return 'nothing'
     return stamp if isinstance(stamp, str) else f'{stamp[0]} files of {stamp[1]:,} bytes'
 
+# %% ../nbs/19d_jobs.ipynb #c745ec6c
 def _differences(then: dict, here: dict) -> list[str]:
     "What two sets of stamps disagree on; the times of a copy are others, and do not count."
     size = lambda x: x[:2] if isinstance(x, list) else x
     return [f'{k}: {_stamp_words(then.get(k))} where the batch was planned, {_stamp_words(here.get(k))} here'
             for k in dict.fromkeys((*then, *here)) if size(then.get(k)) != size(here.get(k))]
 
-# %% ../nbs/19d_jobs.ipynb #085c6284
+# %% ../nbs/19d_jobs.ipynb #ca958b8f
 def _refuse(job: Job, what: str, root: str, differ: list[str], has: dict[str, str]) -> None:
     more = f'; and {len(differ) - 3} more' if len(differ) > 3 else ''
     own = f' (it is {has[root]})' if root in has else ''
     raise RunnerError(f"worker on {platform.node()}: other {what} than planned ({'; '.join(differ[:3])}{more}); "
                       f"mount {job.roots[root]} there, or start that worker with {root} set to a copy of it{own}")
 
+# %% ../nbs/19d_jobs.ipynb #f2fbb313
 def on_this_machine(job: Job) -> Job:
     """The job as this worker can run it. Raises RunnerError where the worker does not have the images and weights that
     the batch was planned with."""
@@ -94,7 +96,7 @@ def _my_gpu() -> str | None:
     seen = visible or [str(i) for i in range(max(1, gpu_count()))]
     return seen[worker.name % len(seen)]
 
-# %% ../nbs/19d_jobs.ipynb #dc2ed559
+# %% ../nbs/19d_jobs.ipynb #1b4a4355
 def _without_colours(s: str) -> str: return re.sub(r'\x1b\[[0-9;]*m', '', s)
 
 def _running_cell(executed: Path) -> int | None:
@@ -102,18 +104,19 @@ def _running_cell(executed: Path) -> int | None:
     code = [c for c in (read_json(executed) or {'cells': []})['cells'] if c['cell_type'] == 'code']
     return sum(bool(c['metadata'].get('papermill', {}).get('start_time')) for c in code) or None
 
+# %% ../nbs/19d_jobs.ipynb #c850843b
 def _kernel_environment(job: Job) -> dict[str, str]:
     "Environment variables of the kernel."
     more = dict(DYNAD_POOL=job.pool, OMP_WAIT_POLICY=os.environ.get('OMP_WAIT_POLICY', 'passive'),
                 OMP_NUM_THREADS=job.threads and str(job.threads), CUDA_VISIBLE_DEVICES=_my_gpu())
     with environment(): return os.environ | {k: v for k, v in more.items() if v} | own_roots(job)
 
-# %% ../nbs/19d_jobs.ipynb #4c49e123
+# %% ../nbs/19d_jobs.ipynb #6495e6c7
 def _papermill(job: Job, work: Path, executed: Path) -> None:
     "Run the notebook. Raises what papermill raises."
     import logging, papermill
     from jupyter_client.manager import AsyncKernelManager
-    logging.getLogger('papermill').setLevel(logging.ERROR) # its parser of parameters warns of comments; ours has checked them
+    logging.getLogger('papermill').setLevel(logging.ERROR) # its parser of parameters warns of comments
     env = _kernel_environment(job)
     class Manager(AsyncKernelManager): # a worker may run several kernels in threads of one process
         def start_kernel(self, **kw): return super().start_kernel(env=env, **kw)
@@ -123,7 +126,7 @@ def _papermill(job: Job, work: Path, executed: Path) -> None:
         cwd=str(Path(job.notebook).parent), progress_bar=False, execution_timeout=job.timeout,
         kernel_manager_class=Manager, extra_arguments=['--log-level=50']) # no remarks of the kernel on its transport
 
-# %% ../nbs/19d_jobs.ipynb #d6765b01
+# %% ../nbs/19d_jobs.ipynb #ee7dfc58
 def _check_result(job: Job, work: Path) -> str:
     "What is wrong with the result of a notebook that ran to its end; '': nothing."
     if (result := read_json(work/f'{job.target}.json')) is None:
@@ -135,6 +138,7 @@ def _check_result(job: Job, work: Path) -> str:
     return (f"ran on {', '.join(other)} instead of {job.data}: the images have gone since the batch was planned; "
             f"check whether they are still in {root}") if other else ''
 
+# %% ../nbs/19d_jobs.ipynb #22de6c9a
 def _execute(job: Job, work: Path, executed: Path) -> tuple[int | None, str, str] | None:
     "Run the notebook; None, or cell, error and the end of the traceback."
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
@@ -152,7 +156,7 @@ def _execute(job: Job, work: Path, executed: Path) -> tuple[int | None, str, str
     except Exception as e: return at_cell(), first_line(f'{type(e).__name__}: {e}'), traceback.format_exc()[-3000:]
     return (None, wrong, '') if (wrong := _check_result(job, work)) else None
 
-# %% ../nbs/19d_jobs.ipynb #76f8445f
+# %% ../nbs/19d_jobs.ipynb #f292dfb2
 def _prepared(job: Job) -> tuple[Job, dict[str, Any]]:
     "The job as this machine runs it, and what its result will depend on. Raises RunnerError."
     missing = len(own_roots(job)) < len(job.roots or {})
@@ -162,7 +166,8 @@ def _prepared(job: Job) -> tuple[Job, dict[str, Any]]:
     if made['package'] != job.sources and job.home != dynad.__file__:
         raise RunnerError(f'{dynad.__file__} is not the dynad that the batch was started with; '
                           'install the same version on every machine')
-    return replace(here, sources=made['package'], key=content_key(made)), made # of sources edited since: as they are now
+    # sources may have been edited since the batch was planned: the key is that of the sources as they are now
+    return replace(here, sources=made['package'], key=content_key(made)), made
 
 # %% ../nbs/19d_jobs.ipynb #21d7dbca
 def _finish(job: Job, work: Path, executed: Path, out: Outcome, made: dict[str, Any]) -> None:
@@ -180,7 +185,7 @@ def _finish(job: Job, work: Path, executed: Path, out: Outcome, made: dict[str, 
     if done: shutil.rmtree(job.failed, ignore_errors=True)
     log_event(final.parent, event='finished' if done else 'failed', name=job.name, key=job.key)
 
-# %% ../nbs/19d_jobs.ipynb #5c6e71aa
+# %% ../nbs/19d_jobs.ipynb #a2b70bfe
 def _run_locked(job: Job, made: dict[str, Any], start: float) -> Outcome:
     "Run one notebook; nobody else runs it at the same time."
     final = Path(job.out)
@@ -202,6 +207,7 @@ def _run_locked(job: Job, made: dict[str, Any], start: float) -> Outcome:
     _finish(job, work, executed, out, made)
     return out
 
+# %% ../nbs/19d_jobs.ipynb #c07e7389
 def run_job(job: Job) -> Outcome:
     "Run one notebook, unless a finished run with its key is there. Never raises for what a notebook does."
     folder, start = Path(job.out).parent, time.perf_counter()
@@ -219,17 +225,18 @@ def local_workers() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     return gpu_count() or max(1, cores//2)
 
-# %% ../nbs/19d_jobs.ipynb #959d8f32
+# %% ../nbs/19d_jobs.ipynb #98890f29
 def _connect(scheduler: str):
     from distributed import Client
     try: return Client(scheduler, timeout=20, set_as_default=False)
     except (OSError, ValueError) as e:
-        raise RunnerError(f"--scheduler {scheduler}: no scheduler answers there ({str(e).splitlines()[0]}); start one with "
-                          "`dask scheduler` and workers with `dask worker ADDRESS`") from None
+        raise RunnerError(f"--scheduler {scheduler}: no scheduler answers there ({str(e).splitlines()[0]}); "
+                          "start one with `dask scheduler` and workers with `dask worker ADDRESS`") from None
 
+# %% ../nbs/19d_jobs.ipynb #5afd5ce9
 @contextmanager
 def cluster(
-    scheduler: str | None = None, # address of a running scheduler, e.g. tcp://10.0.0.1:8786; None: a cluster on this machine
+    scheduler: str | None = None, # address of a scheduler, e.g. tcp://10.0.0.1:8786; None: a cluster on this machine
     workers: int = 1
 ) -> Iterator[Any]: # distributed.Client
     "A client. Raises RunnerError when there is no scheduler at the address, or no dask."
@@ -248,7 +255,7 @@ def cluster(
                        resources={'GPU': 1} if gpu_count() else None, silence_logs=logging.CRITICAL) as c,
           Client(c, set_as_default=False) as client): yield client
 
-# %% ../nbs/19d_jobs.ipynb #3c6bc489
+# %% ../nbs/19d_jobs.ipynb #b0ea975b
 def _submit(client: Any, todo: list[Job]) -> dict[Any, Job]:
     "One task per job; a job goes to a worker with a GPU where all have one, or where its preset needs one."
     known = client.scheduler_info(n_workers=-1)['workers'].values()
@@ -259,12 +266,14 @@ def _submit(client: Any, todo: list[Job]) -> dict[Any, Job]:
     return {client.submit(run_job, j, key=f'dynad-{j.name}-{j.key}', pure=False, retries=2, resources=resources(j)): j
             for j in todo}
 
+# %% ../nbs/19d_jobs.ipynb #ef983c85
 def _outcome(future: Any, job: Job) -> Outcome:
     try: return future.result()
     except Exception as e:
         text = str(e).splitlines()[0][:300] if str(e) else 'no message'
         return Outcome(job.name, 'failed', error=f'{type(e).__name__}: {text}')
 
+# %% ../nbs/19d_jobs.ipynb #e45b33af
 def _on_cluster(todo: list[Job], scheduler: str | None, workers: int) -> Iterator[Outcome]:
     "Outcomes in the order in which they come."
     from distributed import as_completed

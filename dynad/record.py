@@ -28,7 +28,7 @@ from .subjects import OPENED, Subject, at, fitted, measure, null_rows, paired
 __all__ = ['COLOURS', 'hardware', 'machine_words', 'Record', 'compared', 'text_cell', 'comparison_table', 'enter', 'enter_nulls',
            'enter_difference', 'verdict', 'provenance', 'conclude', 'Lines', 'said', 'oracle', 'by_class', 'dots']
 
-# %% ../nbs/19b_record.ipynb #810fac75
+# %% ../nbs/19b_record.ipynb #cfbb8744
 def hardware() -> dict[str, Any]:
     "The machine: processor, cores at hand, GPU."
     try: lines = Path('/proc/cpuinfo').read_text().splitlines()
@@ -38,6 +38,7 @@ def hardware() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return {'cpu': cpu, 'cores': cores, 'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
+# %% ../nbs/19b_record.ipynb #b20d8fa0
 def machine_words(h: dict[str, Any]) -> str:
     "The GPU, or the number of cores."
     return h['gpu'] or f"{h['cores']} cores"
@@ -91,7 +92,7 @@ def _check_value(where: str, metric: str, value: float | None) -> None:
 
 def _cast(kind: type, v: Any) -> Any: return None if v is None else kind(v)
 
-# %% ../nbs/19b_record.ipynb #6b3bdc30
+# %% ../nbs/19b_record.ipynb #5ce6fa87
 @patch
 def add(self: Record,
     row: str | None,            # as in the printed table; None: the subject's own
@@ -117,12 +118,13 @@ def add(self: Record,
     if subject is not None: self._subjects[subject.name] = subject
     self.rows.append(dict(
         row=str(row), column=column, metric=metric,
-        value=_cast(float, value), low=_cast(float, low), high=_cast(float, high), n=_cast(int, n), seed=_cast(int, seed),
+        value=_cast(float, value), low=_cast(float, low), high=_cast(float, high),
+        n=_cast(int, n), seed=_cast(int, seed),
         subject=subject.name if subject else None, oracle=bool(oracle), null=bool(null), repeats=bool(repeats),
         settings=self._keep(model), against=self._keep(against)))
     return self
 
-# %% ../nbs/19b_record.ipynb #00cbd400
+# %% ../nbs/19b_record.ipynb #10456f63
 @patch
 def figure(self: Record,
     fig: Any, # a matplotlib figure or `show.Picture`
@@ -136,13 +138,14 @@ def figure(self: Record,
     if name not in self.figures: self.figures.append(name)
     return fig
 
+# %% ../nbs/19b_record.ipynb #dbf10c85
 @patch
 def note(self: Record, text: str) -> Record:
     "A sentence for the foot of the table and for the book."
     self.notes.append(text)
     return self
 
-# %% ../nbs/19b_record.ipynb #1ec257d6
+# %% ../nbs/19b_record.ipynb #91dd9f11
 @patch(as_prop=True)
 def subjects(self: Record) -> list[Subject]:
     "The subjects of its rows and those opened since it began."
@@ -152,18 +155,21 @@ def subjects(self: Record) -> list[Subject]:
         seen.setdefault(name, s)
     return list(seen.values())
 
+# %% ../nbs/19b_record.ipynb #472e98fb
 @patch(as_prop=True)
 def tables(self: Record) -> tuple[str, ...]:
     "The printed tables that it reproduces."
     e = find_experiment(self.target)
     return e.tables if e else ()
 
+# %% ../nbs/19b_record.ipynb #0cafbdd9
 @patch(as_prop=True)
 def stand_in(self: Record) -> bool:
     "Whether any of its images are not, image for image, what the paper reports on."
     about = {TABLE_SET[t] for t in self.tables}
     return not self.subjects or not all(s.whole and (not about or s.real in about) for s in self.subjects)
 
+# %% ../nbs/19b_record.ipynb #535d2627
 @patch(as_prop=True)
 def sets(self: Record) -> list[str]:
     "The real data in words: a set's name only when all its categories are there."
@@ -253,10 +259,10 @@ def _averages(record: Record, data: _Data) -> list[dict[str, Any]]:
         out.append(_line('average', column, metric, False, label, rows, paper))
     return out
 
-# %% ../nbs/19b_record.ipynb #fda1c89b
+# %% ../nbs/19b_record.ipynb #79084875
 def compared(
     record: Record
-) -> list[dict[str, Any]]: # row, column, metric, null, data, paper, ours, difference, its interval, low, high, n, seeds, …
+) -> list[dict[str, Any]]: # row, column, metric, data, paper, ours, difference, low, high, n, seeds, …
     "Means over seeds and, where the whole set is there, over its categories, beside the printed numbers."
     data, out = _Data(record), []
     groups: dict[tuple, dict[str, list[dict]]] = {}
@@ -323,13 +329,14 @@ def comparison_table(
     if (df.oracle == '—').all(): df = df.drop(columns=['oracle', 'gap'])
     return df.set_index(['row', 'method', 'metric'])
 
-# %% ../nbs/19b_record.ipynb #9d51b716
+# %% ../nbs/19b_record.ipynb #3e4ca8a9
 @patch
 def comparison(self: Record) -> pd.DataFrame:
     "The record beside the paper."
     preset, machine = self.parameters.get('preset', ''), f'{machine_words(hardware())}, {self.minutes:.1f} min'
     return comparison_table(compared(self), preset, machine)
 
+# %% ../nbs/19b_record.ipynb #fbb45da4
 @patch
 def save(self: Record) -> Path:
     "Write <target>.json, atomically."
@@ -356,13 +363,13 @@ def enter(
         value, low, high = (measured[k][e] for e in ('value', 'low', 'high'))
         record.add(row, column, k, value, low, high, n=measured['n'], seed=measured['seed'], **more)
 
-# %% ../nbs/19b_record.ipynb #d1cfd78f
+# %% ../nbs/19b_record.ipynb #d7b88ed0
 def enter_nulls(
     record: Record,
     model: DynAD, dataset: AnomalyDataset, subject: Subject,
     n_boot: int = 200,
     metrics: tuple[str, ...] = MAIN,
-    row: str | None = None              # None: each null model is a row; else the row in which each is a column; '': the subject's own
+    row: str | None = None              # None: each is a row; else the row in which each is a column; '': the subject's
 ) -> dict[str, dict[str, Any]]:         # as `null_rows`
     "The null models (SPEC §11)."
     found = null_rows(model, dataset, n_boot)
@@ -408,7 +415,7 @@ def verdict(
     return (f"{claim}: holds in {up}, the reverse in {down}, not settled in {len(d) - up - down} of {len(d)} runs "
             f"(mean {mean} points).")
 
-# %% ../nbs/19b_record.ipynb #ee5fc686
+# %% ../nbs/19b_record.ipynb #5b429703
 def provenance(record: Record) -> str:
     "Data, preset and seeds in a few words, for titles: stand-in data say so."
     p, names, seeds = record.parameters, [s.label for s in record.subjects], record.parameters.get('seeds', [])
@@ -416,6 +423,7 @@ def provenance(record: Record) -> str:
     more = f' and {len(names) - 3} more' if len(names) > 3 else ''
     return f"{', '.join(names[:3])}{more}; {preset}; seed{'s'*(len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
+# %% ../nbs/19b_record.ipynb #4526d2ae
 def conclude(
     record: Record,
     claim: str, differences: list[dict[str, float | None]] # as for `verdict`
@@ -488,7 +496,7 @@ def _dot_rows(record: Record, metrics: tuple[str, ...], nulls: bool) -> pd.DataF
     many = df.groupby('row').subject.transform('nunique') > 1
     return df.assign(place=df.row.where(~(many & df.subject.notna()), df.row + ' · ' + df.subject.fillna('')))
 
-# %% ../nbs/19b_record.ipynb #5f6d1a28
+# %% ../nbs/19b_record.ipynb #e2fbd0d9
 class _Dots:
     "Lines, columns, colours and markers of `dots`."
     def __init__(self, df: pd.DataFrame):
@@ -508,7 +516,8 @@ class _Dots:
         within = .68*((inside.index(r['column']) + .5)/len(inside) - .5)
         y = self.places.index(r['place']) + within + .09*r['oracle']
         c, fmt = '.55' if r['null'] else self.shades[r['column']], self.marks.get(r['column'], 'o')
-        err = None if pd.isna(r['low']) else [[max(0, scale*(r['value'] - r['low']))], [max(0, scale*(r['high'] - r['value']))]]
+        down, up = ([max(0, scale*d)] for d in (r['value'] - (r['low'] or 0), (r['high'] or 0) - r['value']))
+        err = None if pd.isna(r['low']) else [down, up]
         ax.errorbar(scale*r['value'], y, xerr=err, fmt='D' if r['oracle'] else fmt, ms=4, color=c,
                     mfc='white' if r['oracle'] else c, lw=1, capsize=2)
 
@@ -521,7 +530,7 @@ class _Dots:
         if df.null.any() and not self.marks: out.append(mark('o', '.55', 'null model'))
         return out
 
-# %% ../nbs/19b_record.ipynb #a82968ea
+# %% ../nbs/19b_record.ipynb #38008a89
 def _style(ax, metric: str) -> None:
     if metric.startswith('Δ'): ax.axvline(0, color='.7', lw=.8, zorder=0)
     ax.set_xlabel(METRICS.get(metric, metric) + (' (%)' if metric in KEYS else ''), fontsize=8)
@@ -530,6 +539,7 @@ def _style(ax, metric: str) -> None:
     ax.set_axisbelow(True)
     for side in ('top', 'right'): ax.spines[side].set_visible(False)
 
+# %% ../nbs/19b_record.ipynb #3700967d
 def dots(
     record: Record,
     metrics: tuple[str, ...] = MAIN,

@@ -36,8 +36,9 @@ def pool() -> Path:
     p.mkdir(parents=True, exist_ok=True)
     return p
 
-# %% ../nbs/19a_subjects.ipynb #a27c3a7c
-OPENED: dict[str, tuple[float, Subject, AnomalyDataset]] = {} # by name: the subjects that this process opened, and when last
+# %% ../nbs/19a_subjects.ipynb #0c21ab34
+# by name: the subjects that this process opened, and when last
+OPENED: dict[str, tuple[float, Subject, AnomalyDataset]] = {}
 
 @dataclass(frozen=True)
 class Subject:
@@ -79,7 +80,7 @@ def _open(source: str, category: str | None, seed: int, size: int) -> AnomalyDat
         folder = write_synthetic(root, product, n_train=60, n_good=16, n_defect=30, size=size, seed=seed)
         return open_dataset(folder, 'mvtec', seed=seed)
 
-# %% ../nbs/19a_subjects.ipynb #62977a81
+# %% ../nbs/19a_subjects.ipynb #70690512
 def find_set(
     name: str # key of `SETS`
 ) -> Path | None:
@@ -87,6 +88,7 @@ def find_set(
     root = data_root()
     return next((root/f for f in SETS[name].folders if (root/f).is_dir()), None) if root else None
 
+# %% ../nbs/19a_subjects.ipynb #39bf259d
 def _real(name: str, root: Path) -> list[Subject]:
     s = SETS[name]
     return [Subject(f'{name}/{c}', f'{s.label} {c}', name, s.rows.get(c, c), str(root), c)
@@ -117,7 +119,7 @@ def _of_paper(word: str, name: str, category: str) -> list[Subject]:
     raise ConfigError(f"data = {word!r}: {root} holds {held}; choose one of those or add the folder "
                       f"{category or ', '.join(s.categories)}")
 
-# %% ../nbs/19a_subjects.ipynb #9ba8e9fd
+# %% ../nbs/19a_subjects.ipynb #6520b13b
 def _folder(word: str) -> Subject:
     "A folder, named from the current folder, from `DYNAD_DATA`, or absolutely."
     root = data_root()
@@ -132,6 +134,7 @@ def _folder(word: str) -> Subject:
     raise ConfigError(f"data = {word!r}: no such folder here or in DYNAD_DATA ({have}); give a folder, auto, "
                       f"{products}, elpv, {', '.join(SETS)} or one of their categories, e.g. visa/candle")
 
+# %% ../nbs/19a_subjects.ipynb #d785bbe8
 def _subjects(word: str) -> list[Subject]:
     "What one word of `data` names."
     first, _, rest = word.partition('/')
@@ -139,7 +142,7 @@ def _subjects(word: str) -> list[Subject]:
     if first == 'elpv' and rest in ('', 'mono', 'poly'): return [_elpv(word, rest)]
     return _of_paper(word, first, rest) if first in SETS else [_folder(word)]
 
-# %% ../nbs/19a_subjects.ipynb #c945488f
+# %% ../nbs/19a_subjects.ipynb #7167c3e8
 def subjects(
     data: str = 'auto',         # the real set where it is found, else the synthetic board; or a comma-separated list
     wanted: str | None = 'visa' # key of `SETS`: what the paper reports on; None: nothing in particular
@@ -149,7 +152,8 @@ def subjects(
         raise ConfigError(f"wanted = {wanted!r}; allowed: {', '.join(SETS)}")
     words = [w.strip() for w in data.split(',') if w.strip()]
     if not words:
-        raise ConfigError(f"data = {data!r} names nothing; e.g. auto, synthetic:board, cookies, visa/candle, or a folder")
+        raise ConfigError(f"data = {data!r} names nothing; "
+                          "e.g. auto, synthetic:board, cookies, visa/candle, or a folder")
     if words == ['auto']:
         root = find_set(wanted) if wanted else None
         return (_real(wanted, root) if root else []) or [_synthetic('board')]
@@ -168,7 +172,7 @@ def fitted(
     data = subject.dataset(size=max(128, cfg.data.image_size))
     return DynAD(cfg).fit(data, pool(), progress=progress), data
 
-# %% ../nbs/19a_subjects.ipynb #3c558c2c
+# %% ../nbs/19a_subjects.ipynb #3b603875
 def change_settings(
     config: Config,
     changes: dict[str, Any] # dotted keys
@@ -182,6 +186,7 @@ def change_settings(
         group[name] = value
     return parse_config(values)
 
+# %% ../nbs/19a_subjects.ipynb #1d271739
 def at(
     model: DynAD,
     changes: dict[str, Any] # dotted keys, e.g. {'reconstruction.omega': .3}
@@ -195,12 +200,13 @@ def at(
                           f"use fitted(subject, preset, seed, {{{needs[0]!r}: {changes[needs[0]]!r}}})")
     return model.replaced(config=config)
 
-# %% ../nbs/19a_subjects.ipynb #adcf5448
+# %% ../nbs/19a_subjects.ipynb #fec1c7ba
 @lru_cache(maxsize=8)
 def _truth(names: tuple, size: int, key: str):
     "Masks of the test images of one opened set."
     return load_masks(list(names), size)
 
+# %% ../nbs/19a_subjects.ipynb #30430227
 def _metrics(scores, labels, maps, masks, has_mask, config: Config | None, n_boot: int, seed: int) -> dict[str, Any]:
     "Every metric that is defined, and what paired comparisons need."
     found = all_metrics(scores, labels, maps, masks, has_mask, n_boot, seed)
@@ -209,18 +215,19 @@ def _metrics(scores, labels, maps, masks, has_mask, config: Config | None, n_boo
         'scores': scores, 'labels': labels, 'maps': maps, 'masks': masks, 'has_mask': has_mask, 'pixels': pixels,
         'n': len(labels), 'seed': seed, 'config': config}
 
+# %% ../nbs/19a_subjects.ipynb #d5778142
 def _measured(scores: Tensor, maps: Tensor | None, data: AnomalyDataset, config: Config, n_boot: int):
     labels = torch.tensor([s.label for s in data.test])
     masks, has_mask = _truth(tuple(data.test), config.data.image_size, data.fingerprint)
     return _metrics(scores, labels, maps, masks, has_mask, config, n_boot, config.seed)
 
-# %% ../nbs/19a_subjects.ipynb #3c469385
+# %% ../nbs/19a_subjects.ipynb #443e058e
 def measure(
     model: DynAD,
     dataset: AnomalyDataset,
     n_boot: int = 200,           # bootstrap resamples over images
     t_hat: Tensor | None = None  # [N] instead of what the settings choose
-) -> dict[str, Any]:             # metric -> value, low, high; and scores, labels, maps, masks, has_mask, pixels, t_hat, …
+) -> dict[str, Any]:             # metric -> value, low, high; and scores, labels, maps, masks, t_hat, …
     "Every metric on the test images, with the settings they were measured at and what a paired comparison needs."
     staged = model.stage(dataset.test, dataset.fingerprint, progress=False)
     T = staged.t_hat if t_hat is None else t_hat
@@ -241,12 +248,12 @@ def null_rows(
     distance = _measured(staged.severity['distance'].float(), None, dataset, model.config, n_boot)
     return dict(zip(NULLS, (zero, measure(untrained(model), dataset, n_boot), distance)))
 
-# %% ../nbs/19a_subjects.ipynb #e9c0ee5c
+# %% ../nbs/19a_subjects.ipynb #29f30a8a
 def pixel_space(
     preset: str
 ) -> dict[str, Any]: # overrides for `fitted`
-    """Settings for pixel space instead of latents: the UNet works on squares of pixels. At `small` it has one level more
-    and narrower first ones, for about as many weights and evaluations as a CPU can afford."""
+    """Settings for pixel space instead of latents: the UNet works on squares of pixels. At `small` it has one level
+    more and narrower first ones, for about as many weights and evaluations as a CPU can afford."""
     # 2×2 and not 4×4 at `small`: after equal time the ε-loss on cookies was lower; likely since the 3p² values of a
     # square pass SiLU undiminished only where the first level is twice as wide
     small = {'denoiser.widths': [32, 64, 128, 128], 'denoiser.attention': [3], 'denoiser.steps': 1200,
@@ -291,11 +298,11 @@ def part(
     kept = (None if measured[k] is None else measured[k][rows] for k in fields)
     return _metrics(*kept, measured.get('config'), n_boot, measured['seed'])
 
-# %% ../nbs/19a_subjects.ipynb #7951a4f4
+# %% ../nbs/19a_subjects.ipynb #0225afe2
 def area_groups(
     measured: dict[str, Any], # of `measure`
     groups: int = 4
-) -> tuple[Tensor, Tensor]:   # [N] anomalous share of the image; [N] 0 (smallest) … groups-1, -1 without a masked defect
+) -> tuple[Tensor, Tensor]:   # [N] anomalous share of the image; [N] 0 (smallest) … groups-1, -1 without a mask
     "Anomalous images in equal groups by the area of their mask."
     area = measured['masks'].flatten(1).float().mean(1)
     has = (measured['labels'] == 1) & measured['has_mask'].bool() & (area > 0)
