@@ -14,6 +14,7 @@ import typer
 from tqdm.auto import tqdm
 
 from . import __version__
+from .experiments import names_in_words
 
 # %% auto #0
 __all__ = ['app', 'Layout', 'Category', 'Seed', 'Set', 'DEMO', 'known_mistakes', 'fit', 'evaluate', 'predict', 'demo',
@@ -203,7 +204,7 @@ def _minutes(job: dict) -> str: return job['cost'] if job['minutes'] is None els
 
 @app.command(cls=_Pairs)
 def reproduce(
-    names: Annotated[list[str], typer.Argument(metavar='NAME…', help='table1 … table9, fig1 … fig15, scale, spaces, sensitivity, attribution, severity, speed, parity, all; a notebook file; or book')],
+    names: Annotated[list[str], typer.Argument(metavar='NAME…', help=f'{names_in_words()}, all; a notebook file; or book')],
     profile: Annotated[str, typer.Option(help='smoke (minutes, a test of the machinery), small, or paper')] = 'smoke',
     parameter: Annotated[Optional[list[str]], typer.Option('-p', '--parameter', metavar='NAME VALUE', help='a parameter of the notebooks; may be repeated')] = None,
     out: Annotated[Optional[Path], typer.Option(help='folder of the results; default nbs/_runs')] = None,
@@ -217,6 +218,7 @@ def reproduce(
     "Tables and figures of the paper, by papermill; what is done is not done again."
     with known_mistakes():
         from dynad import runner
+        from dynad.jobs import run_jobs
         if 'book' in names:
             from dynad.book import write_book
             if len(names) > 1: raise runner.RunnerError("book stands alone: `dynad reproduce all`, then `dynad reproduce book`")
@@ -233,7 +235,7 @@ def reproduce(
             first = runner.TRAINING.get(str(jobs[0].parameters['preset']))
             if len(todo) > 1: typer.echo(f"{len(todo)} would run, about {sum(todo):.0f} min one after another" + (f', and {first:g} min for each data set and seed that nothing has been trained on yet (on 2 cores)' if first else ''))
             return
-        outcomes = runner.run_jobs(jobs, scheduler, workers, typer.echo)
+        outcomes = run_jobs(jobs, scheduler, workers, typer.echo)
         for o in outcomes:
             if o.traceback: typer.echo(f'\n{o.name}, the end of the traceback of cell {o.cell}:\n{o.traceback[-1500:]}', err=True)
         count = {s: sum(o.status == s for o in outcomes) for s in ('done', 'already done', 'failed', 'not run')}

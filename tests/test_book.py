@@ -37,7 +37,7 @@ def result(root, target, lines, stand_in=True, sets=(), preset='smoke', profile=
 def run(out, target, profile='smoke', name=None, **more):
     "run.json as this version would write it now."
     out.mkdir(parents=True, exist_ok=True)
-    made = {k: v for k, v in runner._parts(plan([target], profile, root=out.parent)[0]).items() if k != 'parameters'} if target in TARGETS else None
+    made = {k: v for k, v in runner.job_parts(plan([target], profile, root=out.parent)[0]).items() if k != 'parameters'} if target in TARGETS else None
     parameters = runner.PROFILES[profile].parameters
     (out/'run.json').write_text(json.dumps(dict(name=name or target, status='done', minutes=.5, cell=None, error='', traceback='', key='k', target=target, title='A title', profile=profile, parameters=parameters, notebook=f'{target}.ipynb', data='d', made=made) | more))
 

@@ -8,8 +8,10 @@ from PIL import Image
 
 from dynad.config import ConfigError
 from dynad.download import PUBLISHED
-import dynad.experiments as reproduce
-from dynad.experiments import NULLS, Record, _opened, at, by_class, compared, enter, enter_difference, find_set, fitted, measure, null_rows, paired, slim, subjects, verdict
+import dynad.record, dynad.subjects
+from dynad.record import Record, by_class, compared, enter, enter_difference, verdict
+from dynad.subjects import (
+    NULLS, OPENED, at, find_set, fitted, measure, null_rows, paired, slim, subjects)
 from dynad.show import curve
 
 QUICK = {'denoiser.steps': 10, 'latents.finetune_steps': 2, 'denoiser.checkpoint_every': 10}
@@ -81,7 +83,7 @@ def test_one_image_short_is_not_the_published_set(real, tmp_path, monkeypatch):
     shutil.copytree(real/'btad', tmp_path/'BTAD', copy_function=os.link)
     (tmp_path/'BTAD'/'02'/'test'/'ok'/'0003.png').unlink()
     monkeypatch.setenv('DYNAD_DATA', str(tmp_path))
-    _opened.clear()
+    OPENED.clear()
     assert find_set('btad') == tmp_path/'BTAD' and [s.whole for s in subjects('btad')] == [True, False, True]
 
 def test_other_images_are_stand_ins_whatever_their_name(tmp_path, monkeypatch):
@@ -164,7 +166,7 @@ def test_stand_in_data_never_meet_a_printed_number(board, tmp_path):
         assert set(r.comparison().paper) == set(r.comparison().difference) == {'—'} and 'stand-in' in r.comparison().data.iloc[0] and 'smoke preset' in r.comparison().data.iloc[0]
 
 def test_without_any_subject_nothing_is_compared(tmp_path):
-    _opened.clear()
+    OPENED.clear()
     r = Record('table5', tmp_path, PARAMETERS).add('dic', 'Ours', 'pro', .94)
     assert r.stand_in and compared(r)[0]['paper'] is None
 
@@ -256,9 +258,9 @@ def test_a_figure_without_numbers_still_names_its_data(board, tmp_path):
 
 def test_every_row_carries_the_detector_that_it_was_measured_with(run, board, tmp_path, monkeypatch):
     "The oracle's settings are those that it chose."
-    monkeypatch.setattr(reproduce, 'fitted', lambda s, preset, seed, overrides=None: run)
+    monkeypatch.setattr(dynad.record, 'fitted', lambda s, preset, seed, overrides=None: run)
     real = measure
-    monkeypatch.setattr(reproduce, 'measure', lambda model, *a, **k: (m := real(model, *a, **k)) | ({'pro': m['pro'] | {'value': .99}} if model.config.fusion.lam == .75 and model.config.reconstruction.t_max == 80 else {}))
+    monkeypatch.setattr(dynad.record, 'measure', lambda model, *a, **k: (m := real(model, *a, **k)) | ({'pro': m['pro'] | {'value': .99}} if model.config.fusion.lam == .75 and model.config.reconstruction.t_max == 80 else {}))
     r = Record('table1', tmp_path, PARAMETERS)
     choices = by_class(r, [board], 'smoke', [0], ('i_auroc', 'pro'), 20, [{'reconstruction.t_max': 80, 'fusion.lam': .75}])
     assert choices.chosen.tolist() == ['t_max = 80, lam = 0.75'] and {x['oracle'] for x in r.rows} == {True, False}
@@ -279,7 +281,7 @@ def executed(name, monkeypatch, out, overrides=None, **given):
     "The names that the cells of a notebook leave behind."
     import nbformat
     from pathlib import Path
-    monkeypatch.setattr(reproduce, 'fitted', lambda s, preset, seed, more=None: fitted(s, 'smoke', seed, QUICK | (overrides or {}) | (more or {})))
+    monkeypatch.setattr(dynad.subjects, 'fitted', lambda s, preset, seed, more=None: fitted(s, 'smoke', seed, QUICK | (overrides or {}) | (more or {})))
     space = {}
     for c in nbformat.read(Path(__file__).parent.parent/'nbs'/'papers'/f'{name}.ipynb', 4).cells:
         if c.cell_type != 'code': continue
@@ -288,7 +290,7 @@ def executed(name, monkeypatch, out, overrides=None, **given):
     return space
 
 def test_fig13_without_masks_and_without_intervals(pool, monkeypatch, tmp_path):
-    monkeypatch.setattr(reproduce, '_truth', lambda names, size, key: (torch.zeros(len(names), 1, size, size, dtype=torch.bool), torch.zeros(len(names), dtype=torch.bool)))
+    monkeypatch.setattr(dynad.subjects, '_truth', lambda names, size, key: (torch.zeros(len(names), 1, size, size, dtype=torch.bool), torch.zeros(len(names), dtype=torch.bool)))
     space = executed('fig13', monkeypatch, tmp_path, data='synthetic:board', omegas=[0, 1])
     assert list(space['judged']) == ['i_auroc'] and [n for n in space['record'].notes if 'as the paper reports: not judged without an interval' in n]
     assert all(r['settings'] for r in space['record'].rows) and len(space['curves']) == 2

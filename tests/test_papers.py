@@ -9,19 +9,21 @@ import torch
 from bs4 import BeautifulSoup
 
 from dynad.data import to_float
-from dynad.experiments import area_groups
+from dynad.experiments import EXPERIMENTS, TARGETS
+from dynad.subjects import NULLS, area_groups
 
 PAPERS = Path(__file__).parent.parent/'nbs'/'papers'
-TABLES = ('table1', 'table2', 'table3', 'table4', 'table5', 'table6', 'table8', 'table9', 'scale', 'spaces', 'sensitivity', 'severity', 'speed')
+RECORDED = [e.name for e in EXPERIMENTS if e.kind != 'figure']
+COMMITTED = [e.name for e in EXPERIMENTS if e.committed]       # as run on real images; the others with their defaults
+TABLES = [n for n in RECORDED if n not in COMMITTED]
+TIMES = [e.name for e in EXPERIMENTS if e.kind == 'timings']   # seconds only: no interval over images, no null models
 BOOKS = sorted(PAPERS.glob('*.ipynb'))
-TIMES = ('speed',)              # measures seconds only: no interval over images, no null models
-PARITY = PAPERS/'parity.ipynb'  # committed as run on real images; the others with their defaults
+PARITY = PAPERS/'parity.ipynb'
 COMMON = {'data': 'auto', 'preset': 'smoke', 'seeds': [0], 'n_boot': 200, 'out': ''}
-NULLS = ('T̂ = 0', 'untrained denoiser', 'neighbour distance only')
 each = pytest.mark.parametrize('path', BOOKS, ids=lambda p: p.stem)
 tables = pytest.mark.parametrize('path', [p for p in BOOKS if p.stem in TABLES], ids=lambda p: p.stem)
-recorded = pytest.mark.parametrize('path', [p for p in BOOKS if p.stem in (*TABLES, 'parity')], ids=lambda p: p.stem)
-defaults = pytest.mark.parametrize('path', [p for p in BOOKS if p != PARITY], ids=lambda p: p.stem)
+recorded = pytest.mark.parametrize('path', [p for p in BOOKS if p.stem in RECORDED], ids=lambda p: p.stem)
+defaults = pytest.mark.parametrize('path', [p for p in BOOKS if p.stem not in COMMITTED], ids=lambda p: p.stem)
 
 def read(path): return nbformat.read(path, as_version=4)
 
@@ -44,7 +46,7 @@ def texts(nb):
             yield from (v for k, v in o.get('data', {}).items() if k.startswith('text/'))
 
 def test_all_tables_are_there():
-    assert {p.stem for p in BOOKS} == {*TABLES, 'attribution', 'parity', *(p.stem for p in PAPERS.glob('fig*.ipynb'))}
+    assert {p.stem for p in BOOKS} == set(TARGETS)
     assert (PAPERS/'.notest').exists()
 
 @each
@@ -126,10 +128,15 @@ def html_rows(nb, head):
             return [dict(zip(names, (x.text for x in r.find_all(['th', 'td'])), strict=True)) for r in page.tbody.find_all('tr')]
     raise AssertionError(f'{head}: no such table')
 
+@each
+def test_parameters_of_the_committed_run(path):
+    given = [c for c in read(path).cells if 'injected-parameters' in c.metadata.get('tags', [])]
+    found = [(k, ast.literal_eval(v)) for c in given for k, v in re.findall(r"^(\w+) = (.*)$", c.source, re.M)]
+    assert found == list(TARGETS[path.stem].committed.items())
+
 def test_parity_was_run_on_real_images():
     nb = read(PARITY)
-    [given] = [c for c in nb.cells if 'injected-parameters' in c.metadata.get('tags', [])]
-    assert re.findall(r"^(\w+) = (.*)$", given.source, re.M) == [('data', '"cookies"'), ('preset', '"small"')]
+    assert TARGETS['parity'].committed == dict(data='cookies', preset='small')
     assert any("['cookies (stand-in)']" in t for t in texts(nb)) and not any('synthetic' in t for t in texts(nb))
 
 def test_parity_reproduces_the_fixtures():
@@ -210,12 +217,12 @@ def test_change_inside_a_defect_by_that_outside():
 
 @pytest.mark.parametrize('name', ['fig7', 'fig14'])
 def test_figures_of_two_sets_open_both(name, monkeypatch, tmp_path):
-    import dynad.experiments as reproduce
+    import dynad.subjects
     for folder in ('visa/candle', 'mvtec/tile'): (tmp_path/folder).mkdir(parents=True)
     monkeypatch.setenv('DYNAD_DATA', str(tmp_path))
     [line] = [l for c in code(read(PAPERS/f'{name}.ipynb')) for l in c.source.splitlines() if l.startswith('found = ')]
     for data, found in (('auto', ['visa/candle', 'mvtec/tile']), ('synthetic:board', ['synthetic_board'])):
-        exec(line, space := vars(reproduce) | {'data': data})
+        exec(line, space := vars(dynad.subjects) | {'data': data})
         assert [s.name for s in space['found']] == found
 
 def test_nothing_but_t_hat_0_is_called_the_null_model_of_attribution():

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dynad.download import PUBLISHED
-from dynad.experiments import METRICS, SETS, TABLE_SET, _plain, printed
+from dynad.experiments import METRICS, SETS, TABLE_SET, plain_name, printed
 
 CELLS = {'table1': 13*6*2, 'table2': 4*6*2, 'table3': 3 + 2 + 3 + 1 + 3 + 3, 'table4': 2*3, 'table5': 5*3, 'table6': 4*3, 'table7': 16*(3 + 2 + 3 + 1 + 3 + 3), 'table8': 6, 'table9': 4*2}
 
@@ -36,7 +36,7 @@ def test_averages_follow_from_rows_but_for_one():
 
 def value(table, row, column, metric):
     df = printed(table)
-    return df[(df.row.map(_plain) == row) & (df.column == column) & (df.metric == metric)].value.item()
+    return df[(df.row.map(plain_name) == row) & (df.column == column) & (df.metric == metric)].value.item()
 
 def test_tables_agree_with_each_other():
     for r in printed('table3').itertuples(): assert value('table7', 'average', r.column, r.metric) == r.value

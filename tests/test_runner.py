@@ -8,8 +8,11 @@ import pytest
 from typer.testing import CliRunner
 
 from dynad.cli import app
-from dynad import runner
-from dynad.runner import PROFILES, TARGETS, RunnerError, find_target, folder_stamp, notebook_parameters, plan, run_job, run_jobs, source_hash, variants
+from dynad import jobs as running, runner
+from dynad.experiments import EXPERIMENTS, TARGETS
+from dynad.jobs import run_job, run_jobs
+from dynad.runner import (
+    PROFILES, RunnerError, find_target, folder_stamp, notebook_parameters, plan, source_hash, syntax_key, variants)
 
 FIVE = """data: str = 'synthetic:board'  # images
 preset: str = 'smoke'          # settings
@@ -47,9 +50,10 @@ def one_thread(monkeypatch, tmp_path):
     monkeypatch.setenv('DYNAD_POOL', str(tmp_path/'pool'))
 
 def test_targets_name_every_table_and_figure():
-    names = {n for t in TARGETS.values() for n in (t.name, *t.aliases)}
-    assert {f'table{i}' for i in range(1, 10)} | {f'fig{i}' for i in range(1, 16)} | {'scale', 'spaces', 'sensitivity', 'attribution', 'severity', 'speed', 'parity'} == names
-    assert {p.stem for p in (Path(__file__).parents[1]/'nbs'/'papers').glob('*.ipynb')} <= set(TARGETS) # no notebook without a name
+    names = [n for e in EXPERIMENTS for n in e.names]
+    assert len(set(names)) == len(names)
+    assert {f'table{i}' for i in range(1, 10)} | {f'fig{i}' for i in range(1, 16)} == {n for n in names if re.match(r'(table|fig)\d', n)}
+    assert {p.stem for p in (Path(__file__).parents[1]/'nbs'/'papers').glob('*.ipynb')} == set(TARGETS) # one entry, one notebook
     assert find_target('table7') is find_target('table3') and find_target('fig11').name == 'fig10'
     with pytest.raises(RunnerError, match=r"'tabel5' is no table or figure, did you mean table5"): find_target('tabel5')
 
@@ -123,7 +127,7 @@ def test_paper_profile_says_what_is_missing(tmp_path, monkeypatch):
     job, = plan([nb], 'paper', root=tmp_path/'runs')
     assert job.parameters['preset'] == 'paper' and 'the weights of KL-f8 are not here' in job.reason
     assert plan([nb], 'paper', {'preset': 'smoke'}, tmp_path/'runs')[0].reason is None
-    why = runner._why_not(Path(nb), dict(data='auto', preset='paper', seeds=[0]), PROFILES['paper'], ('visa',))
+    why = runner.why_not(Path(nb), dict(data='auto', preset='paper', seeds=[0]), PROFILES['paper'], ('visa',))
     assert why == ('—', 'VisA is not here: set DYNAD_DATA to a folder that holds it as visa or VisA or VisA_20220922')
 
 def test_failures_are_reported_and_stop_nothing_else(tmp_path):
@@ -171,6 +175,25 @@ def test_a_notebook_edited_since_the_batch_began_counts_as_what_it_is_now(tmp_pa
     notebook(tmp_path/'nbs', 'one', wait=.01)
     assert run_job(old).status == 'done' and not old.done and plan([old.notebook], root=tmp_path/'runs')[0].done
 
+def test_only_what_code_does_counts_for_its_key():
+    plain = syntax_key('def f(x): return 2*x')
+    assert plain == syntax_key('"""A module."""\n# %% auto\ndef f(x):\n    "Twice x."\n    return (2 *\n        x) # doubled') == syntax_key('%matplotlib inline\ndef f(x): return 2*x')
+    assert len({plain, syntax_key('def f(x): return 3*x'), syntax_key('def f(x, /): return 2*x'), syntax_key('def f(x): return None'), syntax_key('def f(x): return')}) == 5
+    assert syntax_key('no Python') == syntax_key('no Python') != syntax_key('nor this')
+
+def test_the_printed_numbers_count_for_notebooks_that_read_them(tmp_path, monkeypatch):
+    package = tmp_path/'dynad'
+    shutil.copytree(Path(runner.dynad.__file__).parent, package, ignore=shutil.ignore_patterns('weights', '__pycache__'))
+    monkeypatch.setattr(runner.dynad, '__file__', str(package/'__init__.py'))
+    keys = lambda: [source_hash(f'from dynad.{m} import x') for m in ('record', 'store')]
+    before = keys()
+    (package/'store.py').write_text((package/'store.py').read_text() + '\n# a comment\n')
+    assert keys() == before
+    (package/'printed.csv').write_text('table\n')
+    assert [a == b for a, b in zip(keys(), before)] == [False, True]
+    (package/'store.py').write_text((package/'store.py').read_text() + '\nmore = 1\n')
+    assert keys()[1] != before[1]
+
 # what a target runs on, and what that costs
 
 def test_wanted_sets_are_those_that_the_notebooks_open():
@@ -213,7 +236,7 @@ def test_costs_say_where_they_come_from(tmp_path, monkeypatch):
     assert (one(profile='paper').minutes, one(profile='paper').cost) == (None, 'days, needs a GPU')
     real_set(tmp_path/'data', categories=('01', '02', '03')); monkeypatch.setenv('DYNAD_DATA', str(tmp_path/'data'))
     assert one('table2').minutes == pytest.approx(.6)
-    from dynad.experiments import hardware
+    from dynad.record import hardware
     out = tmp_path/'runs'/'smoke'/'fig13'
     out.mkdir(parents=True)
     (out/'run.json').write_text(json.dumps(dict(minutes=3.2, key='k', parameters=one().parameters)))
@@ -314,7 +337,7 @@ def test_a_worker_with_other_images_or_weights_refuses(tmp_path, monkeypatch):
     real_set(tmp_path/'data', images=3); (tmp_path/'weights'/'kl-f8').mkdir(parents=True); (tmp_path/'weights'/'kl-f8'/'a').write_bytes(b'xyz')
     elsewhere(monkeypatch, DYNAD_DATA=tmp_path/'data', DYNAD_WEIGHTS=tmp_path/'weights')
     job, = plan(['table2'], root=tmp_path/'runs', elsewhere=True)
-    assert job.data == 'BTAD 01' and runner._here(job) == job
+    assert job.data == 'BTAD 01' and running.on_this_machine(job) == job
     shutil.copytree(tmp_path/'data', tmp_path/'copy'); shutil.move(tmp_path/'data', tmp_path/'away') # the worker does not see the folder
     for f in (tmp_path/'copy').rglob('*.png'): os.utime(f, (1, 1))
     elsewhere(monkeypatch, DYNAD_WEIGHTS=tmp_path/'weights')
@@ -322,7 +345,7 @@ def test_a_worker_with_other_images_or_weights_refuses(tmp_path, monkeypatch):
     assert said.status == 'failed' and said.error.startswith(f'worker on {platform.node()}: other data than planned (btad/01: 3 files of 3 bytes where the batch was planned, nothing here') and f"mount {tmp_path/'data'} there" in said.error
     assert not Path(job.out).exists() and not job.done
     monkeypatch.setenv('DYNAD_DATA', str(tmp_path/'copy'))
-    assert runner._here(job) == job                                                                 # its own copy, the same files at other times
+    assert running.on_this_machine(job) == job                                                                 # its own copy, the same files at other times
     (tmp_path/'copy'/'btad'/'01'/'0.png').unlink()
     assert '3 files of 3 bytes where the batch was planned, 2 files of 2 bytes here' in run_job(job).error
     shutil.move(tmp_path/'away', tmp_path/'data'); shutil.rmtree(tmp_path/'weights'/'kl-f8')
@@ -339,18 +362,18 @@ def test_a_machine_without_anything_leaves_the_judgement_to_the_workers(tmp_path
     assert (o := run_job(job)).status == 'not run' and 'the weights of KL-f8 are not here' in o.error
     (tmp_path/'weights'/'kl-f8').mkdir(parents=True)
     elsewhere(monkeypatch, DYNAD_DATA=tmp_path/'data', DYNAD_WEIGHTS=tmp_path/'weights')
-    monkeypatch.setattr(runner, '_gpus', lambda: 0)
+    monkeypatch.setattr(runner, 'gpu_count', lambda: 0)
     assert 'no GPU here' in run_job(job).error and 'no GPU here' in plan(['table2'], 'paper', root=tmp_path/'runs')[0].reason
     assert plan(['table2'], 'paper', root=tmp_path/'runs', elsewhere=True)[0].reason is None          # a machine that only plans needs none
-    monkeypatch.setattr(runner, '_gpus', lambda: 1)
-    here, there = plan(['table2'], 'paper', root=tmp_path/'runs')[0], runner._here(job)
+    monkeypatch.setattr(runner, 'gpu_count', lambda: 1)
+    here, there = plan(['table2'], 'paper', root=tmp_path/'runs')[0], running.on_this_machine(job)
     assert there.reason is None and (there.data, there.stamps) == (here.data, here.stamps) == ('BTAD 01', here.stamps)
 
 def test_a_stand_in_is_not_filed_as_the_real_set(tmp_path, monkeypatch):
     elsewhere(monkeypatch, DYNAD_DATA=real_set(tmp_path/'data'))
     cell = "import json\nfrom pathlib import Path\nPath(out, 'table2.json').write_text(json.dumps(dict(data=[dict(name={!r}, label='what it was', real={!r})])))"
     job, = plan(['table2'], root=tmp_path/'runs')
-    fake = lambda *d: runner._keyed(replace(job, notebook=notebook(tmp_path/'nbs', 'table2', cells=[cell.format(*d)])))
+    fake = lambda *d: runner.with_key(replace(job, notebook=notebook(tmp_path/'nbs', 'table2', cells=[cell.format(*d)])))
     o = run_job(fake('synthetic_board', None))
     assert o.status == 'failed' and 'ran on what it was instead of BTAD 01' in o.error and not Path(job.out).exists()
     assert run_job(fake('btad/01', 'btad')).status == 'done' and job.note['data'] == 'BTAD 01'
