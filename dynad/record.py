@@ -4,13 +4,12 @@
 
 # %% ../nbs/19b_record.ipynb #a30ceee1
 from __future__ import annotations
-import json, math, os, platform, subprocess, time
+import json, math, subprocess, time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from fastcore.basics import patch
 from matplotlib.lines import Line2D
 
@@ -324,8 +323,8 @@ def comparison_table(
 @patch
 def comparison(self: Record) -> pd.DataFrame:
     "The record beside the paper."
-    preset, machine = self.parameters.get('preset', ''), f'{machine_words(machine())}, {self.minutes:.1f} min'
-    return comparison_table(compared(self), preset, machine)
+    preset, where = self.parameters.get('preset', ''), f'{machine_words(machine())}, {self.minutes:.1f} min'
+    return comparison_table(compared(self), preset, where)
 
 # %% ../nbs/19b_record.ipynb #fbb45da4
 @patch

@@ -349,9 +349,10 @@ def data_stamps(parameters: dict, wanted: tuple[str, ...]) -> dict[str, Any]:
 # %% ../nbs/19c_runner.ipynb #ebf344c1
 def _measured_on(job: Job) -> str:
     "Where the last run was made."
-    from dynad.record import hardware, machine_words
-    on = (read_json(Path(job.out)/f'{job.target}.json') or {}).get('hardware')
-    return f'measured on {machine_words(on)}' if on and on != hardware() else 'measured here'
+    from dynad.machine import machine
+    from dynad.record import machine_words
+    on, here = (read_json(Path(job.out)/f'{job.target}.json') or {}).get('hardware'), machine()
+    return f'measured on {machine_words(on)}' if on and any(on.get(k) != here.get(k) for k in ('cpu', 'cores', 'gpu')) else 'measured here'
 
 # %% ../nbs/19c_runner.ipynb #a538f7fe
 def with_cost(

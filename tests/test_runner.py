@@ -236,11 +236,11 @@ def test_costs_say_where_they_come_from(tmp_path, monkeypatch):
     assert (one(profile='paper').minutes, one(profile='paper').cost) == (None, 'days, needs a GPU')
     real_set(tmp_path/'data', categories=('01', '02', '03')); monkeypatch.setenv('DYNAD_DATA', str(tmp_path/'data'))
     assert one('table2').minutes == pytest.approx(.6)
-    from dynad.record import hardware
+    from dynad.machine import machine
     out = tmp_path/'runs'/'smoke'/'fig13'
     out.mkdir(parents=True)
     (out/'run.json').write_text(json.dumps(dict(minutes=3.2, key='k', parameters=one().parameters)))
-    for h, said in ((hardware(), 'measured here'), (dict(cpu='other', cores=64, gpu=None), 'measured on 64 cores'), (dict(cpu='other', cores=64, gpu='H100'), 'measured on H100')):
+    for h, said in ((machine(), 'measured here'), (dict(cpu='other', cores=64, gpu=None), 'measured on 64 cores'), (dict(cpu='other', cores=64, gpu='H100'), 'measured on H100')):
         (out/'fig13.json').write_text(json.dumps(dict(hardware=h)))
         assert (one().minutes, one().cost, one().measured) == (3.2, said, True)
     assert one(seeds=[0, 1]).cost == 'estimated' # not what was measured
