@@ -19,7 +19,7 @@ from .data import AnomalyDataset, load_masks, open_dataset
 from .detector import DynAD, untrained
 from .download import count, missing
 from .evaluate import KEYS, all_metrics
-from .experiments import SETS
+from .experiments import METRICS, SETS
 from .fusion import score
 from .lesson import runs_folder
 from .method import Method, Prediction, method_named

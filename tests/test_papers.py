@@ -64,7 +64,7 @@ def test_plain_papermill_knows_every_parameter(path):
 def test_own_parameters_are_commented_and_recorded(path):
     nb = read(path)
     source = '\n'.join(c.source for c in code(nb))
-    kept = re.search(r"Record\('(\w+)', out, dict\((.*?)\)\)", source, re.S)
+    kept = re.search(r"Record\('(\w+)', out,\s*dict\((.*?)\)\)", source, re.S)
     assert kept and kept[1] == path.stem
     names = set(re.findall(r'(\w+)=', kept[2]))
     assert names == set(parameters(nb)) - {'out'}

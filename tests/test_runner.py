@@ -9,10 +9,10 @@ from typer.testing import CliRunner
 
 from dynad.cli import app
 from dynad import jobs as running, runner
-from dynad.experiments import EXPERIMENTS, TARGETS
+from dynad.experiments import EXPERIMENTS, TARGETS, notebook_parameters
 from dynad.jobs import run_job, run_jobs
 from dynad.runner import (
-    PROFILES, RunnerError, find_target, folder_stamp, notebook_parameters, plan, source_hash, syntax_key, variants)
+    PROFILES, RunnerError, find_target, folder_stamp, plan, source_hash, syntax_key, variants)
 
 FIVE = """data: str = 'synthetic:board'  # images
 preset: str = 'smoke'          # settings

@@ -6,8 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dynad.cli import app
-from dynad.experiments import TARGETS
-from dynad.runner import read_notebook
+from dynad.experiments import TARGETS, read_notebook
 
 ROOT = Path(__file__).parents[1]
 STAGES = ROOT/'nbs'/'_runs'/'pool'/'stages' # the shared run, made by the first target where it is not there
