@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from browser import APPS, BYTES, FLAGS, WATCH, View, chromium, demo, server, with_parameters
-from dynad.session import Bench, Setting
+from dynad.session import Session, Setting
 
 playwright = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
 if chromium() is None: pytest.skip('no chromium on this machine', allow_module_level=True)
@@ -61,10 +61,10 @@ def test_browser_explore(view, lab, folder, capsys):
     view.page.context.grant_permissions(['clipboard-read', 'clipboard-write'])
     view.open_in_lab(lab, 'explore.ipynb', WAIT)
     ready(view)
-    bench = Bench(demo())
+    session = Session(demo())
     def t_hat(t_max): # of the image in view, by DIC
         name = view.page.locator('.dynad-big', has_text='test/').inner_text()
-        return int(bench.at(Setting(int(t_max))).test.t_hat[[x.name for x in bench.samples].index(name)])
+        return int(session.t_hat(Setting(int(t_max)))[[x.name for x in session.samples].index(name)])
     img = view.panel('A_map =').locator('img')
     view.until(lambda: 'being' not in view.page.locator('.dynad-x').inner_text() and 'reconstructing' not in view.page.locator('.dynad-x').inner_text(), WAIT, 'the T_max grid')
     shot(view, 'explore', folder)
