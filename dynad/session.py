@@ -157,15 +157,14 @@ def pair(self: MapCache,
     l, *f = (m[rows] for m in self.maps)
     return upsample_and_smooth(l, self.size, sigma), sum(upsample_and_smooth(x, self.size, sigma) for x in f)
 
-# %% ../nbs/18_session.ipynb #8249f3ac
+# %% ../nbs/18_session.ipynb #c694466a
 @patch
-def thresholds(self: MapCache,
+def held_out_maps(self: MapCache,
     lam: float,
     sigma: float,
     alive: Callable[[], bool] = lambda: True  # False: the answer is no longer wanted
-) -> tuple[float, float] | None:              # for pixels, for images; None when no longer alive
-    "Learned on every pixel of the held-out normal images, as `DynAD` does."
-    if (lam, sigma) in self._exact: return self._exact[lam, sigma]
+) -> np.ndarray | None:                       # [N,size,size] float32; None when no longer alive
+    "A_map of every held-out normal image."
     l, *f = self.held_out
     A = np.empty((len(l), self.size, self.size), np.float32)
     for a in range(0, len(l), 32):
@@ -173,8 +172,20 @@ def thresholds(self: MapCache,
         b = slice(a, a + 32)
         fm = sum(upsample_and_smooth(x[b], self.size, sigma) for x in f)
         torch.lerp(fm, upsample_and_smooth(l[b], self.size, sigma), lam, out=torch.from_numpy(A[b]))
+    return A
+
+# %% ../nbs/18_session.ipynb #acc0b2b9
+@patch
+def thresholds(self: MapCache,
+    lam: float,
+    sigma: float,
+    alive: Callable[[], bool] = lambda: True
+) -> tuple[float, float] | None:  # for pixels, for images; None when no longer alive
+    "Learned on every pixel of the held-out normal images, as `DynAD` does."
+    if (lam, sigma) in self._exact: return self._exact[lam, sigma]
+    A = self.held_out_maps(lam, sigma, alive)
+    if A is None or not alive(): return None
     scores = A.max((1, 2)).astype(np.float64)
-    if not alive(): return None
     if len(self._exact) > 999: self._exact.clear()
     self._exact[lam, sigma] = _quantile(A, self.quantile), float(np.quantile(scores, self.quantile))
     return self._exact[lam, sigma]

@@ -145,8 +145,8 @@ def test_browser_sweep(view, lab, folder):
     assert not view.page.locator('.dynad-error').count() and view.unexpected() == []
 
 def test_browser_upload(view, lab, folder, boards):
-    with_parameters('your_pictures', folder, folder=str(folder/'mine'), preset='smoke')
-    view.open_in_lab(lab, 'your_pictures.ipynb', WAIT)
+    with_parameters('your_images', folder, folder=str(folder/'mine'), preset='smoke')
+    view.open_in_lab(lab, 'your_images.ipynb', WAIT)
     button = view.page.locator('.dynad-x .widget-upload').first
     button.wait_for(timeout=WAIT*1000)
     def drop(files):
@@ -155,7 +155,7 @@ def test_browser_upload(view, lab, folder, boards):
     drop(s.image for s in boards.train[:6])
     view.until(lambda: '6 dropped so far' in view.page.locator('.dynad-x').inner_text(), WAIT, 'the upload')
     assert len(list((folder/'mine'/'good').iterdir())) == 6
-    shot(view, 'your_pictures', folder)
+    shot(view, 'your_images', folder)
     bad = folder/'notes.png'
     bad.write_bytes(b'not an image')
     drop([bad])
@@ -167,7 +167,7 @@ def test_browser_voila(view, tmp_path, name):
     "For people without JupyterLab."
     pytest.importorskip('voila', reason='voila is not installed')
     run = str(demo())
-    more = {'explore': dict(run=run, setting={'t_max': 160, 'lam': .5}), 'sweep': dict(runs=[run], t_maxes=[80, 160], fill=True), 'trajectory': dict(run=run, t_hat=160), 'your_pictures': dict(folder=str(tmp_path/'mine'))}[name]
+    more = {'explore': dict(run=run, setting={'t_max': 160, 'lam': .5}), 'sweep': dict(runs=[run], t_maxes=[80, 160], fill=True), 'trajectory': dict(run=run, t_hat=160), 'your_images': dict(folder=str(tmp_path/'mine'))}[name]
     path = with_parameters(name, tmp_path, **more)
     text = lambda: view.page.locator('.dynad-x').first.inner_text()
     with server('voila', tmp_path, path) as url:
