@@ -43,7 +43,7 @@ def parse_json(
     if not isinstance(raw, dict): raise ConfigError(f"setting: {text[:60]!r} is not a JSON object")
     return raw
 
-# %% ../nbs/18c_explorer_model.ipynb #3893b61a
+# %% ../nbs/18c_explorer_model.ipynb #3e466082
 def check_setting(
     raw: dict[str, Any],  # some fields of `Setting`
     base: Setting,        # the others
@@ -56,17 +56,19 @@ def check_setting(
     try: s = replace(base, **raw)
     except ValueError as e: raise ConfigError(f"setting: {e}") from None
     _check_number('t_max', s.t_max, config.reconstruction.S, config.diffusion.T, int)
-    for key, high in (('lam', 1), ('sigma', 12), ('eta', 12), ('omega', 1)): _check_number(key, getattr(s, key), 0, high)
+    for key, high in (('lam', 1), ('sigma', 12), ('eta', 12), ('omega', 1)):
+        _check_number(key, getattr(s, key), 0, high)
     if s.threshold is not None: _check_threshold(s.threshold)
     return s
 
+# %% ../nbs/18c_explorer_model.ipynb #dea68b62
 def _check_number(key: str, v: Any, low: float, high: float, kind: Any = (int, float)) -> None:
     if isinstance(v, bool) or not isinstance(v, kind) or not low <= v <= high:
         raise ConfigError(f"setting: {key} = {v!r}; allowed: {low} … {high}")
 
 def _check_threshold(v: Any) -> None:
     if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v < math.inf:
-        raise ConfigError(f"setting: threshold = {v!r}; allowed: null (learned on normal images), or a number from 0 up")
+        raise ConfigError(f"setting: threshold = {v!r}; allowed: null (learned on normal images), or a number ≥ 0")
 
 # %% ../nbs/18c_explorer_model.ipynb #be35041a
 def setting_text(
@@ -141,7 +143,7 @@ def rank(
             'wrong': lambda k: (not wrong[k], -abs(s[k] - measured.threshold))}
     return sorted(keep, key=keys[order])
 
-# %% ../nbs/18c_explorer_model.ipynb #884001f2
+# %% ../nbs/18c_explorer_model.ipynb #e7c8d552
 class ExplorerModel:
     "The selection, the results that are ready, and the work that is left; `changed` and `report` are set by the view."
     def __init__(self,
@@ -155,7 +157,8 @@ class ExplorerModel:
         self.t_maxes = sorted({*(t_maxes or t_max_grid(own, c.reconstruction.S, c.diffusion.T)), own})
         self.prefetch = len(session) <= 200 if prefetch is None else prefetch
         self.setting, self.image = self.base, 0
-        self.version, self.measured_version, self.touched = 0, -1, 0.  # of the selection; of `measured`; time of `select`
+        self.version, self.measured_version = 0, -1  # of the selection; of `measured`
+        self.touched = 0.                            # time of the last `select`
         self.labels = session.labels.numpy().astype(bool)
         self.measured = Measured.unknown(self.labels)
         self.jobs, self.lock = Jobs(), threading.RLock()  # the lock: one thread at a time shows and changes results
@@ -166,7 +169,7 @@ class ExplorerModel:
         self.changed: Callable[[str], None] = lambda what: None
         self.report: Callable[..., None] = lambda text, done=0, total=1: None
 
-# %% ../nbs/18c_explorer_model.ipynb #ae17d8ff
+# %% ../nbs/18c_explorer_model.ipynb #c2d7cc52
 @patch
 def select(self: ExplorerModel, setting: Setting, image: int) -> None:
     "Another setting or image; what has failed before may be tried again."
@@ -180,6 +183,7 @@ def wrong(self: ExplorerModel) -> np.ndarray:
     "[N] bool, the images that are wrongly classified."
     return self.measured.anomalous != self.labels
 
+# %% ../nbs/18c_explorer_model.ipynb #afcf15f9
 @patch
 def ranked(self: ExplorerModel, kind: str = 'all', order: str = 'high') -> list[int]:
     "The images of one kind in the order of the gallery; see the function `rank`."
@@ -190,7 +194,7 @@ def map_cache(self: ExplorerModel) -> MapCache | None:
     "The maps of the selected setting, None as long as they are not there."
     return self.session.map_caches.get(self.setting.maps_key)
 
-# %% ../nbs/18c_explorer_model.ipynb #d7e756b5
+# %% ../nbs/18c_explorer_model.ipynb #a66902ba
 @patch
 def index(self: ExplorerModel, name: str) -> int:
     "Position of the image with this name. Raises ConfigError."
@@ -198,19 +202,21 @@ def index(self: ExplorerModel, name: str) -> int:
     if name in names: return names.index(name)
     raise ConfigError(f"image = {name!r} is not among the {len(names)} test images of {self.session.dataset.name}")
 
+# %% ../nbs/18c_explorer_model.ipynb #92d97a69
 @patch
 def resolve(self: ExplorerModel,
     setting: Setting | dict[str, Any] | str,  # str: as `setting_text` writes it
     image: str | int | None = None            # default: the one that `setting` names
 ) -> tuple[Setting, int | None]:
     "A checked setting and the position of the image, if one is named. Raises ConfigError."
-    raw = asdict(setting) if isinstance(setting, Setting) else parse_json(setting) if isinstance(setting, str) else dict(setting)
+    if isinstance(setting, Setting): raw = asdict(setting)
+    else: raw = parse_json(setting) if isinstance(setting, str) else dict(setting)
     named = raw.pop('image', None)
     s, image = check_setting(raw, self.base, self.session.config), named if image is None else image
     self.t_maxes = sorted({*self.t_maxes, s.t_max})
     return s, self.index(image) if isinstance(image, str) else image
 
-# %% ../nbs/18c_explorer_model.ipynb #000d69eb
+# %% ../nbs/18c_explorer_model.ipynb #a7a73d5e
 @patch(as_prop=True)
 def t_hat(self: ExplorerModel) -> int:
     "T̂ of the selected image."
@@ -224,15 +230,16 @@ def blend(self: ExplorerModel, cache: MapCache) -> Blend:
     if self._pair[0] != key: self._pair = key, [x[0].numpy() for x in cache.pair([self.image], s.sigma)]
     return Blend(*self._pair[1], s.lam, *cache.estimate(s.lam, s.sigma), cache.top, s.threshold)
 
+# %% ../nbs/18c_explorer_model.ipynb #4b68eace
 @patch
 def reconstruction(self: ExplorerModel,
     t_hat: int
 ) -> tuple[np.ndarray, np.ndarray] | None:  # x̂_0 and D(z_0), [H,W,3] uint8
-    "The reconstruction of the selected image and what the autoencoder alone makes of it; None as long as they are not there."
+    "The reconstruction of the selected image and what the autoencoder alone makes of it; None until they are there."
     x, x0 = (self._reconstructions.get((self.image, self.setting.eta, self.setting.omega, T)) for T in (t_hat, 0))
     return None if x is None or x0 is None else (x, x0)
 
-# %% ../nbs/18c_explorer_model.ipynb #fcf42932
+# %% ../nbs/18c_explorer_model.ipynb #eb392b26
 @patch
 def work(self: ExplorerModel) -> bool:
     "One step of what is missing; False when nothing is."
@@ -247,6 +254,7 @@ def work(self: ExplorerModel) -> bool:
     self.report('')
     return False
 
+# %% ../nbs/18c_explorer_model.ipynb #db879e6a
 @patch
 def _missing(self: ExplorerModel, s: Setting) -> bool:
     return s.maps_key not in self.session.map_caches and self.jobs.wanted(s.maps_key)
@@ -259,15 +267,17 @@ def _next_ahead(self: ExplorerModel, s: Setting) -> Setting | None:
             ahead = replace(s, t_max=t, severity=severity)
             if self._missing(ahead) and (self.prefetch or self.session.missing(ahead) == 0): return ahead
 
-# %% ../nbs/18c_explorer_model.ipynb #24275741
+# %% ../nbs/18c_explorer_model.ipynb #5887be82
 @patch
 def _advance(self: ExplorerModel, s: Setting, what: str) -> bool:
     "One slice of the maps of a setting."
     step = self.jobs.advance(s.maps_key, lambda: self.session.make(s))
-    if step: self.report(f'{what}: T_max {s.t_max} {s.severity}, η {s.eta:g}, ω {s.omega:g}: {step[0]} of {step[1]}', *step)
+    name = f'T_max {s.t_max} {s.severity}, η {s.eta:g}, ω {s.omega:g}'
+    if step: self.report(f'{what}: {name}: {step[0]} of {step[1]}', *step)
     elif s.maps_key == self.setting.maps_key: self.changed('maps')
     return True
 
+# %% ../nbs/18c_explorer_model.ipynb #37c12959
 @patch
 def _reconstruct(self: ExplorerModel, i: int, s: Setting, t_hats: list[int]) -> bool:
     "The reconstructions of an image that are not there; whether there were any."
@@ -279,7 +289,7 @@ def _reconstruct(self: ExplorerModel, i: int, s: Setting, t_hats: list[int]) -> 
     self.changed('reconstructions')
     return True
 
-# %% ../nbs/18c_explorer_model.ipynb #bd82c21e
+# %% ../nbs/18c_explorer_model.ipynb #f2a147e1
 @patch
 def _find_neighbours(self: ExplorerModel, i: int) -> bool:
     if i in self.neighbours or self.no_neighbours or not self.jobs.wanted(('neighbours', i)): return False
@@ -291,6 +301,7 @@ def _find_neighbours(self: ExplorerModel, i: int) -> bool:
     self.changed('neighbours')
     return True
 
+# %% ../nbs/18c_explorer_model.ipynb #058f133a
 def contact_sheet(
     images: list[Tensor],  # [3,h,w] in [0,1], of one size
     columns: int = 8
@@ -301,7 +312,7 @@ def contact_sheet(
     rows = [torch.cat(fill(images[a:a+columns]), 2) for a in range(0, len(images), columns)]
     return png((torch.cat(rows, 1)*255).byte().permute(1, 2, 0).contiguous().numpy())
 
-# %% ../nbs/18c_explorer_model.ipynb #1bb9e81f
+# %% ../nbs/18c_explorer_model.ipynb #55a8726b
 REST = .3  # seconds without a change, after which the data set is measured
 
 @patch
@@ -322,6 +333,7 @@ def measure(self: ExplorerModel) -> bool:
         if got is not None and alive(): self._measured(version, *got, cache.estimate(s.lam, s.sigma)[1])
     return True
 
+# %% ../nbs/18c_explorer_model.ipynb #18da1eb3
 @patch
 def _measured(self: ExplorerModel, version: int, metrics: dict, scores: np.ndarray, threshold: float) -> None:
     self.measured = Measured(scores, scores > threshold, threshold, metrics)

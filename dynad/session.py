@@ -128,7 +128,7 @@ def calibrated_parts(
     rest = [calibration(l, f[j], t_hat)[1] - shift[:, :, :1, :1] for j in others]
     return [x[:, 0].contiguous() for x in (lc, fc, *rest)]
 
-# %% ../nbs/18_session.ipynb #4f0f0927
+# %% ../nbs/18_session.ipynb #4cd109c9
 @dataclass
 class MapCache:
     "Calibrated raw maps of every image at one `Setting.maps_key`, ready to be blended."
@@ -139,10 +139,11 @@ class MapCache:
     quantile: float           # of held-out pixels, for the threshold
     top: tuple[float, float] = (1., 1.)  # l_map and f_map that are shown in the brightest colour
     _exact: dict = field(default_factory=dict, init=False, repr=False)   # (λ, σ) -> thresholds
-    _coarse: dict = field(default_factory=dict, init=False, repr=False)  # σ -> l_map, f_map on the grid; the last σ only
+    _coarse: dict = field(default_factory=dict, init=False, repr=False)  # σ -> l_map, f_map on the grid; the last one
 
     def __post_init__(self): self.top = _brightest(self.maps[:1]), _brightest(self.maps[1:])
 
+# %% ../nbs/18_session.ipynb #c693e6c7
 def _brightest(parts: list[Tensor]) -> float:
     same_size = [F.interpolate(p[:, None], size=parts[0].shape[1:]) for p in parts]
     return max(1., float(np.quantile(sum(same_size).numpy(), .998)))
@@ -190,7 +191,7 @@ def thresholds(self: MapCache,
     self._exact[lam, sigma] = _quantile(A, self.quantile), float(np.quantile(scores, self.quantile))
     return self._exact[lam, sigma]
 
-# %% ../nbs/18_session.ipynb #e676e930
+# %% ../nbs/18_session.ipynb #e9e5a4d2
 GRID_PIXELS = 200_000  # of the held-out maps, from which the thresholds are estimated
 
 @patch(as_prop=True)
@@ -198,6 +199,7 @@ def step(self: MapCache) -> int:
     "Distance in pixels between the grid points of `estimate`."
     return max(1, int(np.ceil(self.size*(len(self.held_out[0])/GRID_PIXELS)**.5)))
 
+# %% ../nbs/18_session.ipynb #fe3dcc3e
 @patch
 def _on_grid(self: MapCache, sigma: float) -> tuple[Tensor, Tensor]:
     "l_map and f_map of the held-out images at the grid points."
@@ -287,19 +289,20 @@ def fitted_dataset(
     if d['layout'] == 'elpv': return open_dataset('elpv', layout='elpv', category=d['category'], seed=config.seed)
     return open_dataset(d['root'], layout=d['layout'], seed=config.seed)
 
-# %% ../nbs/18_session.ipynb #3fd1e124
+# %% ../nbs/18_session.ipynb #d731b06c
 def with_overrides(
     model: DynAD,
     overrides: dict[str, Any],  # inference settings, as `Setting.overrides`
     calibration: Callable[[str], Calibration] = lambda key: Calibration({})  # by the content key of the sampler
 ) -> DynAD:
-    "The detector under other inference settings, sharing all that it has learned and stored; no thresholds are learned."
+    "The detector under other inference settings, sharing all that is learned and stored; no thresholds are learned."
     other = copy.copy(model)
     other.config = parse_config(_merge(model.config.model_dump(), _nest(overrides)))
     other.calibration = calibration(content_key(other.sampler_key))
     other.held_out, other.good = (_of_model(s, other) for s in (model.held_out, model.good))
     return other
 
+# %% ../nbs/18_session.ipynb #edb9a4d1
 def _of_model(staged: Staged, model: DynAD) -> Staged:
     s = copy.copy(staged)
     s.model, s.progress = model, False
@@ -392,7 +395,7 @@ def decode_images(
     x = torch.cat([model.decode(b) for b in z.split(model.config.batch)])
     return (x.clamp(0, 1)*255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
-# %% ../nbs/18_session.ipynb #c1002075
+# %% ../nbs/18_session.ipynb #4dba5904
 def traced(
     model: DynAD,
     z0: Tensor,     # [1,C,h,w] latent of the image
@@ -405,7 +408,8 @@ def traced(
     options = {k: v for k, v in model.sampler_key.items() if k != 'noise_seed'} | dict(eta=eta, omega=omega)
     noise = noise_for([row], tuple(z0.shape[1:]), model.config.seed).to(model.device)
     with torch.no_grad():
-        return reconstruct(model.unet, z0.to(model.device), t_hat, model.schedule, noise=noise, trajectory=True, **options)
+        z0 = z0.to(model.device)
+        return reconstruct(model.unet, z0, t_hat, model.schedule, noise=noise, trajectory=True, **options)
 
 # %% ../nbs/18_session.ipynb #0a484e12
 @patch
@@ -417,7 +421,7 @@ def first_pull(self: MethodAt,
     steps = timesteps(t_hat, k['S'], k['steps'], k['t_max'], k['indices'])
     return float(pull(1., torch.tensor(steps[0]), self.model.schedule.abar)) if steps else 0.
 
-# %% ../nbs/18_session.ipynb #11f86972
+# %% ../nbs/18_session.ipynb #6186c9c1
 class Session:
     "A fitted detector on a data set, seen at any `Setting`."
     def __init__(self,
@@ -428,7 +432,8 @@ class Session:
         self.model = model = run if isinstance(run, DynAD) else DynAD.open(run, progress=False)
         self.dataset = _opened(data, model)
         self.samples, self.size = self.dataset.test, model.config.data.image_size
-        if not self.samples: raise ValueError(f"{self.dataset.name}: no test image; put some under test/good and test/<defect>")
+        if not self.samples:
+            raise ValueError(f"{self.dataset.name}: no test image; put some under test/good and test/<defect>")
         self.staged = model.stage(self.samples, self.dataset.fingerprint, progress=False)
         self.labels = torch.tensor([s.label for s in self.samples])
         self.masks, self.has_mask = load_masks(self.samples, self.size)
@@ -448,13 +453,15 @@ class Session:
     def __repr__(self):
         return f'Session({self.dataset.name!r}, {len(self)} images at {self.size}², {len(self.map_caches)} map caches)'
 
+# %% ../nbs/18_session.ipynb #8eeb055d
 def _opened(data: AnomalyDataset | str | Path | None, model: DynAD) -> AnomalyDataset:
     if isinstance(data, AnomalyDataset): return data
     if data is not None: return open_dataset(data, seed=model.config.seed)
-    if model.info is None: raise ValueError("Session: a detector without a run directory does not know where its images are; give data=")
+    if model.info is None:
+        raise ValueError("Session: a detector without a run directory does not know where its images are; give data=")
     return fitted_dataset(model.info, model.config)
 
-# %% ../nbs/18_session.ipynb #5cec2e4f
+# %% ../nbs/18_session.ipynb #b1058fdb
 @patch(as_prop=True)
 def config(self: Session) -> Config:
     "The settings that the run was opened with."
@@ -466,6 +473,7 @@ def note(self: Session) -> str:
     path = self.run/NOTE
     return path.read_text(encoding='utf-8').strip() if path.is_file() else ''
 
+# %% ../nbs/18_session.ipynb #a3ec0c91
 @patch(as_prop=True)
 def synthetic(self: Session) -> bool:
     "Whether the images are drawn by `write_synthetic`."
@@ -498,7 +506,7 @@ def training_distances(self: Session) -> tuple[np.ndarray, np.ndarray]:
     "The same distance of every training image, and the edges of the bins."
     return self.model.dic.train_distance.numpy(), self.model.dic.edges.numpy()
 
-# %% ../nbs/18_session.ipynb #1b8c6e6b
+# %% ../nbs/18_session.ipynb #8c480711
 @patch
 def _training_samples(self: Session) -> list[Sample]:
     def learned(data: AnomalyDataset) -> list[Sample] | None:
@@ -510,16 +518,17 @@ def _training_samples(self: Session) -> list[Sample]:
     except DataError: fit = None
     if fit: return fit
     root = info['data'].get('root') if info else None
-    raise DataError(f"{root or 'the fitted data set'}: the images that this run learned from are not there, or no longer the same; "
-                    "their neighbours cannot be shown, everything else can")
+    raise DataError(f"{root or 'the fitted data set'}: the images that this run learned from are not there, or no "
+                    "longer the same; their neighbours cannot be shown, everything else can")
 
+# %% ../nbs/18_session.ipynb #d3bba2fb
 @patch(as_prop=True)
 def training_samples(self: Session) -> list[Sample]:
     "The normal images that the run learned from. Raises DataError when they are gone or have changed."
     if '_samples' not in self.__dict__: self._samples = self._training_samples()
     return self._samples
 
-# %% ../nbs/18_session.ipynb #b7a445df
+# %% ../nbs/18_session.ipynb #f89f09b8
 @patch
 def at(self: Session, setting: Setting) -> MethodAt:
     "The method at this setting, sharing all that it has learned and stored."
@@ -531,6 +540,7 @@ def t_hat(self: Session, setting: Setting) -> Tensor:
     "[N] T̂ of the test images, by DIC alone: known before anything is reconstructed."
     return self.at(setting).test.t_hat
 
+# %% ../nbs/18_session.ipynb #85991860
 @patch
 def missing(self: Session, setting: Setting) -> int:
     "How many reconstructions the store lacks for the maps of this setting."

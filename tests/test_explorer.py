@@ -25,7 +25,8 @@ from dynad.images import DataError
 from dynad.sweep import Sweep, best_settings
 from dynad.synthetic import write_synthetic
 from dynad.trajectory import Trajectory, reconstruct_steps
-from dynad.explorer import STATE, Explorer, pull_html
+from dynad.explorer import STATE, Explorer
+from dynad.explorer_parts import pull_html
 
 GRID = (80, 160, 320)
 

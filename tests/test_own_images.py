@@ -9,7 +9,8 @@ from PIL import Image
 
 from dynad.detector import DynAD
 from dynad.cautions import cautions_html, find_cautions, held_out_images, unlike
-from dynad.own_images import FitProgress, OwnImages, save_uploads
+from dynad.inspection import FitProgress, save_uploads
+from dynad.own_images import OwnImages
 from dynad.session import open_folder
 from dynad.images import DataError
 
