@@ -80,18 +80,18 @@ def _strings(raw: dict[str, Any]) -> dict[str, Any]:
     texts = lambda v: isinstance(v, list) and all(isinstance(x, str) for x in v)
     return {k: v for k, v in raw.items() if (texts(v) if k == 'inspected' else isinstance(v, str))}
 
-# %% ../nbs/18j_own_images.ipynb #0ade1567
+# %% ../nbs/18j_own_images.ipynb #665cfbda
 @patch
 def _build(self: OwnImages, normal: str, new: str, preset: str) -> None:
     self.normal = ImageSource('normal', normal, 'a folder of normal images, or one with train/good')
     self.new = ImageSource('new', new, 'a folder of new images')
     self.preset = labelled(W.Dropdown, 'preset', 110, options=[(text, k) for k, text in PRESETS.items()], value=preset,
-                           layout=dict(width='auto'))
+                           layout=dict(width='300px'))
     self.fit_button = button('fit', icon='play')
     self.stop_button = button('stop (can be resumed)', icon='pause', disabled=True)
     self.inspect_button = button('inspect', icon='search', disabled=True)
     self.export_button = button('export', icon='save', disabled=True)
-    self.progress.layout.visibility, self.progress.layout.height = 'visible', 'auto'
+    self.progress.layout.visibility = 'visible'
     self.status, self.warnings, self.scores = W.HTML(), W.HTML(), W.HTML()
     image = lambda width: W.Image(format='png', layout=W.Layout(width='100%', max_width=width, display='none'))
     self.loss_curve, self.sheet = image('900px'), image('1000px')
