@@ -294,17 +294,17 @@ def seconds(self: DynAD, images: ImageSet) -> dict[str, float]:
     "What each stage of a set cost when it was made."
     return self.cached_walk(images).seconds()
 
-# %% ../nbs/16_detector.ipynb #acfc2177
+# %% ../nbs/16_detector.ipynb #e60a83cb
 @patch
 def with_parts(self: DynAD,
     **changes # fields of `Parts`: config, denoiser, hashes, …
 ) -> DynAD:
-    "The same method with some parts exchanged; the thresholds follow."
+    "The same method with some parts exchanged; calibration and thresholds follow when they are asked for."
     other = copy.copy(self)
     other.parts = replace(self.parts, **changes)
     other.config = other.parts.config
     if other.parts.dic is not None and other.config.dic != self.config.dic: fit_bank(other)
-    other.learn_decision()
+    other._decision = None # learned when it is asked for
     return other
 
 @patch
@@ -322,13 +322,12 @@ def refuse_retraining(method: Method, config: Config, overrides: dict[str, Any])
     needs = [k for k in overrides if k.split('.')[0] in method.trains_on and with_overrides(method.config, {k: overrides[k]}) != method.config]
     if needs: raise ConfigError(f"{', '.join(needs)}: would need training; fit again with {needs[0]} = {overrides[needs[0]]!r}")
 
-# %% ../nbs/16_detector.ipynb #7151495c
+# %% ../nbs/16_detector.ipynb #ea2708d2
 @patch
 def on_scale_of(self: DynAD, calibration: Calibration) -> DynAD:
     "The same method with one fixed scale, and the thresholds that its held-out images have on it."
     other = copy.copy(self)
-    other.fixed_calibration = calibration
-    other.learn_decision()
+    other.fixed_calibration, other._decision = calibration, None
     return other
 
 @patch
@@ -404,7 +403,7 @@ def possible_t_hat(method: DynAD) -> Tensor:
     if r.severity == 'static': return torch.tensor([r.t_max if r.static_t is None else r.static_t])
     return torch.tensor(t_grid(r.t_max, d.bins, r.S, d.floor))
 
-# %% ../nbs/16_detector.ipynb #2069815d
+# %% ../nbs/16_detector.ipynb #04ce4d5b
 @patch(cls_method=True)
 def from_pretrained(cls: DynAD, folder: str | Path) -> DynAD:
     "What `save_pretrained` wrote. Raises ConfigError or StoreError that names the file."
@@ -414,7 +413,7 @@ def from_pretrained(cls: DynAD, folder: str | Path) -> DynAD:
     load_unet(self, folder)
     load_phi(self, folder)
     self.parts = replace(self.parts, dic=load_bank(self, folder/'dic.safetensors'))
-    self.fixed_calibration, self.decision = load_calibration(folder/'calibration.json')
+    self.fixed_calibration, self._decision = load_calibration(folder/'calibration.json')
     return self
 
 # %% ../nbs/16_detector.ipynb #a22f290d

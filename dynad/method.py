@@ -117,7 +117,7 @@ class Hooks:
         "The callback of one stage, called with step and loss."
         return self.callback and (lambda step, loss: self.callback(stage, step, loss))
 
-# %% ../nbs/15_method.ipynb #4cc5dd3c
+# %% ../nbs/15_method.ipynb #64f9a7a7
 class NoOptions(Settings):
     "Of a method without settings of its own."
 
@@ -137,7 +137,7 @@ class Method(ABC):
         self.training_set: ImageSet | None = None
         self.held_out_set: ImageSet | None = None
         self.stages: dict[str, Path] = {}
-        self.decision: Decision | None = None
+        self._decision: Decision | None = None
         self.info: dict[str, Any] | None = None          # run.json
 
     @abstractmethod
@@ -151,6 +151,18 @@ class Method(ABC):
     @abstractmethod
     def predict_batch(self, images: Tensor, rows: list[int]) -> Prediction:
         "Score [B] and map [B,1,H,W] of images [B,3,H,W] in [0,1]; `rows` are their positions in their set."
+
+# %% ../nbs/15_method.ipynb #fd9b7bcc
+@patch(as_prop=True)
+def decision(self: Method) -> Decision | None:
+    "The thresholds in force, learned when they are first asked for; None: the method is not fitted."
+    if self._decision is None and self.stages: self.learn_decision()
+    return self._decision
+
+@patch
+def learn_decision(self: Method) -> None:
+    "Thresholds from the held-out normal images."
+    self._decision = Decision.learned(self.held_out_prediction(), self.config.fusion.threshold_quantile)
 
 # %% ../nbs/15_method.ipynb #96434a9b
 def checked_options(options: type[Settings], given: dict[str, Any]) -> Settings:
@@ -231,12 +243,7 @@ def fit(self: Method,
         atomic_write(store.root/'run.json', json.dumps(self.info, indent=1, ensure_ascii=False))
     return self
 
-# %% ../nbs/15_method.ipynb #03dd7511
-@patch
-def learn_decision(self: Method) -> None:
-    "Thresholds from the held-out normal images."
-    self.decision = Decision.learned(self.held_out_prediction(), self.config.fusion.threshold_quantile)
-
+# %% ../nbs/15_method.ipynb #c1167212
 @patch
 def held_out_prediction(self: Method) -> Prediction:
     "Scores and maps of all held-out normal images."

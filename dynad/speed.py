@@ -120,7 +120,7 @@ def random_bank(config: Config, phi: FeatureExtractor, images: int) -> DIC:
     vectors = torch.rand(images, width, generator=torch.Generator().manual_seed(config.seed))
     return DIC.fit(vectors, d.model_copy(update={'K': min(d.K, images - 1)}))
 
-# %% ../nbs/17b_speed.ipynb #d02dc524
+# %% ../nbs/17b_speed.ipynb #02e06b5e
 def fresh(
     config: Config,
     images: int = 100,     # normal images in the bank of DIC
@@ -134,7 +134,7 @@ def fresh(
     if unet: parts = replace(parts, denoiser=make_unet(c.denoiser, ae.latent_channels, c.data.image_size//ae.downsample, c.seed).to(model.device))
     model.parts, r = parts, c.reconstruction
     t_hats = {*possible_t_hat(model).tolist(), r.t_max, r.static_t or r.t_max}
-    model.fixed_calibration, model.decision = Calibration({T: (0., 1., 0., 1.) for T in t_hats}), Decision(1., 1.)
+    model.fixed_calibration, model._decision = Calibration({T: (0., 1., 0., 1.) for T in t_hats}), Decision(1., 1.)
     return model
 
 # %% ../nbs/17b_speed.ipynb #75d7bf0c

@@ -18,7 +18,7 @@ def chromium():
 def demo():
     "The demo run, made once per process."
     import atexit
-    from dynad.session import demo_run
+    from dynad.demo import demo_run
     folder = tempfile.mkdtemp(prefix='dynad-demo-')
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return demo_run(folder)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from browser import APPS, BYTES, FLAGS, WATCH, View, chromium, demo, server, with_parameters
-from dynad.session import Bench, Setting
+from dynad.session import Session, Setting
 
 playwright = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
 if chromium() is None: pytest.skip('no chromium on this machine', allow_module_level=True)
@@ -61,10 +61,10 @@ def test_browser_explore(view, lab, folder, capsys):
     view.page.context.grant_permissions(['clipboard-read', 'clipboard-write'])
     view.open_in_lab(lab, 'explore.ipynb', WAIT)
     ready(view)
-    bench = Bench(demo())
+    session = Session(demo())
     def t_hat(t_max): # of the image in view, by DIC
         name = view.page.locator('.dynad-big', has_text='test/').inner_text()
-        return int(bench.at(Setting(int(t_max))).test.t_hat[[x.name for x in bench.samples].index(name)])
+        return int(session.t_hat(Setting(int(t_max)))[[x.name for x in session.samples].index(name)])
     img = view.panel('A_map =').locator('img')
     view.until(lambda: 'being' not in view.page.locator('.dynad-x').inner_text() and 'reconstructing' not in view.page.locator('.dynad-x').inner_text(), WAIT, 'the T_max grid')
     shot(view, 'explore', folder)
@@ -145,8 +145,8 @@ def test_browser_sweep(view, lab, folder):
     assert not view.page.locator('.dynad-error').count() and view.unexpected() == []
 
 def test_browser_upload(view, lab, folder, boards):
-    with_parameters('your_pictures', folder, folder=str(folder/'mine'), preset='smoke')
-    view.open_in_lab(lab, 'your_pictures.ipynb', WAIT)
+    with_parameters('your_images', folder, folder=str(folder/'mine'), preset='smoke')
+    view.open_in_lab(lab, 'your_images.ipynb', WAIT)
     button = view.page.locator('.dynad-x .widget-upload').first
     button.wait_for(timeout=WAIT*1000)
     def drop(files):
@@ -155,7 +155,7 @@ def test_browser_upload(view, lab, folder, boards):
     drop(s.image for s in boards.train[:6])
     view.until(lambda: '6 dropped so far' in view.page.locator('.dynad-x').inner_text(), WAIT, 'the upload')
     assert len(list((folder/'mine'/'good').iterdir())) == 6
-    shot(view, 'your_pictures', folder)
+    shot(view, 'your_images', folder)
     bad = folder/'notes.png'
     bad.write_bytes(b'not an image')
     drop([bad])
@@ -167,7 +167,7 @@ def test_browser_voila(view, tmp_path, name):
     "For people without JupyterLab."
     pytest.importorskip('voila', reason='voila is not installed')
     run = str(demo())
-    more = {'explore': dict(run=run, setting={'t_max': 160, 'lam': .5}), 'sweep': dict(runs=[run], t_maxes=[80, 160], fill=True), 'trajectory': dict(run=run, t_hat=160), 'your_pictures': dict(folder=str(tmp_path/'mine'))}[name]
+    more = {'explore': dict(run=run, setting={'t_max': 160, 'lam': .5}), 'sweep': dict(runs=[run], t_maxes=[80, 160], fill=True), 'trajectory': dict(run=run, t_hat=160), 'your_images': dict(folder=str(tmp_path/'mine'))}[name]
     path = with_parameters(name, tmp_path, **more)
     text = lambda: view.page.locator('.dynad-x').first.inner_text()
     with server('voila', tmp_path, path) as url:

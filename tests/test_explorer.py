@@ -3,7 +3,6 @@ import ast, copy, io, json, shlex, subprocess, sys, threading, time
 from dataclasses import replace
 from pathlib import Path
 
-import ipywidgets as W
 import nbformat
 import numpy as np
 import pytest
@@ -14,7 +13,9 @@ from PIL import Image
 
 from browser import APPS
 from dynad import trajectory
-from dynad.session import Bench, QuickMetrics, Setting, _quantile, demo_run, spread
+from dynad.demo import demo_run
+from dynad.explorer_model import t_max_grid
+from dynad.session import QuickMetrics, Session, Setting, _quantile, upsample_and_smooth
 from dynad.config import ConfigError, make_config
 from dynad.detector import DynAD
 from dynad.fusion import score, smooth, upsample
@@ -23,39 +24,40 @@ from dynad.metrics import image_metrics, pixel_metrics
 from dynad.images import DataError
 from dynad.sweep import Sweep, best_settings
 from dynad.synthetic import write_synthetic
-from dynad.trajectory import Trajectory, walk
-from dynad.explorer import STATE, Explorer, t_max_grid
+from dynad.trajectory import Trajectory, reconstruct_steps
+from dynad.explorer import STATE, Explorer
+from dynad.explorer_parts import pull_html
 
 GRID = (80, 160, 320)
 
 @pytest.fixture(scope='module')
-def bench(tmp_path_factory): return Bench(demo_run(tmp_path_factory.mktemp('demo'))) # its own: views keep their state beside the run
+def session(tmp_path_factory): return Session(demo_run(tmp_path_factory.mktemp('demo'))) # its own: views keep their state beside the run
 
 @pytest.fixture
-def explorer(bench):
-    (bench.run/STATE).unlink(missing_ok=True)
-    x = Explorer(bench, t_maxes=GRID, setting=Setting.of(bench.model.config), prefetch=True).wait(300)
+def explorer(session):
+    (session.run/STATE).unlink(missing_ok=True)
+    x = Explorer(session, t_maxes=GRID, setting=Setting.of(session.model.config), prefetch=True).wait(300)
     yield x
     x.close()
 
 def size(data): return Image.open(io.BytesIO(data)).size
 
-# the bench
+# the session
 
 def test_blur_matrix_is_upsampling_and_filter():
     m = torch.rand(2, 16, 16, generator=torch.Generator().manual_seed(0))
-    for s in (0., .5, 4., 11.75): torch.testing.assert_close(spread(m, 64, s), smooth(upsample(m[:, None], 64), s)[:, 0], atol=2e-5, rtol=1e-4)
+    for s in (0., .5, 4., 11.75): torch.testing.assert_close(upsample_and_smooth(m, 64, s), smooth(upsample(m[:, None], 64), s)[:, 0], atol=2e-5, rtol=1e-4)
 
 @pytest.mark.parametrize('severity,t_max,lam,sigma', [('dynamic', 160, .5, 4.), ('static', 80, .9, 1.5), ('dynamic', 320, 0., 0.)])
-def test_bench_says_what_the_detector_says(bench, severity, t_max, lam, sigma):
+def test_the_session_gives_what_the_detector_gives(session, severity, t_max, lam, sigma):
     s = Setting(t_max, severity, lam, sigma)
-    cut = bench.cut(s)
-    m = DynAD.open(bench.run, s.overrides, progress=False)
-    A = m.stage(bench.samples, bench.dataset.fingerprint, progress=False).maps()[0]
-    torch.testing.assert_close(torch.from_numpy(bench.all_maps(s)), A[:, 0], atol=2e-4, rtol=1e-3)
-    assert cut.thresholds(lam, sigma) == pytest.approx((m.threshold, m.image_threshold), rel=1e-4)
-    got, exact = bench.metrics(s)[0], pixel_metrics(A, bench.masks, bench.has_mask, n_boot=0)
-    assert got['i_auroc'] == pytest.approx(image_metrics(score(A), bench.labels, n_boot=0)['i_auroc'].value)
+    cache = session.maps(s)
+    m = DynAD.open(session.run, s.overrides, progress=False)
+    A = m.stage(session.samples, session.dataset.fingerprint, progress=False).maps()[0]
+    torch.testing.assert_close(torch.from_numpy(session.anomaly_maps(s)), A[:, 0], atol=2e-4, rtol=1e-3)
+    assert cache.thresholds(lam, sigma) == pytest.approx((m.threshold, m.image_threshold), rel=1e-4)
+    got, exact = session.metrics(s)[0], pixel_metrics(A, session.masks, session.has_mask, n_boot=0)
+    assert got['i_auroc'] == pytest.approx(image_metrics(score(A), session.labels, n_boot=0)['i_auroc'].value)
     assert [got['p_auroc'], got['pro']] == pytest.approx([exact['p_auroc'].value, exact['pro'].value], abs=2e-4)
 
 def test_quick_metrics_on_ties_and_missing_classes():
@@ -69,17 +71,17 @@ def test_quick_metrics_on_ties_and_missing_classes():
     assert QuickMetrics(y, masks, torch.tensor([True, True, True, False]))(flat, flat.max((1, 2)))['p_auroc'] == .5
     assert QuickMetrics(y, masks, every)(flat, flat.max((1, 2)), alive=lambda: False) is None
 
-def test_a_cut_is_made_in_slices_and_stored(bench):
+def test_the_maps_are_made_in_slices_and_stored(session):
     s = Setting(80, 'static', eta=2.)
-    missing = bench.missing(s)
-    steps = list(bench.make(s, slice=7))
+    missing = session.missing(s)
+    steps = list(session.make(s, slice=7))
     assert missing > 0 and steps[-1] == (missing, missing) and all(0 < b[0] - a[0] <= 7 for a, b in zip(steps, steps[1:]))
-    assert Bench(bench.run).missing(s) == 0
+    assert Session(session.run).missing(s) == 0
 
-def test_bench_asks_for_what_it_lacks(bench):
-    fresh = copy.copy(bench.model)
+def test_the_session_names_what_it_lacks(session):
+    fresh = copy.copy(session.model)
     fresh.info = None # as without a run directory
-    with pytest.raises(ValueError, match='give data='): Bench(fresh)
+    with pytest.raises(ValueError, match='give data='): Session(fresh)
     with pytest.raises(ValueError, match="severity = 'both'; allowed: dynamic, static"): Setting(80, 'both')
 
 def test_drawing():
@@ -119,28 +121,28 @@ def test_lambda_moves_the_image_and_its_label(explorer):
 
 def test_what_is_drawn_is_the_blend(explorer):
     explorer.lam.value, explorer.sigma.value = .35, 2.
-    s, cut = explorer.setting, explorer.bench.cuts[explorer.setting.cut]
-    A = explorer.bench.all_maps(s)[explorer.i]
-    top = .35*cut.top[0] + .65*cut.top[1]
+    s, cache = explorer.setting, explorer.session.map_caches[explorer.setting.maps_key]
+    A = explorer.session.anomaly_maps(s)[explorer.i]
+    top = .35*cache.top[0] + .65*cache.top[1]
     assert np.abs(np.asarray(Image.open(io.BytesIO(explorer.images['A_map'].value))).astype(int) - shade(A, top)).max() <= 1
-    limit = cut.thresholds(.35, 2.)[0]
+    limit = cache.thresholds(.35, 2.)[0]
     assert f'{(A > limit).mean():.1%} of the pixels' in explorer.captions['mask'].value
 
 def test_t_max_severity_and_image(explorer):
     explorer.t_max.value = 320
-    T = int(explorer.bench.cuts[explorer.setting.cut].t_hat[explorer.i])
+    T = int(explorer.session.map_caches[explorer.setting.maps_key].t_hat[explorer.i])
     assert f'T̂ = {T}' in explorer.captions['reconstruction'].value
     before = explorer.images['reconstruction'].value
     explorer.severity.value = 'static'
     assert 'T̂ = 320' in explorer.captions['reconstruction'].value and explorer.images['reconstruction'].value != before
     before = explorer.images['input'].value
-    explorer.image.value = (explorer.i + 1) % len(explorer.bench)
+    explorer.image.value = (explorer.i + 1) % len(explorer.session)
     explorer.wait()
-    assert explorer.images['input'].value != before and explorer.bench.samples[explorer.i].name in explorer.facts.value
+    assert explorer.images['input'].value != before and explorer.session.samples[explorer.i].name in explorer.facts.value
 
 def test_a_drag_calls_no_model(explorer):
     calls = []
-    m = explorer.bench.model
+    m = explorer.session.model
     hooks = [k.register_forward_pre_hook(lambda *_: calls.append(1)) for part in (m.unet, m.ae, m.phi) for k in part.modules()]
     try:
         for v in (.2, .4): explorer.lam.value = v
@@ -159,13 +161,13 @@ def test_a_drag_calls_no_model(explorer):
 
 def test_omega_is_stored_and_shown(explorer):
     explorer.omega.value = 1.
-    assert 'being reconstructed' in explorer.captions['A_map'].value or explorer.setting.cut in explorer.bench.cuts
+    assert 'being reconstructed' in explorer.captions['A_map'].value or explorer.setting.maps_key in explorer.session.map_caches
     explorer.wait(300)
-    assert explorer.captions['A_map'].value.startswith('<b>A_map</b> = ') and 'dynad-stale' not in explorer._panels._dom_classes
-    assert Bench(explorer.bench.run).missing(explorer.setting) == 0 and explorer.progress.layout.visibility == 'hidden'
+    assert explorer.captions['A_map'].value.startswith('<b>A_map</b> = ') and 'dynad-stale' not in explorer.panels.main._dom_classes
+    assert Session(explorer.session.run).missing(explorer.setting) == 0 and explorer.progress.layout.visibility == 'hidden'
 
 def test_threshold_learned_or_by_hand(explorer):
-    learned = explorer.bench.cuts[explorer.setting.cut].thresholds(explorer.lam.value, explorer.sigma.value)[0]
+    learned = explorer.session.map_caches[explorer.setting.maps_key].thresholds(explorer.lam.value, explorer.sigma.value)[0]
     assert explorer.learned.value and explorer.threshold.value == pytest.approx(learned, abs=.005) and explorer.setting.threshold is None
     explorer.threshold.value = round(learned, 2) + .004 # as a browser answers, rounded
     assert explorer.learned.value
@@ -181,66 +183,66 @@ def test_figures_follow_the_last_move(explorer):
     for v in (.1, .6, .3): explorer.lam.value = v
     assert 'dynad-stale' in explorer.metrics._dom_classes
     explorer.wait()
-    want = explorer.bench.metrics(explorer.setting)[0]
+    want = explorer.session.metrics(explorer.setting)[0]
     assert f"I-AUROC <b>{want['i_auroc']:.3f}" in explorer.metrics.value and f"PRO <b>{want['pro']:.3f}" in explorer.metrics.value
     assert 'dynad-stale' not in explorer.metrics._dom_classes
 
 def test_an_answer_that_comes_late_is_dropped(explorer):
-    real, begun, go, shown = explorer.bench.quick, threading.Event(), threading.Event(), []
+    real, begun, go, shown = explorer.session.quick_metrics, threading.Event(), threading.Event(), []
     def slow(maps, scores, alive): # it answers though nobody wants it any more
         begun.set(); go.wait(20)
         return real(maps, scores)
     explorer.metrics.observe(lambda change: shown.append((change['new'], explorer.lam.value)), 'value')
-    explorer.bench.quick = slow
+    explorer.session.quick_metrics = slow
     try:
         explorer.lam.value = .05
         assert begun.wait(20) # its figures are being computed
         explorer.lam.value = .95
         go.set()
         explorer.wait()
-    finally: explorer.bench.quick = real
-    want = explorer.bench.metrics(replace(explorer.setting, lam=.95))[0]
+    finally: explorer.session.quick_metrics = real
+    want = explorer.session.metrics(replace(explorer.setting, lam=.95))[0]
     assert [lam for _, lam in shown] == [.95] and f"P-AUROC <b>{want['p_auroc']:.3f}" in shown[0][0]
-    assert want != explorer.bench.metrics(replace(explorer.setting, lam=.05))[0]
+    assert want != explorer.session.metrics(replace(explorer.setting, lam=.05))[0]
 
 def test_the_view_comes_back(explorer):
     explorer.load({'t_max': 320, 'lam': .25, 'threshold': .7}, 3)
     explorer.order.value = 'low'
     explorer.lam.value = .2
     explorer.wait()
-    again = Explorer(explorer.bench, t_maxes=GRID)
+    again = Explorer(explorer.session, t_maxes=GRID)
     assert again.setting == explorer.setting and again.i == 3 and again.order.value == 'low'
     again.wait()
     assert {k: w.value for k, w in again.images.items()} == {k: w.value for k, w in explorer.images.items()}
     again.close()
 
 @pytest.mark.parametrize('text', ['{', '[]', '{"setting": {"t_max": 99999}}', '{"setting": {"speed": 3}}', '{"setting": {"t_max": "a"}}', '{"setting": {"threshold": "a"}}', '{"setting": {"threshold": -1}}', '{"setting": 3}'])
-def test_a_broken_state_is_named_and_passed_over(bench, text):
-    (bench.run/STATE).write_text(text)
-    x = Explorer(bench, t_maxes=GRID)
+def test_a_broken_state_is_named_and_passed_over(session, text):
+    (session.run/STATE).write_text(text)
+    x = Explorer(session, t_maxes=GRID)
     assert STATE in x.message.value and x.setting.t_max == 160
     x.close()
-    (bench.run/STATE).unlink(missing_ok=True)
+    (session.run/STATE).unlink(missing_ok=True)
 
 def test_errors_show_in_the_widget(explorer):
     def wrong(setting): raise RuntimeError('from an observer')
     explorer.observe(wrong)
     explorer.lam.value = .77
     assert 'from an observer' in explorer.message.value
-    explorer._observers.clear()
+    explorer.observers.clear()
     explorer.lam.value = .78
     assert explorer.message.value == ''
-    i = next(k for k in range(len(explorer.bench)) if k not in explorer._near)
-    path = explorer.bench.fit[int(explorer.bench.staged.severity['neighbours'][i][0])].image
+    i = next(k for k in range(len(explorer.session)) if k not in explorer.model.neighbours)
+    path = explorer.session.training_samples[int(explorer.session.severity['neighbours'][i][0])].image
     hidden = path.rename(path.with_suffix('.hidden'))
     try:
         explorer.image.value = i
-        assert explorer._worker.wait(60), 'a failed job is tried again and again'
+        assert explorer.worker.wait(60), 'a failed job is tried again and again'
         assert path.name in explorer.message.value and 'no such file' in explorer.message.value
     finally: hidden.rename(path)
     explorer.lam.value = .6                     # the next move tries again
     explorer.wait()
-    assert explorer.message.value == '' and i in explorer._near
+    assert explorer.message.value == '' and i in explorer.model.neighbours
 
 def test_what_cannot_be_loaded(explorer):
     for raw, text in (({'t_max': 5000}, 't_max = 5000; allowed: 10 … 1000'), ({'lam': 2}, 'lam = 2; allowed: 0 … 1'), ({'speed': 1}, "'speed' does not exist; allowed: eta, lam"), ({'severity': 'x'}, "severity = 'x'")):
@@ -248,31 +250,31 @@ def test_what_cannot_be_loaded(explorer):
     with pytest.raises(ConfigError, match="image = 'none.png' is not among the 22 test images"): explorer.load({}, 'none.png')
 
 def test_gallery(explorer):
-    scores = [explorer.scores[k] for k in explorer._order]
+    scores = [explorer.model.measured.scores[k] for k in explorer.gallery.rows]
     assert scores == sorted(scores, reverse=True)
     explorer.kind.value = 'good'
-    assert {explorer.bench.samples[k].label for k in explorer._order} == {0}
-    explorer._pick(1)
-    assert explorer.i == explorer._order[1]
+    assert {explorer.session.samples[k].label for k in explorer.gallery.rows} == {0}
+    explorer.gallery.pick(1)
+    assert explorer.i == explorer.gallery.rows[1]
     explorer.kind.value = 'all'; explorer.order.value = 'wrong'
-    wrong = explorer._wrong()
-    assert [bool(wrong[k]) for k in explorer._order] == sorted((bool(v) for v in wrong), reverse=True)
-    assert sum(t.layout.display != 'none' for t in explorer.thumbs) == min(len(explorer.bench), len(explorer.thumbs))
+    wrong = explorer.model.wrong
+    assert [bool(wrong[k]) for k in explorer.gallery.rows] == sorted((bool(v) for v in wrong), reverse=True)
+    assert sum(t.layout.display != 'none' for t in explorer.gallery.thumbs) == min(len(explorer.session), len(explorer.gallery.thumbs))
 
 def test_the_setting_as_text(explorer):
     explorer.load({'t_max': 80, 'lam': .3, 'threshold': .7}, 4)
-    want, name = explorer.setting, explorer.bench.samples[4].name
+    want, name = explorer.setting, explorer.session.samples[4].name
     text, shell, code = (explorer.copied(k) for k in ('JSON', 'papermill', 'Python'))
     explorer.load({'t_max': 160, 'lam': .9}, 2)
     explorer.load(text)                                   # as text, as a parameter, as Python
     assert (explorer.setting, explorer.i) == (want, 4)
     flag, raw = shlex.split(shell)
     parameters = json.loads(raw)                          # YAML of flow style
-    assert flag == '-y' and parameters['run'] == str(explorer.bench.run)
+    assert flag == '-y' and parameters['run'] == str(explorer.session.run)
     cell = next(c for c in nbformat.read(APPS/'explore.ipynb', 4).cells if 'parameters' in c.metadata.get('tags', [])).source
     assert set(parameters) <= {t.id for node in ast.parse(cell).body for t in node.targets}
-    x = Explorer(explorer.bench, t_maxes=GRID, setting=parameters['setting'], prefetch=False)
-    assert (x.setting, x.bench.samples[x.i].name) == (want, name)
+    x = Explorer(explorer.session, t_maxes=GRID, setting=parameters['setting'], prefetch=False)
+    assert (x.setting, x.session.samples[x.i].name) == (want, name)
     x.close()
     space = {}
     exec(code, space)
@@ -287,48 +289,48 @@ def test_the_setting_as_text(explorer):
 
 def test_what_is_known_before_anything_is_reconstructed(explorer):
     held = threading.Event()
-    explorer.bench.make, real = lambda s: iter(lambda: held.wait(20) and None, 0), explorer.bench.make # does not end
-    i = next(k for k in range(len(explorer.bench)) if k != explorer.i)
+    explorer.session.make, real = lambda s: iter(lambda: held.wait(20) and None, 0), explorer.session.make # does not end
+    i = next(k for k in range(len(explorer.session)) if k != explorer.i)
     try:
-        with explorer._silently(): explorer.image.value, explorer.severity.value = i, 'static'
+        with explorer.quiet(): explorer.image.value, explorer.severity.value = i, 'static'
         explorer.eta.value = 11.5
-        assert explorer.setting.cut not in explorer.bench.cuts
-        name = explorer.bench.samples[i].name
+        assert explorer.setting.maps_key not in explorer.session.map_caches
+        name = explorer.session.samples[i].name
         assert name in explorer.facts.value and 'T̂ = 160' in explorer.facts.value and 'score' not in explorer.facts.value and '⚠ overshoots' in explorer.overshoot.value
-        for w in (explorer.facts, explorer.made_of, explorer._panels, explorer.metrics): assert 'dynad-stale' in w._dom_classes
-        assert 'being reconstructed' in explorer.captions['mask'].value and explorer._shown['histogram'] == i
-    finally: explorer.bench.make = real; held.set()
-    explorer._makers.clear(); explorer.eta.value = 0.
+        for w in (explorer.facts, explorer.made_of, explorer.panels.main, explorer.metrics): assert 'dynad-stale' in w._dom_classes
+        assert 'being reconstructed' in explorer.captions['mask'].value and explorer.surroundings.shown['histogram'] == i
+    finally: explorer.session.make = real; held.set()
+    explorer.model.jobs.begun.clear(); explorer.eta.value = 0.
     explorer.wait()
-    assert 'score' in explorer.facts.value and not any('dynad-stale' in w._dom_classes for w in (explorer.facts, explorer.made_of, explorer._panels))
+    assert 'score' in explorer.facts.value and not any('dynad-stale' in w._dom_classes for w in (explorer.facts, explorer.made_of, explorer.panels.main))
 
-def test_the_verdict_at_a_threshold_by_hand(explorer):
-    explorer.image.value = next(k for k, y in enumerate(explorer.bench.labels) if y)
+def test_the_decision_at_a_threshold_by_hand(explorer):
+    explorer.image.value = next(k for k, y in enumerate(explorer.session.labels) if y)
     assert 'at your threshold' not in explorer.facts.value
     explorer.threshold.value = explorer.threshold.max
     assert '0.0% of the pixels' in explorer.captions['mask'].value
-    assert f'at your threshold: {explorer.bench.all_maps(explorer.setting)[explorer.i].max():.2f} ≤ {explorer.threshold.max:.2f}, called <b>good</b>, <b>✗ wrong</b>' in explorer.facts.value
+    assert f'at your threshold: {explorer.session.anomaly_maps(explorer.setting)[explorer.i].max():.2f} ≤ {explorer.threshold.max:.2f}, classified as <b>normal</b>, <b>✗ wrong</b>' in explorer.facts.value
 
-def test_neighbours_are_the_images_learned_from(bench, tmp_path):
+def test_neighbours_are_the_images_learned_from(session, tmp_path):
     "Also where another data set is shown; and where those images are gone, that is said."
     board = write_synthetic(tmp_path/'other', 'weave', n_train=20, n_good=2, n_defect=2, size=128, seed=3)
-    other = Bench(bench.run, board)
-    assert [s.image for s in other.fit] == [s.image for s in bench.fit] and len(bench.fit) == len(bench.model.good)
-    root = Path(bench.dataset.root)
+    other = Session(session.run, board)
+    assert [s.image for s in other.training_samples] == [s.image for s in session.training_samples] and len(session.training_samples) == len(session.model.good)
+    root = Path(session.dataset.root)
     hidden = root.rename(root.with_name('hidden'))
     try:
-        other = Bench(bench.run, board)
-        with pytest.raises(DataError, match='its neighbours cannot be shown'): other.fit
+        other = Session(session.run, board)
+        with pytest.raises(DataError, match='their neighbours cannot be shown'): other.training_samples
         x = Explorer(other, t_maxes=GRID, prefetch=False).wait(300)
-        assert 'its neighbours cannot be shown' in x.neighbours_text.value and x.message.value == '' and x.neighbours.layout.display == 'none'
+        assert 'their neighbours cannot be shown' in x.neighbours_text.value and x.message.value == '' and x.neighbours.layout.display == 'none'
         x.close()
     finally: hidden.rename(root)
-    (bench.run/STATE).unlink(missing_ok=True)
+    (session.run/STATE).unlink(missing_ok=True)
 
-def test_a_failing_look_ahead_is_not_repeated(bench):
-    b, calls = copy.copy(bench), []
+def test_a_failing_look_ahead_is_not_repeated(session):
+    b, calls = copy.copy(session), []
     def missing(setting): calls.append(1); raise OSError('the store is gone')
-    b.cuts, b.missing = dict(b.cuts), missing
+    b.map_caches, b.missing = dict(b.map_caches), missing
     x = Explorer(b, t_maxes=(*GRID, 240), prefetch=False)
     time.sleep(1)
     assert len(calls) <= 4 and 'the store is gone' in x.message.value
@@ -340,48 +342,46 @@ def test_overshoot_is_marked(explorer):
     assert 'overshoots:' not in explorer.overshoot.value
     explorer.eta.value = 8.
     explorer.wait(300)
-    m = explorer.bench.model
+    m = explorer.session.model
     want = 8*(1 - float(m.schedule.abar[explorer.t_max.value - 1]))
     assert f'= {want:.2f}' in explorer.overshoot.value and ('⚠' in explorer.overshoot.value) == (want > 1)
     share = min(1., 1/(want/8)/12)
-    assert f'{explorer._id}-eta' in explorer.eta._dom_classes and f'.{explorer._id}-eta .noUi-connects' in explorer.overshoot.value and f'#0072B2 {share:.2%}' in explorer.overshoot.value
+    assert f'{explorer.css_id}-eta' in explorer.eta._dom_classes and f'.{explorer.css_id}-eta .noUi-connects' in explorer.overshoot.value and f'#0072B2 {share:.2%}' in explorer.overshoot.value
 
-def test_overshoot_by_the_runs_own_switches(bench):
+def test_overshoot_by_the_runs_own_switches(session):
     def said(**switches):
-        b = copy.copy(bench)
-        b.model = copy.copy(bench.model)
+        b = copy.copy(session)
+        b.model = copy.copy(session.model)
         b.model.config = make_config('smoke', {f'reconstruction.{k}': v for k, v in switches.items()} | {'data.image_size': 128})
-        x = Explorer.__new__(Explorer)
-        x.bench, x._id, x.overshoot, x.eta = b, 'dx', W.HTML(), W.FloatSlider(max=12)
-        x._show_pull(Setting(160, 'static', eta=12.), 160)
-        return x.overshoot.value
-    abar = bench.model.schedule.abar
+        first = b.at(Setting(160, 'static', eta=12.)).first_pull(160)
+        return pull_html(12., first, 160, switches.get('clamp_pull', False), 12., 'dx')
+    abar = session.model.schedule.abar
     assert f'= {12*(1 - float(abar[159])):.2f};' in said() and '⚠' in said()
     assert '⚠' not in said(clamp_pull=True) and '= 1.00; above' in said(clamp_pull=True) and 'held at 1' in said(clamp_pull=True)
     assert f'= {12*(1 - float(abar[144])):.2f};' in said(indices='authors') # its first call is one stride lower
 
 def test_t_max_grid(): assert t_max_grid(640, 10, 1000) == [160, 320, 480, 640, 960] and t_max_grid(10, 10, 1000) == [10, 20, 30]
 
-def at_256(bench, held):
+def at_256(session, held):
     "The same images, enlarged, with so many held-out ones."
-    b = copy.copy(bench)
-    b.size, b.images = 256, F.interpolate(bench.images.float(), 256).to(torch.uint8)
-    b.masks = F.interpolate(bench.masks.float(), 256) > .5
-    b.quick = QuickMetrics(b.labels, b.masks, b.has_mask)
-    b.rebuilt = lambda i, s, t_hats: {T: x.repeat(2, 0).repeat(2, 1) for T, x in bench.rebuilt(i, s, t_hats).items()}
+    b = copy.copy(session)
+    b.size, b.images = 256, F.interpolate(session.images.float(), 256).to(torch.uint8)
+    b.masks = F.interpolate(session.masks.float(), 256) > .5
+    b.quick_metrics = QuickMetrics(b.labels, b.masks, b.has_mask)
+    b.reconstructions = lambda i, s, t_hats: {T: x.repeat(2, 0).repeat(2, 1) for T, x in session.reconstructions(i, s, t_hats).items()}
     grow = lambda parts: [F.interpolate(p[:, None], scale_factor=2)[:, 0].contiguous() for p in parts] # as an image of 256² has them
     g = torch.Generator().manual_seed(0)
     def more(parts):
         k, bright = torch.arange(held) % len(parts[0]), 1 + .1*torch.randn(held, 1, 1, generator=g)
         return [p[k]*bright for p in grow(parts)]
     settings = [Setting(t, s, .5) for t in GRID for s in ('dynamic', 'static')]
-    b.cuts = {s.cut: replace(bench.cut(s), size=256, maps=grow(bench.cut(s).maps), held=more(bench.cut(s).held)) for s in settings}
+    b.map_caches = {s.maps_key: replace(session.maps(s), size=256, maps=grow(session.maps(s).maps), held_out=more(session.maps(s).held_out)) for s in settings}
     return b, settings[0]
 
 @pytest.mark.parametrize('held', (80, 200))
-def test_fifty_moves_at_256(bench, capsys, held):
+def test_fifty_moves_at_256(session, capsys, held):
     "Times are printed; the bounds are for this thread's own time, as the machine does other work."
-    b, first = at_256(bench, held)
+    b, first = at_256(session, held)
     x = Explorer(b, t_maxes=GRID, setting=first, prefetch=False).wait(300)
     rows, cpu = {}, {}
     moves = dict(lam=[round(.013*k, 3) for k in range(1, 51)], threshold=[.1 + .02*k for k in range(1, 51)], sigma=[.24*k for k in range(1, 51)], t_max=[GRID[k % 3] for k in range(1, 51)], severity=['static', 'dynamic']*25)
@@ -395,39 +395,39 @@ def test_fifty_moves_at_256(bench, capsys, held):
         rows[name], cpu[name] = sorted(spent), sorted(own)
         x.wait(300)
     assert {size(w.value) for w in x.images.values()} - {size(x.images['f_2'].value), size(x.images['f_3'].value)} == {(256, 256)}
-    limit = x.bench.cuts[x.setting.cut].thresholds(x.lam.value, x.sigma.value)
+    limit = x.session.map_caches[x.setting.maps_key].thresholds(x.lam.value, x.sigma.value)
     assert f'{limit[1]:.2f} learned' in x.facts.value and '≈' not in x.facts.value # after the rest it is exact
     x.close()
     with capsys.disabled(): print(f'\n256², {held} held out, milliseconds from a value to new bytes (median, worst of 50): ' + ', '.join(f'{k} {1000*v[25]:.0f} {1000*v[-1]:.0f} (of this thread {1000*cpu[k][25]:.0f} {1000*cpu[k][-1]:.0f})' for k, v in rows.items()))
     assert all(cpu[k][25] < most for k, most in (('lam', .05), ('threshold', .05), ('sigma', .05), ('t_max', .1), ('severity', .1)))
     assert all(v[25] < .5 for v in rows.values())
 
-def test_thresholds_of_a_drag_and_of_rest(bench):
-    b, s = at_256(bench, 80)
-    cut = b.cuts[s.cut]
-    l, *f = cut.held
+def test_thresholds_of_a_drag_and_of_rest(session):
+    b, s = at_256(session, 80)
+    cache = b.map_caches[s.maps_key]
+    l, *f = cache.held_out
     A = smooth(.3*upsample(l[:, None], 256) + .7*sum(upsample(x[:, None], 256) for x in f), 2.)
-    want = float(A.flatten().double().quantile(cut.quantile)), float(score(A).double().quantile(cut.quantile))
-    rough = cut.estimate(.3, 2.)
-    assert not rough[2] and cut.step > 1 and rough[:2] == pytest.approx(want, rel=.05)
-    assert cut.thresholds(.3, 2., alive=lambda: False) is None and not cut.estimate(.3, 2.)[2]
-    assert cut.thresholds(.3, 2.) == pytest.approx(want, rel=1e-4) and cut.estimate(.3, 2.) == (*cut.thresholds(.3, 2.), True)
-    few = replace(cut, held=[x[:2] for x in cut.held])
+    want = float(A.flatten().double().quantile(cache.quantile)), float(score(A).double().quantile(cache.quantile))
+    rough = cache.estimate(.3, 2.)
+    assert not rough[2] and cache.step > 1 and rough[:2] == pytest.approx(want, rel=.05)
+    assert cache.thresholds(.3, 2., alive=lambda: False) is None and not cache.estimate(.3, 2.)[2]
+    assert cache.thresholds(.3, 2.) == pytest.approx(want, rel=1e-4) and cache.estimate(.3, 2.) == (*cache.thresholds(.3, 2.), True)
+    few = replace(cache, held_out=[x[:2] for x in cache.held_out])
     assert few.step == 1 and few.estimate(.3, 2.)[:2] == pytest.approx(few.thresholds(.3, 2.), rel=1e-6)
-    for k in range(20): cut.estimate(.5, k/4)
-    assert sum(x.numel() for pair in cut._coarse.values() for x in pair) <= 2*250_000 # what a visited cut keeps
+    for k in range(20): cache.estimate(.5, k/4)
+    assert sum(x.numel() for pair in cache._coarse.values() for x in pair) <= 2*250_000 # what a visited setting keeps
 
 def test_the_quantile_is_the_detectors(): # beyond ten million values, where it takes one instead of a place between two
     a = np.random.default_rng(0).random(10_000_001).astype(np.float32)
     assert _quantile(a.copy(), .995) == np.sort(a)[int(.995*a.size)]
     assert _quantile(a[:999].copy(), .995) == pytest.approx(np.quantile(a[:999].astype(float), .995))
 
-def test_600_images_at_128(bench, capsys):
-    s = Setting.of(bench.model.config)
-    k = torch.arange(600) % len(bench)
-    b = copy.copy(bench)
-    b.samples, b.quick = [bench.samples[j] for j in k], QuickMetrics(bench.labels[k], bench.masks[k], bench.has_mask[k])
-    b.cuts = {s.cut: replace(bench.cut(s), t_hat=bench.cut(s).t_hat[k], maps=[m[k] for m in bench.cut(s).maps])}
+def test_600_images_at_128(session, capsys):
+    s = Setting.of(session.model.config)
+    k = torch.arange(600) % len(session)
+    b = copy.copy(session)
+    b.samples, b.quick_metrics = [session.samples[j] for j in k], QuickMetrics(session.labels[k], session.masks[k], session.has_mask[k])
+    b.map_caches = {s.maps_key: replace(session.maps(s), t_hat=session.maps(s).t_hat[k], maps=[m[k] for m in session.maps(s).maps])}
     start = time.perf_counter()
     b.metrics(s)
     spent = time.perf_counter() - start
@@ -436,15 +436,15 @@ def test_600_images_at_128(bench, capsys):
 
 # sweep
 
-def test_sweep(bench):
-    (bench.run/'sweep.json').unlink(missing_ok=True)
-    x = Explorer(bench, t_maxes=GRID, prefetch=False)
+def test_sweep(session):
+    (session.run/'sweep.json').unlink(missing_ok=True)
+    x = Explorer(session, t_maxes=GRID, prefetch=False)
     s = Sweep(x, t_maxes=GRID).fill().wait(300)
-    assert len(s.table) == len(GRID)*len(s.lams) and s.message.value == ''
+    assert len(s.table) == len(GRID)*len(s.model.lams) and s.message.value == ''
     row = s.table.iloc[4]
-    assert row.pro == bench.metrics(Setting(int(row.t_max), 'dynamic', row.lam))[0]['pro']
+    assert row.pro == session.metrics(Setting(int(row.t_max), 'dynamic', row.lam))[0]['pro']
     cell = s.cells['pro', 320, .15] # below .9995, where the text is 1.00
-    assert cell.description == f"{bench.metrics(Setting(320, 'dynamic', .15))[0]['pro']:.3f}".lstrip('0') and not cell.disabled
+    assert cell.description == f"{session.metrics(Setting(320, 'dynamic', .15))[0]['pro']:.3f}".lstrip('0') and not cell.disabled
     cell.click()
     assert (x.t_max.value, x.lam.value) == (320, .15) and 'T_max 320, λ 0.15' in s.picked.value
     assert all(k in s.best.value for k in ('own setting', 'best fixed', 'oracle', 'not results'))
@@ -454,22 +454,22 @@ def test_sweep(bench):
     s.severity.value = 'static'
     s.fill().wait(300)
     t = s.table[s.table.severity == 'static']
-    assert len(t) == len(GRID)*len(s.lams) and s.chosen.severity == 'dynamic' and s.start.disabled
-    assert s.cells['pro', 320, .15].description == f"{bench.metrics(Setting(320, 'static', .15))[0]['pro']:.3f}".lstrip('0')
-    again = Sweep(bench, t_maxes=GRID).wait(300)             # the same view after a restart
-    assert (again.severity.value, again.lam.value, again.chosen, again.picked.value) == ('static', 1., s.chosen, '<b>chosen: T_max 320, λ 0.15, dynamic</b>')
+    assert len(t) == len(GRID)*len(s.model.lams) and s.model.chosen.severity == 'dynamic' and s.start.disabled
+    assert s.cells['pro', 320, .15].description == f"{session.metrics(Setting(320, 'static', .15))[0]['pro']:.3f}".lstrip('0')
+    again = Sweep(session, t_maxes=GRID).wait(300)             # the same view after a restart
+    assert (again.severity.value, again.lam.value, again.model.chosen, again.picked.value) == ('static', 1., s.model.chosen, '<b>chosen: T_max 320, λ 0.15, dynamic</b>')
     assert {k: w.description for k, w in again.cells.items()} == {k: w.description for k, w in s.cells.items()}
     again.close(); s.close()
 
-def test_sweep_of_two_runs(bench, monkeypatch):
-    (bench.run/'sweep.json').unlink(missing_ok=True)
-    other, bands = copy.copy(bench), []
-    other.metrics = lambda setting: ({k: v - .1 for k, v in bench.metrics(setting)[0].items()}, None) # another seed
+def test_sweep_of_two_runs(session, monkeypatch):
+    (session.run/'sweep.json').unlink(missing_ok=True)
+    other, bands = copy.copy(session), []
+    other.metrics = lambda setting: ({k: v - .1 for k, v in session.metrics(setting)[0].items()}, None) # another seed
     monkeypatch.setattr(Axes, 'fill_between', lambda self, x, low, high, **_: bands.append((list(x), low.tolist(), high.tolist(), self)))
-    explorer = Explorer(bench, t_maxes=GRID, prefetch=False)
-    s = Sweep([bench, other], t_maxes=(80, 160), lams=(.5,), explorer=explorer).fill().wait(300)
+    explorer = Explorer(session, t_maxes=GRID, prefetch=False)
+    s = Sweep([session, other], t_maxes=(80, 160), lams=(.5,), explorer=explorer).fill().wait(300)
     assert s.table.run.nunique() == 2 and s.run.options[0][0] == 'mean of all runs' and 'all runs' in s.best.value
-    one = {k: bench.metrics(Setting(80, 'dynamic', .5))[0][k] for k in ('i_auroc', 'p_auroc', 'pro')}
+    one = {k: session.metrics(Setting(80, 'dynamic', .5))[0][k] for k in ('i_auroc', 'p_auroc', 'pro')}
     s.lam.value = .5
     x, low, high, ax = bands[-1]
     assert x == [80, 160] and low[0] == pytest.approx(one['pro'] - .1) and high[0] == pytest.approx(one['pro'])
@@ -478,37 +478,37 @@ def test_sweep_of_two_runs(bench, monkeypatch):
     s.run.value = 1
     assert float(s.cells['pro', 80, .5].tooltip.split()[1]) == pytest.approx(one['pro'] - .1, abs=1e-4)
     s.cells['pro', 80, .5].click()
-    assert s.chosen == Setting(80, 'dynamic', .5) and 'which shows run 1: run, seed 0' in s.picked.value
+    assert s.model.chosen == Setting(80, 'dynamic', .5) and 'which shows run 1: run, seed 0' in s.picked.value
     s.close()
     with pytest.raises(ConfigError, match='no run was given'): Sweep([])
 
-def test_a_sweep_after_an_error(bench):
-    (bench.run/'sweep.json').unlink(missing_ok=True)
-    b = copy.copy(bench)
+def test_a_sweep_after_an_error(session):
+    (session.run/'sweep.json').unlink(missing_ok=True)
+    b = copy.copy(session)
     s = Sweep(b, t_maxes=(80, 160), lams=(.5,)).wait(300)
-    s.rows.clear()
+    s.model.rows.clear()
     real, b.metrics = b.metrics, lambda setting: 1/0
     s.fill().wait(60)
     assert 'ZeroDivisionError' in s.message.value and not s.start.disabled and s.stop.disabled and s.progress.layout.visibility == 'hidden'
     b.metrics = real
     s.start.click(); s.wait(300)
-    assert s.message.value == '' and len(s.table) == 2*len(s.lams)
-    b.cuts, b.make = {}, lambda setting: (1/0 for _ in range(3))   # a slice that cannot be made is tried again, not taken for done
-    s.rows.clear()
+    assert s.message.value == '' and len(s.table) == 2*len(s.model.lams)
+    b.map_caches, b.make = {}, lambda setting: (1/0 for _ in range(3))   # a slice that cannot be made is tried again, not taken for done
+    s.model.rows.clear()
     for _ in range(2):
         s.fill().wait(60)
-        assert 'ZeroDivisionError' in s.message.value and not s.start.disabled and not s.rows
+        assert 'ZeroDivisionError' in s.message.value and not s.start.disabled and not s.model.rows
     s.fill = lambda: 1/0
     s.message.value = ''
     s.start.click()
     assert 'ZeroDivisionError' in s.message.value
     s.close()
 
-def test_one_thread_paints_at_a_time(bench):
-    s = Sweep(bench, t_maxes=(80, 160), lams=(.5,)).wait(300)
-    for paint in (s._paint, s._curves):
+def test_one_thread_paints_at_a_time(session):
+    s = Sweep(session, t_maxes=(80, 160), lams=(.5,)).wait(300)
+    for paint in (s.paint, s.draw_curves):
         done = threading.Event()
-        with s._lock:
+        with s.model.lock:
             threading.Thread(target=lambda: (paint(), done.set()), daemon=True).start()
             assert not done.wait(.2)
         assert done.wait(20)
@@ -522,72 +522,72 @@ def test_best_settings():
 
 # trajectory
 
-def test_the_walk_ends_where_the_detector_does(bench):
-    m, z0 = bench.model, bench.staged.z0[3:4]
-    w = walk(m, z0, 160, 0., 0., row=3)
+def test_the_steps_end_where_the_detector_does(session):
+    m, z0 = session.model, session.latents[3:4]
+    w = reconstruct_steps(m, z0, 160, 0., 0., row=3)
     x = m.decode(m.rebuild_latents(z0, torch.tensor([160]), [3]))
     assert w.t == [159, 143, 127, 111, 95, 79, 63, 47, 31, 15] and len(w.x0) == 11
     assert np.abs(w.z_t[-1].astype(float)/255 - x[0].permute(1, 2, 0).numpy()).max() < .01
-    assert walk(m, z0, 80, 8., 0.).pulls[0] == pytest.approx(8*(1 - float(m.schedule.abar[79])))
-    with pytest.raises(ValueError, match='T̂ = 0: there is no step'): walk(m, z0, 0, 0., 0.)
+    assert reconstruct_steps(m, z0, 80, 8., 0.).pulls[0] == pytest.approx(8*(1 - float(m.schedule.abar[79])))
+    with pytest.raises(ValueError, match='T̂ = 0: there is no step'): reconstruct_steps(m, z0, 0, 0., 0.)
 
-def test_the_walk_is_the_runs_own(bench):
+def test_the_steps_are_the_runs_own(session):
     "Also with the public code's static sampler, and with a pull that is held at 1."
     for switches in ({'clamp_pull': True}, {'severity': 'static', 'static_sampler': 'authors'}, {'steps': 'stride', 'indices': 'authors'}):
-        m = copy.copy(bench.model)
+        m = copy.copy(session.model)
         m.config = make_config('smoke', {f'reconstruction.{k}': v for k, v in switches.items()} | {'data.image_size': 128, 'reconstruction.t_max': 160, 'reconstruction.eta': 8.})
-        z0 = bench.staged.z0[3:4]
-        w, x = walk(m, z0, 160, 8., 0., row=3), m.decode(m.rebuild_latents(z0, torch.tensor([160]), [3]))
+        z0 = session.latents[3:4]
+        w, x = reconstruct_steps(m, z0, 160, 8., 0., row=3), m.decode(m.rebuild_latents(z0, torch.tensor([160]), [3]))
         assert np.abs(w.z_t[-1].astype(float)/255 - x[0].permute(1, 2, 0).numpy()).max() < .01
         assert (max(w.pulls) == 1.) == ('clamp_pull' in switches)
 
-def test_trajectory(bench):
-    t = Trajectory(bench, image=bench.samples[9].name, t_hat=160, eta=0., points=5).wait(120)
+def test_trajectory(session):
+    t = Trajectory(session, image=session.samples[9].name, t_hat=160, eta=0., points=5).wait(120)
     assert t.step.label == '1' and 'call 1, t = 160' in t.captions['z_t', 0.].value # counted from 1 everywhere
     before = {k: w.value for k, w in t.images.items()}
     t.step.value = 4
     changed = {k for k, w in t.images.items() if w.value != before[k]}
     assert changed == {('z_t', 0.), ('x0', 0.), ('z_t', 1.), ('x0', 1.)} and 'call 5, t = 96' in t.captions['z_t', 0.].value and t.step.label == '5'
     assert t.out.label == '1' and 't = 1,' in t.captions['out', 0.].value
-    t.out.value = t.ts[-1]
+    t.out.value = t.model.ts[-1]
     assert t.images['out', 1.].value != before['out', 1.] and 't = 1000' in t.captions['out', 0.].value and t.out.label == '1000'
     t.eta.value = 8.
     t.wait(120)
-    assert t.walks[0.].pulls[0] > 1 and t.message.value == '' and t.step.value == 4
-    far = max(max(w.distance) for w in t.walks.values())
+    assert t.model.steps[0.].pulls[0] > 1 and t.message.value == '' and t.step.value == 4
+    far = max(max(w.distance) for w in t.model.steps.values())
     assert f'fill="#0072B2">{far:.2g}</text>' in t.curve.value and 'mean |z₀ − x̂₀|</text>' in t.curve.value # an axis of its own
-    again = Trajectory(bench, points=5).wait(120)          # the same view after a restart
-    assert again._key == t._key and (again.step.value, again.out.value) == (4, t.ts[-1]) and again.curve.value == t.curve.value
+    again = Trajectory(session, points=5).wait(120)          # the same view after a restart
+    assert again.model.selected == t.model.selected and (again.step.value, again.out.value) == (4, t.model.ts[-1]) and again.curve.value == t.curve.value
     again.close(); t.close()
-    with pytest.raises(ValueError, match="image = 'x' is not among"): Trajectory(bench, image='x')
+    with pytest.raises(ValueError, match="image = 'x' is not among"): Trajectory(session, image='x')
 
-def test_t_hat_by_hand_stays(bench):
-    (bench.run/'trajectory.json').unlink(missing_ok=True)
-    t = Trajectory(bench, image=bench.samples[9].name, t_hat=170, points=3).wait(120)
+def test_t_hat_by_hand_stays(session):
+    (session.run/'trajectory.json').unlink(missing_ok=True)
+    t = Trajectory(session, image=session.samples[9].name, t_hat=170, points=3).wait(120)
     t.image.value = 3
     assert t.t_hat.value == 170 and not t.own.value
     t.own.value = True
-    assert t.t_hat.value == int(bench.staged.t_hat[3])
+    assert t.t_hat.value == int(session.staged.t_hat[3])
     t.image.value = 0
-    assert t.t_hat.value == int(bench.staged.t_hat[0]) and t.own.value
+    assert t.t_hat.value == int(session.staged.t_hat[0]) and t.own.value
     t.t_hat.value = 200
     assert not t.own.value
     t.wait(120).close()
-    again = Trajectory(bench, points=3).wait(120)
+    again = Trajectory(session, points=3).wait(120)
     assert again.t_hat.value == 200 and not again.own.value
     again.close()
 
-def test_a_walk_that_fails_leaves_no_other_image(bench, monkeypatch):
-    t = Trajectory(bench, image=bench.samples[9].name, t_hat=80, points=3).wait(120)
-    def broken(*_): raise RuntimeError('no walk')
-    monkeypatch.setattr(trajectory, 'walk', broken)
+def test_steps_that_fail_leave_no_other_image(session, monkeypatch):
+    t = Trajectory(session, image=session.samples[9].name, t_hat=80, points=3).wait(120)
+    def broken(*_): raise RuntimeError('no steps')
+    monkeypatch.setattr(trajectory, 'reconstruct_steps', broken)
     t.image.value = 3
     t.wait(60)
     before = {k: w.value for k, w in t.images.items()}
     t.step.value = 3
-    assert 'no walk' in t.message.value and {k: w.value for k, w in t.images.items()} == before and 'dynad-stale' in t._back._dom_classes
+    assert 'no steps' in t.message.value and {k: w.value for k, w in t.images.items()} == before and 'dynad-stale' in t.back_panels._dom_classes
     monkeypatch.undo()
     t.eta.value = 1.
     t.wait(120)
-    assert t.message.value == '' and t.images['z_t', 0.].value != before['z_t', 0.] and 'dynad-stale' not in t._back._dom_classes
+    assert t.message.value == '' and t.images['z_t', 0.].value != before['z_t', 0.] and 'dynad-stale' not in t.back_panels._dom_classes
     t.close()

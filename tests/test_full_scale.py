@@ -43,7 +43,7 @@ def detector(cfg, unet, good):
     m.parts = replace(m.parts, autoencoder=load_latents(cfg.latents, cfg.data.image_size), phi=load_features(cfg.features), denoiser=unet)
     m.parts = replace(m.parts, dic=DIC.fit(pooled(extract_features(m.parts, good)[cfg.dic.layer], cfg.dic.pool), cfg.dic))
     m.fixed_calibration = Calibration({T: (0., 1., 0., 1.) for T in t_grid(cfg.reconstruction.t_max)})
-    m.decision = Decision(1., 1.)
+    m._decision = Decision(1., 1.)
     return m
 
 @slow

@@ -1,4 +1,4 @@
-"A person's own images: dropped, fitted, stopped, resumed, judged, written."
+"A person's own images: dropped, fitted, stopped, resumed, inspected, written."
 import copy, csv, io, threading
 from datetime import datetime, timezone
 
@@ -8,136 +8,141 @@ import torch
 from PIL import Image
 
 from dynad.detector import DynAD
-from dynad.own_images import OwnImages, doubts, doubts_html, open_folder, keep, unlike
+from dynad.cautions import cautions_html, find_cautions, held_out_images, unlike
+from dynad.inspection import FitProgress, save_uploads
+from dynad.own_images import OwnImages
+from dynad.session import open_folder
 from dynad.images import DataError
 
 FAST = {'latents.finetune_steps': 2, 'denoiser.steps': 24, 'denoiser.checkpoint_every': 4, 'adaptation.gamma': 0}
 
 def upload(path, name=None): return dict(name=name or path.name, type='image/png', size=path.stat().st_size, content=memoryview(path.read_bytes()), last_modified=datetime.now(timezone.utc))
 
-def test_heap(tmp_path, boards):
+def test_open_folder(tmp_path, boards):
     with pytest.raises(DataError, match='no such folder; name the folder that holds your normal images'): open_folder(tmp_path/'none')
     with pytest.raises(DataError, match='no image in there'): open_folder(tmp_path)
     assert len(open_folder(boards.root).train) == 24 == len(open_folder(boards.root/'train'/'good').train) and open_folder(boards.root/'train').layout == 'folder'
 
-def test_keep(tmp_path, boards):
+def test_save_uploads(tmp_path, boards):
     p = boards.train[0].image
-    assert keep([upload(p, '../../escape.png')], tmp_path) == [tmp_path/'escape.png']
-    with pytest.raises(DataError, match='notes.txt: not an image'): keep([upload(p, 'notes.txt')], tmp_path)
+    assert save_uploads([upload(p, '../../escape.png')], tmp_path) == [tmp_path/'escape.png']
+    with pytest.raises(DataError, match='notes.txt: not an image'): save_uploads([upload(p, 'notes.txt')], tmp_path)
     bad = tmp_path/'cut.png'
     bad.write_bytes(p.read_bytes()[:900])
-    with pytest.raises(DataError, match='^cut.png: damaged'): keep([upload(bad)], tmp_path/'good')
-    with pytest.raises(DataError, match='^cut.png: damaged.*; none of the 3 dropped files was kept'): keep([upload(p, 'a.png'), upload(bad), upload(p, 'c.png')], tmp_path/'good')
+    with pytest.raises(DataError, match='^cut.png: damaged'): save_uploads([upload(bad)], tmp_path/'good')
+    with pytest.raises(DataError, match='^cut.png: damaged.*; none of the 3 dropped files was kept'): save_uploads([upload(p, 'a.png'), upload(bad), upload(p, 'c.png')], tmp_path/'good')
     assert not list((tmp_path/'good').iterdir())
-    assert [q.name for q in keep([upload(p, 'a.png'), upload(p, 'c.png')], tmp_path/'good')] == ['a.png', 'c.png'] == sorted(q.name for q in (tmp_path/'good').iterdir())
+    assert [q.name for q in save_uploads([upload(p, 'a.png'), upload(p, 'c.png')], tmp_path/'good')] == ['a.png', 'c.png'] == sorted(q.name for q in (tmp_path/'good').iterdir())
 
 @pytest.fixture(scope='module')
 def own(boards, tmp_path_factory):
     w = OwnImages(tmp_path_factory.mktemp('own'), preset='smoke', overrides=FAST)
-    w.good_upload.value = tuple(upload(s.image) for s in boards.train)
-    trained = w._trained
+    w.normal.upload.value = tuple(upload(s.image) for s in boards.train)
+    done = w.model.step_done
     def stopping(stage, step, loss):
-        trained(stage, step, loss)
-        w.session.append((stage, step))
+        done(stage, step, loss)
+        w.made.append((stage, step))
         if stage == 'denoiser' and step == 9: w.stop_button.click()
-    w._trained, w.session = stopping, []
+    w.model.step_done, w.made = stopping, []
     w.fit().wait()
-    w.after_stop = w.status.value, w.model, w.fit_button.disabled, w.stop_button.disabled
-    w.session.clear()
+    w.after_stop = w.status.value, w.model.detector, w.fit_button.disabled, w.stop_button.disabled
+    w.made.clear()
     w.fit().wait()
-    w._trained = trained
+    w.model.step_done = done
     yield w
     w.close()
 
 def test_stopped_and_resumed(own):
     assert own.after_stop == ('stopped at step 10 of 24 of the denoiser; press fit to go on', None, False, True)
-    assert own.model is not None and 'fitted on 19 images, threshold from 5 others; preset smoke' in own.status.value
-    assert [step for stage, step in own.session if stage == 'denoiser'] == list(range(10, 24)) # the last session went on from step 10
-    assert {k: len(v) for k, v in own.losses.items()} == {'autoencoder': 2, 'denoiser': 24, 'phi': 0} # of all sessions
+    assert own.model.detector is not None and 'fitted on 19 images, threshold from 5 others; preset smoke' in own.status.value
+    assert [step for stage, step in own.made if stage == 'denoiser'] == list(range(10, 24)) # the last session went on from step 10
+    assert {k: len(v) for k, v in own.model.progress.losses.items()} == {'autoencoder': 2, 'denoiser': 24, 'phi': 0} # of all sessions
     assert Image.open(io.BytesIO(own.loss_curve.value)).size[0] > 200 and not own.fit_button.disabled and own.stop_button.disabled
 
 def test_progress_of_every_stage(tmp_path):
     w = OwnImages(tmp_path)
-    w._steps = {'autoencoder': 4, 'denoiser': 10, 'phi': 2}
+    steps = {'autoencoder': 4, 'denoiser': 10, 'phi': 2}
+    w.model.progress = FitProgress(steps)
     seen = []
-    for stage, n in w._steps.items():
-        for k in range(n): w._trained(stage, k, 1/(k + 1)); seen.append((w.status.value, w.progress.value))
+    for stage, n in steps.items():
+        for k in range(n): w.step_done(stage, k, 1/(k + 1)); seen.append((w.status.value, w.progress.value))
     assert 'part 1 of 3, the autoencoder: step 1 of 4, loss 1.0000' == seen[0][0] and seen[0][1] == .25
     assert 'part 2 of 3, the denoiser: step 1 of 10' in seen[4][0] and seen[4][1] == .1 and 'part 3 of 3, φ: step 2 of 2' in seen[-1][0] and seen[-1][1] == 1
-    assert {k: len(v) for k, v in w.losses.items()} == w._steps and Image.open(io.BytesIO(w.loss_curve.value)).size[0] > 700
+    assert {k: len(v) for k, v in w.model.progress.losses.items()} == steps and Image.open(io.BytesIO(w.loss_curve.value)).size[0] > 700
     w.close()
 
 def test_warnings(own, boards):
-    rows = doubts(own.model, [s.image for s in boards.train])
+    held = held_out_images(own.model.detector, open_folder(own.model.folder/'good'))
+    rows = find_cautions(own.model.detector, held, [s.image for s in boards.train])
     assert rows[0].what == '24 normal images' and rows[0].serious
-    assert 'do not trust: 24 normal images' in own.warnings.value and 'No computed warning' in doubts_html([])
-    big = own.folder/'big.png'
+    assert 'do not trust: 24 normal images' in own.warnings.value and 'No computed warning' in cautions_html([])
+    big = own.model.folder/'big.png'
     Image.new('RGB', (900, 600)).save(big)
-    assert 'images of 900 pixels are judged at 64' in [d for d in doubts(own.model, [big]) if d.what == 'small defects vanish'][0].text
-    far = own.model.dic.train_distance.max()*torch.tensor([.5, 1., 5.])
-    assert unlike(far, own.model).tolist() == [False, False, True]
+    assert 'images of 900 pixels are inspected at 64' in [d for d in find_cautions(own.model.detector, held, [big]) if d.what == 'small defects vanish'][0].text
+    far = own.model.detector.dic.train_distance.max()*torch.tensor([.5, 1., 5.])
+    assert unlike(far, own.model.detector).tolist() == [False, False, True]
 
-def test_judged_and_exported(own, boards):
+def test_inspected_and_exported(own, boards):
     bad = [s for s in boards.test if s.label]
-    own.judge_upload.value = tuple(upload(s.image, f'{k}.png') for k, s in enumerate(bad))
+    own.new.upload.value = tuple(upload(s.image, f'{k}.png') for k, s in enumerate(bad))
     own.wait()
-    assert own.message.value == '' and f'of {len(bad)} called defective' in own.status.value
+    assert own.message.value == '' and f'of {len(bad)} classified as anomalous' in own.status.value
     assert Image.open(io.BytesIO(own.sheet.value)).size == (4*156, len(bad)*156)
     path = own.export()
     rows = list(csv.DictReader(path.open()))
-    assert len(rows) == len(bad) and float(rows[0]['score']) == pytest.approx(float(own.prediction.score[0]))
-    assert np.array_equal(np.load(path.parent/f"{rows[0]['files']}_map.npy"), own.prediction.map[0, 0].numpy())
+    assert len(rows) == len(bad) and float(rows[0]['score']) == pytest.approx(float(own.model.prediction.score[0]))
+    assert np.array_equal(np.load(path.parent/f"{rows[0]['files']}_map.npy"), own.model.prediction.map[0, 0].numpy())
     assert {p.suffix for p in path.parent.iterdir()} == {'.npy', '.png', '.csv'}
 
 def test_the_same_view_after_a_restart(own, tmp_path):
-    again = OwnImages(own.folder).wait(120)
-    assert again.message.value == '' and again.model is not None and again.preset.value == 'smoke' and again.good_folder.value == ''
-    assert (again.scores.value, again.warnings.value, again.status.value, again.losses) == (own.scores.value, own.warnings.value, f'{int(own.prediction.anomalous.sum())} of {len(own.files)} called defective', own.losses)
+    again = OwnImages(own.model.folder).wait(120)
+    assert again.message.value == '' and again.model.detector is not None and again.preset.value == 'smoke' and again.normal.folder.value == ''
+    assert (again.scores.value, again.warnings.value, again.status.value, again.model.progress.losses) == (own.scores.value, own.warnings.value, f'{int(own.model.prediction.anomalous.sum())} of {len(own.model.files)} classified as anomalous', own.model.progress.losses)
     assert again.sheet.value == own.sheet.value and again.loss_curve.value == own.loss_curve.value and not again.export_button.disabled
     again.close()
-    other = OwnImages(own.folder, good=tmp_path).wait(120) # other images than the run's: nothing of it is shown as theirs
-    assert other.model is None and 'learned from' in other.status.value
+    other = OwnImages(own.model.folder, normal=tmp_path).wait(120) # other images than the run's: nothing of it is shown as theirs
+    assert other.model.detector is None and 'learned from' in other.status.value
     other.close()
 
-def test_fit_is_pressed_while_images_are_judged(own, monkeypatch):
-    judging, fitting, go = threading.Event(), threading.Event(), threading.Event()
-    model = own.model
-    def predict(files): judging.set(); go.wait(20); return DynAD.predict(model, files)
+def test_fit_is_pressed_while_images_are_inspected(own, monkeypatch):
+    inspecting, fitting, go = threading.Event(), threading.Event(), threading.Event()
+    model = own.model.detector
+    def predict(files): inspecting.set(); go.wait(20); return DynAD.predict(model, files)
     def fit(self, *args, **kwargs): fitting.set(); go2.wait(20); return model
     go2 = threading.Event()
     monkeypatch.setattr(model, 'predict', predict, raising=False); monkeypatch.setattr(DynAD, 'fit', fit)
-    own.judge()
-    assert judging.wait(20)
+    own.inspect()
+    assert inspecting.wait(20)
     own.fit()
     go.set()
     assert fitting.wait(60)
-    assert own.fit_button.disabled and not own.stop_button.disabled and own.judge_button.disabled and not own.export_button.disabled
-    own.good_upload.value = (dict(upload(own.files[0], 'notes.txt')),)  # an error beside it changes nothing
+    assert own.fit_button.disabled and not own.stop_button.disabled and own.inspect_button.disabled and not own.export_button.disabled
+    own.normal.upload.value = (dict(upload(own.model.files[0], 'notes.txt')),)  # an error beside it changes nothing
     assert 'notes.txt' in own.message.value and own.fit_button.disabled and not own.stop_button.disabled
     go2.set()
     own.wait()
-    assert own.prediction is None and own.export_button.disabled and 'press judge' in own.scores.value and own.sheet.layout.display == 'none' # no old verdicts beside a new detector
+    assert own.model.prediction is None and own.export_button.disabled and 'press inspect' in own.scores.value and own.sheet.layout.display == 'none' # no old results beside a new detector
     assert not own.fit_button.disabled and own.stop_button.disabled
 
-def test_verdicts_stay_with_their_detector(own):
-    own.judge().wait()
-    other = copy.copy(own.model)
+def test_results_stay_with_their_detector(own):
+    own.inspect().wait()
+    other = copy.copy(own.model.detector)
     other.image_threshold, other.threshold = 99., 99.
-    limit, own.model = own.model.image_threshold, other
+    limit, own.model.detector = own.model.detector.image_threshold, other
     rows = list(csv.DictReader(own.export().open()))
     assert {float(r['threshold']) for r in rows} == {limit}
-    own.model = own.judged_by
+    own.model.detector = own.model.inspected_by
 
 def test_mistakes_show_in_the_widget(own, tmp_path):
-    own.judge_folder.value = str(tmp_path/'none')
-    own.judge().wait()
-    assert 'no such folder; name a folder of images to judge' in own.message.value and not own.judge_button.disabled
-    own.good_folder.value = str(tmp_path)
+    own.new.folder.value = str(tmp_path/'none')
+    own.inspect().wait()
+    assert 'no such folder; name a folder of images to inspect' in own.message.value and not own.inspect_button.disabled
+    own.normal.folder.value = str(tmp_path)
     own.fit().wait()
     assert 'no image in there' in own.message.value and not own.fit_button.disabled
     fresh = OwnImages(tmp_path/'fresh')
-    fresh.judge().wait()
+    fresh.inspect().wait()
     assert 'nothing is fitted yet; press fit first' in fresh.message.value
     fresh.export()
-    assert 'nothing is judged yet; press judge first' in fresh.message.value
+    assert 'nothing is inspected yet; press inspect first' in fresh.message.value
     fresh.close()
