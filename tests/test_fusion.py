@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from dynad.config import FusionSettings
-from dynad.fusion import Calibration, anomaly_map, feature_maps, fuse, latent_map, score, smooth, upsample
+from dynad.fusion import Calibration, anomaly_map, feature_maps, fuse, latent_map, quantile, score, smooth, upsample
 
 
 def test_smooth_is_scipys_gaussian():
@@ -47,7 +47,7 @@ def test_a_t_hat_that_is_not_calibrated_is_named():
     with pytest.raises(KeyError, match=r'T̂ = 90 is not calibrated \(there are \[80\]\)'): Calibration({80: (0, 1, 0, 1)})(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), torch.tensor([90]))
 
 
-def test_maps_of_a_image_and_itself_are_zero_and_scores_find_the_changed_place():
+def test_maps_of_an_image_and_itself_are_zero_and_scores_find_the_changed_place():
     z, f = torch.rand(1, 4, 8, 8), {2: torch.rand(1, 6, 8, 8) + .1, 3: torch.rand(1, 6, 4, 4) + .1}
     assert latent_map(z, z).max() == 0 and max(v.abs().max() for v in feature_maps(f, f).values()) < 1e-6
     z2 = z.clone(); z2[0, :, 2, 5] += 3
@@ -60,3 +60,22 @@ def test_upsample_aligns_corners():
     m = torch.tensor([[[[0., 1.], [2., 3.]]]])
     u = upsample(m, 5)
     assert (u[0, 0, 0, 0], u[0, 0, 0, -1], u[0, 0, -1, 0], u[0, 0, 2, 2]) == (0, 1, 2, 1.5)
+
+
+@given(st.integers(1, 50), st.floats(0, 1), st.integers(0, 9))
+def test_quantiles_are_numpys_and_a_value_of_the_data(n, q, seed):
+    v = torch.rand(n, generator=torch.Generator().manual_seed(seed))
+    assert quantile(v, q) == pytest.approx(np.quantile(v.double().numpy(), q), rel=1e-12)
+    assert quantile(v, q) == quantile(v.numpy(), q) == quantile(v.numpy().copy(), q, overwrite_input=True)
+    assert quantile(v, q, 'rank') == float(v.sort().values[min(int(q*n), n - 1)])
+
+
+def test_ten_million_values_are_not_interpolated_and_the_input_is_kept():
+    v = np.random.default_rng(0).random(10_000_000, dtype=np.float32)
+    before = v[:5].copy()
+    assert quantile(v, .995) == quantile(v, .995, 'rank') == np.sort(v)[int(.995*v.size)] and np.array_equal(v[:5], before)
+
+
+@pytest.mark.parametrize('args', [([], .5), ([1.], 1.5), ([1.], .5, 'nearest')])
+def test_quantiles_that_are_not_defined(args):
+    with pytest.raises(ValueError, match='needs q in'): quantile(np.array(args[0]), *args[1:])

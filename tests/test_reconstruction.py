@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from dynad.config import make_config
 from dynad.diffusion import make_schedule
 from dynad.dic import t_grid
-from dynad.reconstruction import ddim_step, guide, noise_for, overshoots, pull, reconstruct, timesteps
+from dynad.reconstruction import ddim_step, guide, noise_for, overshoots, plan_timesteps, pull, reconstruct, start_index, timesteps
 
 SCHEDULE = make_schedule(make_config('paper').diffusion)
 
@@ -47,11 +47,11 @@ def test_sampler_equals_diffusers(t_hat, eta):
 def test_guidance_equals_its_algebraic_form(t, eta, seed):
     g = torch.Generator().manual_seed(seed)
     e, z, z0 = (torch.randn(1, 2, 3, 3, generator=g, dtype=torch.float64) for _ in range(3))
-    a = SCHEDULE.abar[t].view(1, 1, 1, 1)
-    one = torch.ones_like(a)
-    plain, guided = ddim_step(e, z, a, one)[1], ddim_step(guide(e, z, z0, a, eta), z, a, one)[1]
+    a, abar, t, end = SCHEDULE.abar[t].view(1, 1, 1, 1), SCHEDULE.abar, torch.tensor([t]), torch.tensor([-1])
+    plain = ddim_step(e, z, t, end, abar)[1]
+    guided = ddim_step(guide(e, z, z0, t, abar, eta), z, t, end, abar)[1]
     torch.testing.assert_close(guided, plain + eta*(1 - a)*(z0 - plain), rtol=1e-7, atol=1e-8*max(1, 1/float(a)))
-    held = ddim_step(guide(e, z, z0, a, eta, clamp=True), z, a, one)[1]
+    held = ddim_step(guide(e, z, z0, t, abar, eta, clamp=True), z, t, end, abar)[1]
     torch.testing.assert_close(held, plain + min(1., eta*(1 - float(a)))*(z0 - plain), rtol=1e-6, atol=1e-7*max(1, 1/float(a)))
 
 
@@ -111,3 +111,18 @@ def test_trajectory_holds_every_call():
     r = reconstruct(eps, latents(2), torch.tensor([20, 80]), SCHEDULE, steps='stride', t_max=80, trajectory=True)
     assert [len(s['rows']) for s in r.trajectory] == [2, 2, 2] + [1]*7
     assert r.trajectory[0]['t'].tolist() == [19, 79]
+
+
+@given(st.lists(st.sampled_from([0, 10, 20, 50, 80, 160, 1000]), max_size=6), st.sampled_from(['count', 'stride']), st.sampled_from(['paper', 'authors']))
+def test_a_row_of_the_plan_is_the_list_of_its_sample(ts, steps, indices):
+    t_hat = torch.tensor(ts, dtype=torch.long)
+    plan, start = plan_timesteps(t_hat, 10, steps, 160, indices), start_index(t_hat, 1000, indices)
+    assert len(plan) == len(start) == len(ts) and (plan[:, -1] == -1).all()
+    for row, first, T in zip(plan.tolist(), start.tolist(), ts):
+        want = timesteps(T, 10, steps, 160, indices)
+        assert row == want + [-1]*(len(row) - len(want))
+        assert first == (-1 if T == 0 else min(T, 999) if indices == 'authors' else T - 1)
+
+
+def test_an_empty_batch_is_returned_empty():
+    assert reconstruct(eps, latents()[:0], 80, SCHEDULE).z_hat.shape == (0, 4, 8, 8)
