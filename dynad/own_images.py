@@ -12,7 +12,7 @@ import ipywidgets as W
 from fastcore.basics import patch
 
 from .data import AnomalyDataset
-from .denoiser import TrainingStopped
+from .store import TrainingStopped
 from .images import DataError, list_images
 from .inspection import Inspector, losses_figure, result_sheet, save_uploads, scores_html
 from .show import figure_png
