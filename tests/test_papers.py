@@ -1,4 +1,4 @@
-"The notebooks of nbs/papers as they are committed: parameters, executed without errors, honest about their data. They are executed elsewhere."
+"The committed notebooks of nbs/papers: parameters, outputs without errors, stand-in data named (executed elsewhere)."
 import ast, re
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +35,8 @@ def parameters(nb):
     out, lines = {}, cell.source.splitlines()
     for node in ast.parse(cell.source).body:
         assert isinstance(node, ast.AnnAssign), f"only typed settings belong here: {ast.unparse(node)}"
-        out[node.target.id] = ast.literal_eval(node.value), ast.unparse(node.annotation), lines[node.lineno - 1].partition('#')[2].strip()
+        comment = lines[node.lineno - 1].partition('#')[2].strip()
+        out[node.target.id] = ast.literal_eval(node.value), ast.unparse(node.annotation), comment
     return out
 
 def texts(nb):
@@ -52,13 +53,16 @@ def test_all_tables_are_there():
 @each
 def test_common_parameters(path):
     found = parameters(read(path))
-    assert {k: v[0] for k, v in found.items() if k in COMMON} == COMMON | ({'n_boot': 0} if path.stem in TIMES else {})
-    assert {k: v[1] for k, v in found.items() if k in COMMON} == dict(data='str', preset='str', seeds='list', n_boot='int', out='str')
+    expected = COMMON | ({'n_boot': 0} if path.stem in TIMES else {})
+    kinds = {k: type(v).__name__ for k, v in COMMON.items()}
+    assert {k: v[0] for k, v in found.items() if k in COMMON} == expected
+    assert {k: v[1] for k, v in found.items() if k in COMMON} == kinds
 
 @each
 def test_plain_papermill_knows_every_parameter(path):
     from papermill import inspect_notebook
-    assert set(inspect_notebook(str(path))) == set(parameters(read(path))) # its pattern loses a parameter whose comment holds an equals sign
+    # its pattern loses a parameter whose comment holds an equals sign
+    assert set(inspect_notebook(str(path))) == set(parameters(read(path)))
 
 @recorded
 def test_own_parameters_are_commented_and_recorded(path):
@@ -92,7 +96,8 @@ def test_no_printed_number_beside_stand_in_data(path):
     assert len(rows) > 5
     for r in rows:
         if set(r.values()) == {'...'}: continue # pandas shortens a long table
-        assert 'stand-in' in r['data'] and 'smoke' in r['data'] or path.stem in TIMES and r['data'] == '—' # neighbours among random vectors
+        named = 'stand-in' in r['data'] and 'smoke' in r['data']
+        assert named or path.stem in TIMES and r['data'] == '—' # neighbours among random vectors
         assert r['paper'] == r['difference'] == '—' and r['ours'] != '—'
 
 @recorded
@@ -124,8 +129,10 @@ def html_rows(nb, head):
             page = BeautifulSoup(o.get('data', {}).get('text/html', ''), 'html.parser')
             if not page.thead or head not in [h.text for h in page.thead.find_all('th')]: continue
             lines = [[x.text.strip() for x in r.find_all('th')] for r in page.thead.find_all('tr')]
-            names = [next((n for n in column if n), '') for column in zip(*lines)] # pandas puts the index's name into a line of its own
-            return [dict(zip(names, (x.text for x in r.find_all(['th', 'td'])), strict=True)) for r in page.tbody.find_all('tr')]
+            # pandas puts the index's name into a line of its own
+            names = [next((n for n in column if n), '') for column in zip(*lines)]
+            cells = [(x.text for x in r.find_all(['th', 'td'])) for r in page.tbody.find_all('tr')]
+            return [dict(zip(names, row, strict=True)) for row in cells]
     raise AssertionError(f'{head}: no such table')
 
 @each
@@ -142,7 +149,9 @@ def test_parity_was_run_on_real_images():
 def test_parity_reproduces_the_fixtures():
     from safetensors import safe_open
     rows = html_rows(read(PARITY), 'with the switch')
-    with safe_open(Path(__file__).parent/'fixtures'/'authors.safetensors', 'pt') as f: outputs = {k for k in f.keys() if k.startswith(('sampler.dynamic', 'sampler.static', 'dic.t_hat', 'dic.b', 'adapt')) or k.endswith('_map')}
+    starts = ('sampler.dynamic', 'sampler.static', 'dic.t_hat', 'dic.b', 'adapt')
+    with safe_open(Path(__file__).parent/'fixtures'/'authors.safetensors', 'pt') as f:
+        outputs = {k for k in f.keys() if k.startswith(starts) or k.endswith('_map')}
     assert outputs <= {r['fixture'] for r in rows}
     for r in rows:
         if r['required'] == 'exact': assert r['with the switch'].startswith('0 of ')
@@ -155,9 +164,12 @@ def test_parity_covers_every_switch_of_the_authors():
     rows = html_rows(nb, 'what else')
     markdown = '\n'.join(c.source for c in nb.cells if c.cell_type == 'markdown')
     for group, keys in PRESETS['authors'].items():
-        for k in keys: assert any(re.search(rf'\b{k}\b', r['switch']) for r in rows) or f'`{group}.{k}=' in markdown, f'{group}.{k}'
+        for k in keys:
+            has_row = any(re.search(rf'\b{k}\b', r['switch']) for r in rows)
+            assert has_row or f'`{group}.{k}=' in markdown, f'{group}.{k}'
     singles = {m[1] for r in rows if (m := re.match(r'([a-z]+\.\w+)=', r['switch']))}
-    assert {'reconstruction.steps', 'reconstruction.omega', 'reconstruction.clamp_pull', 'dic.pool', 'fusion.sigma', 'adaptation.batch_norm', 'adaptation.gamma'} <= singles
+    assert {'reconstruction.steps', 'reconstruction.omega', 'reconstruction.clamp_pull', 'dic.pool', 'fusion.sigma',
+            'adaptation.batch_norm', 'adaptation.gamma'} <= singles
 
 def test_parity_differences_agree_with_their_sides():
     "Both sides and the difference are printed with one decimal; the interval holds the difference's sign or 0."
@@ -174,25 +186,30 @@ def calls(nb, method):
     "The calls of record.<method>(…), also those chained behind another."
     for c in code(nb):
         for node in ast.walk(ast.parse(c.source)):
-            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == method): continue
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)): continue
+            if node.func.attr != method: continue
             root = node.func.value
             while isinstance(root, ast.Call): root = root.func.value
             if isinstance(root, ast.Name) and root.id == 'record': yield node
 
 @each
 def test_numbers_of_a_detector_carry_its_settings(path):
-    "`enter` and `enter_difference` take them from the measurement; `record.add` has to be told. Figures 10 to 12 have no detector."
+    """`enter` and `enter_difference` take them from the measurement; `record.add` has to be told. Figures 10 to 12 have
+    no detector."""
     if path.stem in ('fig10', 'fig12'): return
-    bare = [ast.unparse(c) for c in calls(read(path), 'add') if not {'model', None} & {k.arg for k in c.keywords} and {'subject', 'seed'} & {k.arg for k in c.keywords}]
-    assert bare == []
+    given = [(ast.unparse(c), {k.arg for k in c.keywords}) for c in calls(read(path), 'add')]
+    assert [c for c, names in given if not {'model', None} & names and {'subject', 'seed'} & names] == []
 
-def plain(path): return '\n'.join(''.join(o['data']['text/plain']) for c in code(read(path)) for o in c.outputs if 'text/plain' in o.get('data', {}))
+def plain(path):
+    outputs = [o['data'] for c in code(read(path)) for o in c.outputs if 'text/plain' in o.get('data', {})]
+    return '\n'.join(''.join(d['text/plain']) for d in outputs)
 
 def test_dic_by_the_authors_code_stands_beside_its_static_rows():
     "What DIC gains over their static rows is counted from DIC at their indices."
     path = PAPERS/'table5.ipynb'
     source = '\n'.join(c.source for c in code(read(path)))
-    assert "theirs = measure(at(model, {'reconstruction.indices': 'authors'})" in source and """("DIC − static, authors' sampler", theirs)""" in source
+    assert "theirs = measure(model.with_settings({'reconstruction.indices': 'authors'})" in source
+    assert """("DIC − static, authors' sampler", theirs)""" in source
     assert re.search(r"^DIC +Ours +I-AUROC.*\n.*\n.*\n +Ours, authors' sampler +I-AUROC", plain(path), re.M)
 
 def test_a_space_that_training_made_worse_is_named():
@@ -201,16 +218,20 @@ def test_a_space_that_training_made_worse_is_named():
     exec(ast.unparse(next(n for n in ast.parse(source).body if getattr(n, 'name', '') == 'weak')), space)
     value = lambda v: {'pro': {'value': v}}
     assert space['weak']('latents, tiny', value(.87), value(.70), 'pro') == []
-    assert space['weak']('pixels', value(.351), value(.72), 'pro') == ['the pixel denoiser is worse than random weights there (35.1 against 72.0)']
+    text = 'the pixel denoiser is worse than random weights there (35.1 against 72.0)'
+    assert space['weak']('pixels', value(.351), value(.72), 'pro') == [text]
 
 def test_change_inside_a_defect_by_that_outside():
     [source] = [c.source for c in code(read(PAPERS/'spaces.ipynb')) if 'def changes' in c.source]
     space = {'torch': torch, 'to_float': to_float, 'area_groups': area_groups}
     exec(ast.unparse(next(n for n in ast.parse(source).body if getattr(n, 'name', '') == 'changes')), space)
-    masks = torch.zeros(3, 1, 8, 8, dtype=torch.bool); masks[0, :, :4] = True; masks[1] = True # half of the image, all of it, a normal image
+    masks = torch.zeros(3, 1, 8, 8, dtype=torch.bool) # half of the image, all of it, a normal image
+    masks[0, :, :4] = True; masks[1] = True
     rebuilt = torch.full((3, 3, 8, 8), .1); rebuilt[0, :, :4] = .4
-    m = {'masks': masks, 'labels': torch.tensor([1, 1, 0]), 'has_mask': torch.ones(3, dtype=torch.bool), 't_hat': torch.zeros(3, dtype=torch.long),
-         'staged': SimpleNamespace(images=torch.zeros(3, 3, 8, 8, dtype=torch.uint8), reconstructions=lambda t_hat, rows: rebuilt[rows])}
+    walk = SimpleNamespace(images=torch.zeros(3, 3, 8, 8, dtype=torch.uint8),
+                           reconstructions=lambda t_hat, rows: rebuilt[rows])
+    m = {'masks': masks, 'labels': torch.tensor([1, 1, 0]), 'has_mask': torch.ones(3, dtype=torch.bool),
+         't_hat': torch.zeros(3, dtype=torch.long), 'walk': walk}
     ratio, large = space['changes'](m)
     assert ratio.tolist() == pytest.approx([4.]) and large.tolist() == [False]
     assert len(space['changes'](m | {'has_mask': torch.zeros(3, dtype=torch.bool)})[0]) == 0
@@ -226,4 +247,6 @@ def test_figures_of_two_sets_open_both(name, monkeypatch, tmp_path):
         assert [s.name for s in space['found']] == found
 
 def test_nothing_but_t_hat_0_is_called_the_null_model_of_attribution():
-    assert set(re.findall(r'^(.*) \(null model\)', plain(PAPERS/'attribution.ipynb'), re.M)) == {'T̂ = 0'} and 'only autoencoder, on the scale of its T̂' in plain(PAPERS/'attribution.ipynb')
+    text = plain(PAPERS/'attribution.ipynb')
+    assert set(re.findall(r'^(.*) \(null model\)', text, re.M)) == {'T̂ = 0'}
+    assert 'only autoencoder, on the scale of its T̂' in text

@@ -23,22 +23,25 @@ def call(out, monkeypatch):
     monkeypatch.chdir(ROOT)
     return lambda *words: CliRunner().invoke(app, ['reproduce', *words, '--out', str(out)])
 
-def trained(): return {p.relative_to(STAGES) for kind in ('autoencoder', 'denoiser', 'phi') for p in (STAGES/kind).glob('*') if p.is_dir()}
+def trained():
+    folders = [p for kind in ('autoencoder', 'denoiser', 'phi') for p in (STAGES/kind).glob('*') if p.is_dir()]
+    return {p.relative_to(STAGES) for p in folders}
 
 @pytest.mark.parametrize('name', REAL)
 def test_target_at_smoke(name, call, out):
     before = trained()
     done = call(name, '--workers', '0', '-p', 'n_boot', '20')
     assert done.exit_code == 0, done.output
-    if name == 'table6': assert {p.parts[0] for p in trained() - before} <= {'phi'} # another adaptation is what it is about
+    if name == 'table6': assert {p.parts[0] for p in trained() - before} <= {'phi'} # it compares two adaptations
     elif before: assert trained() == before                                         # found, not trained again
     else: assert len(trained()) >= 3
     found = json.loads((out/'smoke'/name/f'{name}.json').read_text())
-    assert found['target'] == name and found['stand_in'] and found['parameters']['n_boot'] == 20 and found['data'][0]['name'] == 'synthetic_board'
+    assert found['target'] == name and found['stand_in'] and found['parameters']['n_boot'] == 20
+    assert found['data'][0]['name'] == 'synthetic_board'
     assert all(l['paper'] is None and l['difference'] is None for l in found['comparison'])
     assert all((out/'smoke'/name/f'{f}.{s}').stat().st_size > 500 for f in found['figures'] for s in ('png', 'pdf'))
 
-def test_what_is_done_is_not_done_again_and_the_book_shows_it(call, out):
+def test_finished_targets_are_not_run_again_and_the_book_shows_them(call, out):
     assert call(*REAL, '--workers', '0', '-p', 'n_boot', '20').output.count(': already done') == len(REAL)
     assert call('book').exit_code == 0
     assert (out/'book'/'index.html').read_text().count('<b>stand-in data</b>') == len(REAL)
