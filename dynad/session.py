@@ -25,14 +25,14 @@ from .fusion import Calibration, feature_map, upsample
 from .latents import load_latents, shipped
 from .layouts import _images
 from .lesson import runs_folder
-from .metrics import _ordered, region_weights
+from .quick_metrics import QuickMetrics
 from .images import EXTENSIONS, DataError, to_float
 from .store import atomic_write, file_sha256, load_tensors, save_tensors
 from .synthetic import nominal, image_rng, write_synthetic
 
 # %% auto #0
-__all__ = ['PLACES', 'NOTE', 'DEMO_NOTE', 'blur_matrix', 'spread', 'Setting', 'Cut', 'QuickMetrics', 'open_folder', 'Bench',
-           'demo_config', 'demo_weights', 'demo_run', 'train_demo']
+__all__ = ['PLACES', 'NOTE', 'DEMO_NOTE', 'blur_matrix', 'spread', 'Setting', 'Cut', 'open_folder', 'Bench', 'demo_config',
+           'demo_weights', 'demo_run', 'train_demo']
 
 # %% ../nbs/18_session.ipynb #19f41d30
 @lru_cache(512)
@@ -176,49 +176,6 @@ class Cut:
         A = torch.lerp(pair[1], pair[0], lam).flatten(1).numpy()
         top = float(np.quantile(A.max(1).astype(np.float64), self.quantile))
         return _quantile(A, self.quantile), top, False
-
-# %% ../nbs/18_session.ipynb #31ed128d
-class QuickMetrics:
-    "I-AUROC, P-AUROC and PRO of many maps over the same ground truth."
-    def __init__(self,
-        labels: Tensor,   # [N]
-        masks: Tensor,    # [N,1,H,W] bool
-        has_mask: Tensor, # [N] bool
-        steps: int = 65_536
-    ):
-        self.labels, self.steps = labels.numpy().astype(bool), steps
-        self.keep = np.flatnonzero(has_mask.numpy())
-        m = masks[:, 0].numpy()[self.keep]
-        self.at = np.flatnonzero(m.ravel())
-        self.weights = np.concatenate([np.zeros(0)] + [region_weights(x)[0] for x in m if x.any()])
-
-    def __call__(self,
-        maps: np.ndarray,   # [N,H,W] float32
-        scores: np.ndarray, # [N]
-        alive: Callable[[], bool] = lambda: True # False: the answer is no longer wanted
-    ) -> dict[str, float | None] | None:
-        "i_auroc, p_auroc, pro; None where one is not defined, None for all when no longer alive."
-        good, bad = np.sort(scores[~self.labels]), np.sort(scores[self.labels])
-        out = {'i_auroc': _ordered(good, bad)['auroc'] if len(good) and len(bad) else None, 'p_auroc': None, 'pro': None}
-        if not len(self.at): return out
-        lo, hi = float(maps.min()), float(maps.max())
-        part = maps if len(self.keep) == len(maps) else maps[self.keep]
-        every, pos = np.zeros(self.steps, np.int64), np.empty(len(self.at), np.uint16)
-        start, pixels = 0, part[0].size
-        for a in range(0, len(part), 64):
-            if not alive(): return None
-            q = ((part[a:a+64] - lo)*((self.steps - 1)/max(hi - lo, 1e-12))).astype(np.uint16).ravel()
-            every += np.bincount(q, minlength=self.steps)
-            end = np.searchsorted(self.at, (a + 64)*pixels)
-            pos[start:end] = q[self.at[start:end] - a*pixels]
-            start = end
-        p = np.bincount(pos, minlength=self.steps)
-        n, w = every - p, np.bincount(pos, self.weights, self.steps)
-        i, j = np.flatnonzero(n), np.flatnonzero(p)
-        if len(i):
-            m = _ordered(i, j, region_w=w[j], neg_w=n[i], pos_w=p[j])
-            out |= {'p_auroc': m['auroc'], 'pro': m['pro']}
-        return out
 
 # %% ../nbs/18_session.ipynb #8234c654
 def _part(
