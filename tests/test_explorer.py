@@ -15,7 +15,9 @@ from browser import APPS
 from dynad import trajectory
 from dynad.demo import demo_run
 from dynad.explorer_model import t_max_grid
-from dynad.session import QuickMetrics, Session, Setting, _quantile, upsample_and_smooth
+from dynad.fusion import quantile
+from dynad.quick_metrics import QuickMetrics
+from dynad.session import Session, Setting, upsample_and_smooth
 from dynad.config import ConfigError, make_config
 from dynad.detector import DynAD
 from dynad.fusion import score, smooth, upsample
@@ -419,8 +421,8 @@ def test_thresholds_of_a_drag_and_of_rest(session):
 
 def test_the_quantile_is_the_detectors(): # beyond ten million values, where it takes one instead of a place between two
     a = np.random.default_rng(0).random(10_000_001).astype(np.float32)
-    assert _quantile(a.copy(), .995) == np.sort(a)[int(.995*a.size)]
-    assert _quantile(a[:999].copy(), .995) == pytest.approx(np.quantile(a[:999].astype(float), .995))
+    assert quantile(a.copy(), .995) == np.sort(a)[int(.995*a.size)]
+    assert quantile(a[:999].copy(), .995) == pytest.approx(np.quantile(a[:999].astype(float), .995))
 
 def test_600_images_at_128(session, capsys):
     s = Setting.of(session.model.config)

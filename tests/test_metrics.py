@@ -1,4 +1,4 @@
-"Room 13: edges, errors, properties, brute force, speed."
+"Metrics: edges, errors, properties, brute force, speed."
 import json
 import os
 import time
@@ -12,8 +12,8 @@ from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
-from dynad.metrics import (IMAGE_KEYS, PIXEL_KEYS, Metric, StreamingPixelMetrics, _grouped, _ordered, best_f1_threshold, image_metrics, paired_bootstrap,
-                           pixel_metrics, pro, pro_authors, pro_curve, rank_cuts, region_weights, resample_weights, step_area, youden_threshold)
+from dynad.metrics import (IMAGE_KEYS, PIXEL_KEYS, Metric, StreamingPixelMetrics, best_f1_threshold, grouped_metrics, image_metrics, paired_bootstrap,
+                           pixel_metrics, pro, pro_authors, pro_curve, rank_cuts, region_weights, resample_weights, sorted_metrics, step_area, youden_threshold)
 
 quick = settings(max_examples=40, deadline=None)
 
@@ -112,8 +112,8 @@ def test_two_kernels_agree_under_integer_weights(seed, levels):
     nw, pw, rw = rng.integers(1, 5, len(neg)), rng.integers(1, 5, len(pos)), rng.random(len(pos)) + .1
     groups = np.unique(np.r_[neg, pos])[::-1]
     table = lambda v, w: np.array([[w[v == g].sum() for g in groups]])
-    one = _ordered(neg, pos, rw, nw, pw)
-    many = _grouped(table(neg, nw), table(pos, pw), table(pos, rw))
+    one = sorted_metrics(neg, pos, rw, nw, pw)
+    many = grouped_metrics(table(neg, nw), table(pos, pw), table(pos, rw))
     assert {k: v[0] for k, v in many.items()} == pytest.approx(one, abs=1e-9)
 
 
@@ -345,7 +345,7 @@ def test_defective_images_without_a_mask_do_not_count():
     (lambda: pro(np.zeros((2, 1, 4, 4)), np.zeros((2, 1, 4, 4), bool), limit=0), 'limit = 0'),
     (lambda: StreamingPixelMetrics(bins=3), 'bins = 3'),
     (lambda: StreamingPixelMetrics(limit=2), 'limit = 2'),
-    (lambda: youden_threshold([1., 2.], [1, 1]), 'oracle Youden needs good and defective samples; all 2 labels are 1'),
+    (lambda: youden_threshold([1., 2.], [1, 1]), 'oracle Youden needs normal and anomalous samples; all 2 labels are 1'),
 ])
 def test_errors(call, text):
     with pytest.raises(ValueError, match=text): call()
