@@ -189,7 +189,8 @@ class CachedWalk:
 
     def cached(self, name: str, depends_on: dict, function: Callable, what: str, hold: bool = True) -> Cached:
         "One function of the walk, wrapped by the store."
-        return Cached(self.set.shards(name, depends_on, hold), function, self.parts.config.batch, what, self.set.progress)
+        return Cached(self.set.shards(name, depends_on, hold), function, self.parts.config.batch, what,
+                      self.set.progress)
 
 # %% ../nbs/14a_cache.ipynb #107d9b61
 @patch(as_prop=True)
@@ -287,7 +288,8 @@ def reconstructions(self: CachedWalk,
 ) -> Tensor:                                                   # [len(rows),3,H,W] in [0,1]
     "x̂_0 of images at their T̂; decoded at each call."
     z = self.z_hat(t_hat, rows)
-    return torch.cat([decode(self.parts, z[b]) for b in batches(len(z), self.parts.config.batch, 'decoding', self.set.progress)])
+    return torch.cat([decode(self.parts, z[b])
+                      for b in batches(len(z), self.parts.config.batch, 'decoding', self.set.progress)])
 
 # %% ../nbs/14a_cache.ipynb #c6f8b716
 @patch(as_prop=True)
@@ -299,7 +301,8 @@ def cached_maps(self: CachedWalk) -> Cached:
         features = {j: self.features[j][rows] for j in layers}
         raw = compare(p, self.z0[rows], z, features, extract_features(p, decode(p, z)))
         return {'l': raw.latent, **{f'f{j}': v for j, v in raw.features.items()}}
-    depends = dict(reconstructions=content_key(dict(images=self.set.key, **self.reconstructions_key)), phi=p.hashes['phi'], layers=layers)
+    depends = dict(reconstructions=content_key(dict(images=self.set.key, **self.reconstructions_key)),
+                   phi=p.hashes['phi'], layers=layers)
     return self.cached('maps', depends, function, 'maps')
 
 # %% ../nbs/14a_cache.ipynb #d78b0021

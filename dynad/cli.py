@@ -26,11 +26,12 @@ __all__ = ['app', 'Layout', 'Category', 'Seed', 'Set', 'Preset', 'DEMO', 'PROFIL
            'bench', 'doctor']
 
 # %% ../nbs/20_cli.ipynb #bdfad273
-app = typer.Typer(add_completion=False, no_args_is_help=True, help='Dynamic addition of noise in a diffusion model for anomaly detection.')
+app = typer.Typer(add_completion=False, no_args_is_help=True,
+                  help='Dynamic addition of noise in a diffusion model for anomaly detection.')
 
 @contextmanager
 def known_mistakes() -> Iterator[None]:
-    "Turn the package's own errors into one line and exit status 2; anything else is a fault of ours and keeps its traceback."
+    "Turn the package's own errors into one line and exit status 2; any other error is a bug and keeps its traceback."
     from dynad.config import DynadError
     try: yield
     except (DynadError, FloatingPointError, PermissionError) as e:
@@ -48,7 +49,8 @@ def checked_place(data: str) -> None:
     from dynad.config import DynadError
     place = Path(data)
     if data != 'elpv' and not place.is_dir():
-        raise DynadError(f"{place}: {'a file, not a folder' if place.exists() else 'no such folder'}; give the folder that holds the images")
+        raise DynadError(f"{place}: {'a file, not a folder' if place.exists() else 'no such folder'}; "
+                         'give the folder that holds the images')
 
 def dataset_of(data: str, layout: str, category: str | None, seed: int) -> AnomalyDataset:
     "The data set of a command line."
@@ -59,7 +61,8 @@ def dataset_of(data: str, layout: str, category: str | None, seed: int) -> Anoma
 Layout = Annotated[str, typer.Option(help='auto, mvtec, visa, btad, mtd, elpv, or folder (all images are normal ones)')]
 Category = Annotated[Optional[str], typer.Option(help='one category of a data set that has several')]
 Seed = Annotated[int, typer.Option(min=0, help='the one seed: split, training, noise, bootstrap')]
-Set = Annotated[Optional[list[str]], typer.Option('--set', metavar='KEY=VALUE', help='a setting, e.g. reconstruction.t_max=320; may be repeated')]
+Set = Annotated[Optional[list[str]], typer.Option(
+    '--set', metavar='KEY=VALUE', help='a setting, e.g. reconstruction.t_max=320; may be repeated')]
 Preset = Annotated[str, typer.Option(help='small, smoke, paper or authors')]
 
 # %% ../nbs/20_cli.ipynb #2b07b7ab
@@ -69,10 +72,11 @@ def fit(
     out: Annotated[Path, typer.Option(help='run directory; a run that was cut off goes on where it stopped')],
     method: Annotated[str, typer.Option(help='dynad, or another method of the package, e.g. patchcore')] = 'dynad',
     layout: Layout = 'auto', category: Category = None, preset: Preset = 'small',
-    tracker: Annotated[str, typer.Option(help='where losses are logged: tensorboard (in the run directory), mlflow, wandb or none')] = 'tensorboard',
+    tracker: Annotated[str, typer.Option(
+        help='where losses are logged: tensorboard (in the run directory), mlflow, wandb or none')] = 'tensorboard',
     seed: Seed = 0, set: Set = None
 ):
-    "Fit on the normal training images of a data set; under `accelerate launch -m dynad.cli fit …` in several processes."
+    "Fit on the normal training images of a data set; `accelerate launch -m dynad.cli fit …` uses several processes."
     with known_mistakes():
         cfg = config_of(preset, seed, set, {'trackers': [] if tracker == 'none' else [tracker]}, method=method)
         checked_place(data)
@@ -84,7 +88,8 @@ def fit(
         typer.echo(f'fitted in {(time.perf_counter() - start)/60:.1f} minutes: {out}')
 
 # %% ../nbs/20_cli.ipynb #2fafcdcb
-def opened(run: Path, data: str, layout: str, category: str | None, pairs: list[str] | None) -> tuple[Method, AnomalyDataset]:
+def opened(run: Path, data: str, layout: str, category: str | None,
+           pairs: list[str] | None) -> tuple[Method, AnomalyDataset]:
     "A run and a data set; the category is that of the run where the folder has it."
     from dynad.config import parse_overrides
     from dynad.method import open_run
@@ -113,7 +118,8 @@ def evaluate(
     report: Annotated[Optional[Path], typer.Option(help='folder for a results page with images')] = None,
     table: Annotated[Optional[Path], typer.Option(help='a Parquet file with one row per image')] = None,
     null_models: Annotated[bool, typer.Option(help='the rows that tell what the diffusion adds')] = True,
-    baselines: Annotated[str, typer.Option(help='methods to fit on the same images as rows beside it, comma-separated; empty for none')] = 'patchcore',
+    baselines: Annotated[str, typer.Option(
+        help='methods to fit on the same images as rows beside it, comma-separated; empty for none')] = 'patchcore',
     n_boot: Annotated[int, typer.Option(min=0, help='bootstrap resamples of the intervals')] = 1000,
     set: Set = None
 ):
@@ -124,9 +130,11 @@ def evaluate(
         checked_place(data)
         from dynad import evaluate as ev
         from dynad.store import make_folder
-        for folder in filter(None, (json_file.parent, save_maps, report, table and table.parent)): make_folder(folder) # before the work
+        for folder in filter(None, (json_file.parent, save_maps, report, table and table.parent)):
+            make_folder(folder) # before the work
         method, dataset = opened(run, data, layout, category, set)
-        e = ev.evaluate(method, dataset, n_boot=n_boot, null_models=null_models, baselines=baselines_of(method, baselines, dataset))
+        e = ev.evaluate(method, dataset, n_boot=n_boot, null_models=null_models,
+                        baselines=baselines_of(method, baselines, dataset))
         ev.write_result(e.result, json_file)
         typer.echo(ev.metrics_table(e.result).iloc[:, :3].to_string())
         if note := e.result['protocol']['note']: typer.echo(note)
@@ -156,15 +164,19 @@ def predict(
         typer.echo(f"{sum(r['anomalous'] for r in rows)} of {len(rows)} images above the threshold: {out/'scores.csv'}")
 
 # %% ../nbs/20_cli.ipynb #02487885
-DEMO = {'latents.finetune_steps': 80, 'denoiser.steps': 400} # of the `small` preset, to end within 8 minutes on two cores
+# of the `small` preset, to end within 8 minutes on two cores
+DEMO = {'latents.finetune_steps': 80, 'denoiser.steps': 400}
 
 def demo_data(data: str, product: str, out: Path, category: str | None, seed: int) -> AnomalyDataset:
     "The synthetic set, or a part of another one."
     from dynad.config import ConfigError
     from dynad.synthetic import PRODUCTS, write_synthetic
-    if data != 'synthetic': return dataset_of(data, 'auto', category or ('mono' if data == 'elpv' else None), seed).limited(100, 48, seed)
-    if product not in PRODUCTS: raise ConfigError(f"--product {product!r} does not exist; allowed: {', '.join(PRODUCTS)}")
-    folder = write_synthetic(out/f'synthetic_{product}_seed{seed}', product, n_train=80, n_good=16, n_defect=32, size=128, seed=seed)
+    if data != 'synthetic':
+        return dataset_of(data, 'auto', category or ('mono' if data == 'elpv' else None), seed).limited(100, 48, seed)
+    if product not in PRODUCTS:
+        raise ConfigError(f"--product {product!r} does not exist; allowed: {', '.join(PRODUCTS)}")
+    folder = write_synthetic(out/f'synthetic_{product}_seed{seed}', product, n_train=80, n_good=16, n_defect=32,
+                             size=128, seed=seed)
     return dataset_of(folder, 'auto', None, seed)
 
 # %% ../nbs/20_cli.ipynb #61d4cd2d
@@ -187,7 +199,8 @@ def demo(
         e = ev.evaluate(method, dataset, n_boot=200, baselines=[ev.fitted_baseline(method, 'patchcore', dataset)])
         ev.write_result(e.result, out/f'run_{name}'/'result.json')
         typer.echo(ev.metrics_table(e.result).iloc[:, :3].to_string())
-        typer.echo(f"{'synthetic images, ' if data == 'synthetic' else ''}small preset with fewer steps: a demonstration, not a result")
+        typer.echo(f"{'synthetic images, ' if data == 'synthetic' else ''}small preset with fewer steps: "
+                   'a demonstration, not a result')
         write_page(e, out/f'page_{name}')
         typer.echo(f'{(time.perf_counter() - start)/60:.1f} minutes')
 
@@ -216,50 +229,59 @@ def print_plan(jobs: list, rows: list[dict], details: bool) -> None:
     from dynad.runner import TRAINING
     wide = max(len(r['name']) for r in rows)
     for job, r in zip(jobs, rows):
-        state = 'done already' if r['done'] else f"not run: {r['reason']} (cost: {cost(r)})" if r['reason'] else f'would run ({cost(r)})'
+        state = ('done already' if r['done'] else
+                 f"not run: {r['reason']} (cost: {cost(r)})" if r['reason'] else f'would run ({cost(r)})')
         typer.echo(f"{r['name']:<{wide}}  {state}\n    {r['title']}; {r['data']}")
         if details and not r['reason']:
             typer.echo(f"    {', '.join(f'{k} = {v}' for k, v in job.parameters.items())}\n    → {job.out}")
     todo = [r['minutes'] for r in rows if r['can_run'] and not r['done'] and r['minutes'] is not None]
     first = TRAINING.get(str(jobs[0].parameters['preset']))
-    trained = f', and {first:g} min for each data set and seed that nothing has been trained on yet (on 2 cores)' if first else ''
+    trained = (f', and {first:g} min for each data set and seed that nothing has been trained on yet (on 2 cores)'
+               if first else '')
     if len(todo) > 1: typer.echo(f'{len(todo)} would run, about {sum(todo):.0f} min one after another{trained}')
 
 def print_outcomes(outcomes: list, folder: Path) -> None:
     "How the runs ended; exit status 1 when one failed or none is there."
     for o in outcomes:
-        if o.traceback: typer.echo(f'\n{o.name}, the end of the traceback of cell {o.cell}:\n{o.traceback[-1500:]}', err=True)
+        if o.traceback:
+            typer.echo(f'\n{o.name}, the end of the traceback of cell {o.cell}:\n{o.traceback[-1500:]}', err=True)
     count = {s: sum(o.status == s for o in outcomes) for s in ('done', 'already done', 'failed', 'not run')}
     typer.echo(', '.join(f'{n} {s}' for s, n in count.items() if n) + f'; results in {folder}')
     if count['failed'] or not count['done'] + count['already done']: raise typer.Exit(1)
 
 # %% ../nbs/20_cli.ipynb #5286c628
 PROFILE = 'smoke (minutes, a test of the machinery), small, or paper'
-SCHEDULER = ("of a dask scheduler, e.g. tcp://10.0.0.1:8786, whose workers then look for GPU, weights and images themselves; "
-             "default: a cluster on this machine")
-TIMEOUT = ('seconds that one cell may take; default: 600 (10 minutes) with the preset smoke, 14400 (4 hours) with small, '
-           '604800 (7 days) with paper and authors')
+SCHEDULER = ("of a dask scheduler, e.g. tcp://10.0.0.1:8786, whose workers then look for GPU, weights and images "
+             "themselves; default: a cluster on this machine")
+TIMEOUT = ('seconds that one cell may take; default: 600 (10 minutes) with the preset smoke, '
+           '14400 (4 hours) with small, 604800 (7 days) with paper and authors')
 
 @app.command(cls=NameValue)
 def reproduce(
-    names: Annotated[Optional[list[str]], typer.Argument(metavar='NAME…', help='names of `--list`, all, a notebook file, or book')] = None,
+    names: Annotated[Optional[list[str]], typer.Argument(
+        metavar='NAME…', help='names of `--list`, all, a notebook file, or book')] = None,
     profile: Annotated[str, typer.Option(help=PROFILE)] = 'smoke',
-    parameter: Annotated[Optional[list[str]], typer.Option('-p', '--parameter', metavar='NAME VALUE', help='of the notebooks; may be repeated')] = None,
+    parameter: Annotated[Optional[list[str]], typer.Option(
+        '-p', '--parameter', metavar='NAME VALUE', help='of the notebooks; may be repeated')] = None,
     out: Annotated[Optional[Path], typer.Option(help='folder of the results; default nbs/_runs')] = None,
-    show_list: Annotated[bool, typer.Option('--list', help='each table and figure, its data, whether it can run here, what it costs, whether it is done')] = False,
+    show_list: Annotated[bool, typer.Option('--list',
+        help='each table and figure, its data, whether it can run here, what it costs, whether it is done')] = False,
     as_json: Annotated[bool, typer.Option('--json', help='with --list')] = False,
     dry_run: Annotated[bool, typer.Option(help='what would run, and why')] = False,
     scheduler: Annotated[Optional[str], typer.Option(metavar='ADDRESS', help=SCHEDULER)] = None,
-    workers: Annotated[Optional[int], typer.Option(min=0, help='of the cluster on this machine; 0: in this process, without dask')] = None,
+    workers: Annotated[Optional[int], typer.Option(
+        min=0, help='of the cluster on this machine; 0: in this process, without dask')] = None,
     timeout: Annotated[Optional[int], typer.Option(min=1, help=TIMEOUT)] = None
 ):
     "Tables and figures of the paper, by papermill; a finished one is not run again."
     with known_mistakes():
         from dynad import jobs as J, runner
-        if not names and not show_list: raise runner.RunnerError("name a table or figure, e.g. table5, or all; `dynad reproduce --list` shows them")
+        if not names and not show_list:
+            raise runner.RunnerError("name a table or figure, e.g. table5, or all; `dynad reproduce --list` shows them")
         if 'book' in (names or []):
             from dynad.book import write_book
-            if len(names) > 1: raise runner.RunnerError("book stands alone: `dynad reproduce all`, then `dynad reproduce book`")
+            if len(names) > 1:
+                raise runner.RunnerError("book stands alone: `dynad reproduce all`, then `dynad reproduce book`")
             typer.echo(f'the book: {write_book(out)}')
             return
         parameters = runner.parse_parameters(parameter or [])
@@ -285,7 +307,8 @@ def download(
 # %% ../nbs/20_cli.ipynb #889c058d
 @app.command()
 def bench(
-    run: Annotated[Optional[Path], typer.Argument(help='run directory of `dynad fit`; without it an unfitted DynAD of --preset, with random weights')] = None,
+    run: Annotated[Optional[Path], typer.Argument(
+        help='run directory of `dynad fit`; without it an unfitted DynAD of --preset, with random weights')] = None,
     preset: Annotated[str, typer.Option(help='small, smoke, paper or authors; not with a run')] = 'small',
     images: Annotated[int, typer.Option(min=1, help='in the one batch that is timed')] = 8,
     repeats: Annotated[int, typer.Option(min=1, help='of each stage; medians are printed')] = 5,
@@ -301,16 +324,20 @@ def bench(
         from dynad.store import atomic_write
         model = DynAD.open(run, parse_overrides(set or [])) if run else speed.fresh(config_of(preset, seed, set))
         size = model.config.data.image_size
-        result = speed.bench(model, torch.rand(images, 3, size, size, generator=torch.Generator().manual_seed(seed)), repeats)
+        result = speed.bench(model, torch.rand(images, 3, size, size, generator=torch.Generator().manual_seed(seed)),
+                             repeats)
         if json_file: atomic_write(json_file, json.dumps(result, indent=1))
         typer.echo(speed.bench_table(result).round(3).to_string())
-        typer.echo(f"{result['images_per_second']:.2f} images per second; weights: {result['weights']}; load of the machine {result['machine']['load']}")
+        typer.echo(f"{result['images_per_second']:.2f} images per second; weights: {result['weights']}; "
+                   f"load of the machine {result['machine']['load']}")
 
 # %% ../nbs/20_cli.ipynb #d267b10e
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option('--json', help='as JSON')] = False,
-    estimate: Annotated[Optional[str], typer.Option(metavar='PRESET', help='minutes and memory of a fit and an inference with this preset here, from measured steps')] = None,
+    estimate: Annotated[Optional[str], typer.Option(
+        metavar='PRESET', help='minutes and memory of a fit and an inference with this preset here, from measured steps'
+    )] = None,
     images: Annotated[int, typer.Option(min=8, help='with --estimate: normal training images')] = 200
 ):
     "What is installed, which device, which weights and data are found, and what to do about the rest."
@@ -324,11 +351,13 @@ def doctor(
         rows = examine()
         if as_json: typer.echo(json.dumps(rows, indent=1, ensure_ascii=False)); return
         wide = max(len(r['what']) for r in rows)
-        for r in rows: typer.echo(f"{r['what']:<{wide}}  {r['state']}" + (f"\n{'':<{wide}}    → {r['cure']}" if r['cure'] else ''))
+        for r in rows:
+            typer.echo(f"{r['what']:<{wide}}  {r['state']}" + (f"\n{'':<{wide}}    → {r['cure']}" if r['cure'] else ''))
 
 # %% ../nbs/20_cli.ipynb #11851ac9
 @app.callback(invoke_without_command=True)
 def _main(show_version: Annotated[bool, typer.Option('--version', help='print the version')] = False):
     if show_version: typer.echo(__version__); raise typer.Exit()
 
-if __name__ == '__main__' and '__file__' in globals(): app() # python -m dynad.cli, as `accelerate launch` starts it; not in a notebook
+if __name__ == '__main__' and '__file__' in globals():
+    app() # python -m dynad.cli, as `accelerate launch` starts it; not in a notebook

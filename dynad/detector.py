@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .adaptation import adapt
 from .cache import CachedWalk, ImageSet, batches
-from .config import UNKEYED_DENOISER_SETTINGS, Config, ConfigError, content_key, dump_config, load_config, with_overrides
+from .config import (UNKEYED_DENOISER_SETTINGS, Config, ConfigError, content_key, dump_config, load_config,
+                          with_overrides)
 from .autoencoder import FINETUNE_CHECKPOINT, finetune
 from .denoiser import check_denoiser, load_denoiser, make_unet, save_denoiser, set_compiled, train_denoiser
 from .dic import DIC, pooled, t_grid
@@ -25,7 +26,8 @@ from .latents import load_latents
 from .launch import processes, run_collectively
 from .method import Decision, Hooks, Method, Prediction, checked_images, register
 from .reconstruction import overshoots
-from .store import REPAIR_HINT, StoreError, atomic_write, load_json, load_state, load_tensors, save_tensors, state_hash
+from .store import (REPAIR_HINT, StoreError, atomic_write, load_json, load_state, load_tensors, save_tensors,
+                         state_hash)
 from .training import CHECKPOINT
 from .walk import Parts, WalkOutputs, adaptation_parts, decode, extract_features, reconstruct_latents, walk
 
@@ -37,7 +39,7 @@ __all__ = ['DynADPrediction', 'DynAD', 'phi_of', 'train_parts', 'fit_autoencoder
 # %% ../nbs/16_detector.ipynb #c2d2088e
 @dataclass
 class DynADPrediction(Prediction):
-    "The answer for a batch of images; the calibrated maps are about 0 at ordinary places and 1 at the upper quantile of normal ones."
+    "The answer for a batch; calibrated maps are about 0 at ordinary places, 1 at the upper quantile of normal images."
     reconstruction: Tensor | None = None  # [B,3,H,W] x̂_0 in [0,1]
     t_hat: Tensor | None = None           # [B] T̂
     latent_map: Tensor | None = None      # [B,1,H,W] calibrated l_map
@@ -49,7 +51,8 @@ class DynADPrediction(Prediction):
 class DynAD(Method):
     "Dynamic addition of noise for anomaly detection (Tebbe and Tayyub, 2024)."
     name, title = 'dynad', 'DynAD'
-    trains_on = ('seed', 'precision', 'data', 'features', 'latents', 'diffusion', 'denoiser', 'adaptation', 'method', 'options')
+    trains_on = ('seed', 'precision', 'data', 'features', 'latents', 'diffusion', 'denoiser', 'adaptation',
+                 'method', 'options')
 
     def __init__(self,
         config: Config | None = None # default: the `small` preset
@@ -111,7 +114,8 @@ def fit_autoencoder(method: DynAD, phi0: nn.Module, hooks: Hooks) -> Path:
     "E and D as a stage."
     c, images = method.config, method.training_set
     ae = load_latents(c.latents, c.data.image_size)
-    check_denoiser(c.denoiser, c.data.image_size//ae.downsample, c.precision, method.device.type) # before hours of training
+    # checked before hours of training
+    check_denoiser(c.denoiser, c.data.image_size//ae.downsample, c.precision, method.device.type)
     def make(work: Path) -> dict[str, Tensor]:
         losses = []
         if c.latents.finetune_steps:
@@ -131,9 +135,9 @@ def fit_denoiser(self: DynAD, hooks: Hooks) -> Path:
     c, z0, images = self.config, self.training.z0, self.training_set
     def make(work: Path) -> dict[str, Tensor] | None:
         unet = make_unet(c.denoiser, z0.shape[1], z0.shape[-1], seed=c.seed)
-        log = train_denoiser(unet, z0, self.parts.schedule, c.denoiser, c.seed, work, precision=c.precision, device=c.device,
-                             progress=hooks.progress, callback=hooks.of('denoiser'), should_stop=hooks.should_stop,
-                             trackers=c.trackers, logs=images.store.root/'logs')
+        log = train_denoiser(unet, z0, self.parts.schedule, c.denoiser, c.seed, work, precision=c.precision,
+                             device=c.device, progress=hooks.progress, callback=hooks.of('denoiser'),
+                             should_stop=hooks.should_stop, trackers=c.trackers, logs=images.store.root/'logs')
         if not processes(c.device).is_main_process: return None
         save_denoiser(unet, work/'unet')
         (work/CHECKPOINT).unlink(missing_ok=True)
@@ -144,9 +148,11 @@ def fit_denoiser(self: DynAD, hooks: Hooks) -> Path:
 def denoiser_key(method: DynAD, z0: Tensor) -> dict[str, Any]:
     "What the denoiser depends on; the number of steps counts, however it was asked for."
     c, walk = method.config, method.training
-    settings = c.denoiser.model_dump(mode='json', exclude={*UNKEYED_DENOISER_SETTINGS, 'min_epochs'}) | dict(epochs=None, steps=c.denoiser.total_steps(len(z0)))
+    settings = (c.denoiser.model_dump(mode='json', exclude={*UNKEYED_DENOISER_SETTINGS, 'min_epochs'})
+                | dict(epochs=None, steps=c.denoiser.total_steps(len(z0))))
     latents = content_key(dict(images=walk.set.key, **walk.latents_key))
-    return dict(z0=latents, settings=settings, diffusion=c.diffusion.model_dump(mode='json'), seed=c.seed, precision=c.precision)
+    return dict(z0=latents, settings=settings, diffusion=c.diffusion.model_dump(mode='json'),
+                seed=c.seed, precision=c.precision)
 
 # %% ../nbs/16_detector.ipynb #152082fc
 def fit_phi(method: DynAD, phi0: nn.Module, hooks: Hooks) -> Path:
@@ -167,7 +173,8 @@ def fit_phi(method: DynAD, phi0: nn.Module, hooks: Hooks) -> Path:
 def phi_key(method: DynAD, phi0: nn.Module) -> dict[str, Any]:
     "What the adapted φ depends on."
     c, h = method.config, method.parts.hashes
-    key = dict(features=c.features.model_dump(mode='json', exclude={'weights'}), base=phi0.weights_hash, S=c.reconstruction.S, seed=c.seed)
+    key = dict(features=c.features.model_dump(mode='json', exclude={'weights'}), base=phi0.weights_hash,
+               S=c.reconstruction.S, seed=c.seed)
     if not c.adaptation.gamma: return key
     return key | dict(images=method.training_set.key, autoencoder=h['autoencoder'], denoiser=h['denoiser'],
                       settings=c.adaptation.model_dump(mode='json'), diffusion=c.diffusion.model_dump(mode='json'))
@@ -185,14 +192,16 @@ def fit_bank(method: DynAD) -> None:
 def load_autoencoder(method: DynAD, folder: Path) -> None:
     "E and D of a stage, or of a folder of `save_pretrained`."
     c = method.config
-    ae = load_latents(c.latents.model_copy(update={'weights': str(folder/'autoencoder')}), c.data.image_size).to(method.device)
+    ae = load_latents(c.latents.model_copy(update={'weights': str(folder/'autoencoder')}),
+                      c.data.image_size).to(method.device)
     method.parts = replace(method.parts, autoencoder=ae, hashes=method.parts.hashes | {'autoencoder': ae.weights_hash})
 
 def load_unet(method: DynAD, folder: Path) -> None:
     "ε_θ."
     unet = load_denoiser(folder/'unet')
     hashes = method.parts.hashes | {'denoiser': state_hash(unet.state_dict())}
-    method.parts = replace(method.parts, denoiser=set_compiled(unet.to(method.device), method.config.denoiser.compile), hashes=hashes)
+    method.parts = replace(method.parts, denoiser=set_compiled(unet.to(method.device), method.config.denoiser.compile),
+                           hashes=hashes)
 
 def load_phi(method: DynAD, folder: Path) -> None:
     "The adapted φ."
@@ -205,7 +214,8 @@ def load_phi(method: DynAD, folder: Path) -> None:
 def load_parts(method: DynAD, stages: dict[str, Path]) -> None:
     "All parts from their stages. Raises StoreError that names what is missing."
     if missing := {'autoencoder', 'denoiser', 'phi'} - stages.keys():
-        raise StoreError(f"{method.training_set.store.root/'run.json'}: names no stage {', '.join(sorted(missing))}; {REPAIR_HINT}")
+        raise StoreError(f"{method.training_set.store.root/'run.json'}: names no stage {', '.join(sorted(missing))}; "
+                         f"{REPAIR_HINT}")
     load_autoencoder(method, stages['autoencoder'])
     load_unet(method, stages['denoiser'])
     load_phi(method, stages['phi'])
@@ -219,7 +229,8 @@ def calibrated(self: DynAD,
     "The scales of the maps at these T̂."
     if self.fixed_calibration is not None: return self.fixed_calibration
     held, levels = self.held_out, {}
-    key = content_key([held.reconstructions_key, self.parts.hashes['phi'], self.config.fusion.layers, self.config.fusion.quantile])
+    key = content_key([held.reconstructions_key, self.parts.hashes['phi'], self.config.fusion.layers,
+                       self.config.fusion.quantile])
     known = self.held_out_set.memory.setdefault(('calibration', key), {})
     for T in sorted(set(torch.as_tensor(t_hat).tolist())):
         if T not in known: known[T] = measured_level(held, T)
@@ -236,8 +247,10 @@ def measured_level(held_out: CachedWalk, T: int) -> tuple[float, float, float, f
 def finished(method: DynAD, w: WalkOutputs) -> DynADPrediction:
     "The calibrated, fused and smoothed maps of a walk, and the score (Eq. 10)."
     c = method.config
-    A, l, f = anomaly_map(w.raw.latent, w.raw.features, w.t_hat, method.calibrated(w.t_hat), c.fusion, c.data.image_size)
-    return DynADPrediction(score(A), A, reconstruction=w.x_hat, t_hat=w.t_hat, latent_map=l, feature_map=f, distance=w.severity.distance)
+    A, l, f = anomaly_map(w.raw.latent, w.raw.features, w.t_hat, method.calibrated(w.t_hat), c.fusion,
+                          c.data.image_size)
+    return DynADPrediction(score(A), A, reconstruction=w.x_hat, t_hat=w.t_hat, latent_map=l, feature_map=f,
+                           distance=w.severity.distance)
 
 # %% ../nbs/16_detector.ipynb #b7ee969e
 @patch
@@ -245,18 +258,20 @@ def maps(self: DynAD,
     walk: CachedWalk,               # of `cached_walk`, `training` or `held_out`
     t_hat: Tensor | None = None,    # [N] T̂ of every image of the set (default: under the settings)
     rows: list[int] | None = None   # of these images only (default: all)
-) -> Iterator[tuple[list[int], tuple[Tensor, Tensor, Tensor]]]: # rows; A_map, calibrated l_map and f_map, each [B,1,H,W]
+) -> Iterator[tuple[list[int], tuple[Tensor, Tensor, Tensor]]]: # rows; A_map, calibrated l_map, f_map: [B,1,H,W]
     "The finished maps of a set in batches, from stored raw maps; no model is called for what is stored."
     c, t_hat = self.config, walk.t_hat if t_hat is None else t_hat
     rows = list(range(len(walk))) if rows is None else rows
     raw, calibration = walk.raw_maps(t_hat, rows), self.calibrated(t_hat[rows])
     for b in batches(len(rows), 64):
         r = [rows[k] for k in b]
-        yield r, anomaly_map(raw.latent[b], {j: v[b] for j, v in raw.features.items()}, t_hat[r], calibration, c.fusion, c.data.image_size)
+        yield r, anomaly_map(raw.latent[b], {j: v[b] for j, v in raw.features.items()}, t_hat[r], calibration,
+                             c.fusion, c.data.image_size)
 
 # %% ../nbs/16_detector.ipynb #2c9418ec
 @patch
-def all_maps(self: DynAD, walk: CachedWalk, t_hat: Tensor | None = None, rows: list[int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def all_maps(self: DynAD, walk: CachedWalk, t_hat: Tensor | None = None,
+             rows: list[int] | None = None) -> tuple[Tensor, Tensor, Tensor]:
     "A_map, calibrated l_map and f_map of `maps` as whole tensors, each [N,1,H,W]."
     return tuple(torch.cat(m) for m in zip(*(maps for _, maps in self.maps(walk, t_hat, rows))))
 
@@ -319,8 +334,11 @@ def with_settings(self: DynAD,
 # %% ../nbs/16_detector.ipynb #74893dca
 def refuse_retraining(method: Method, config: Config, overrides: dict[str, Any]) -> None:
     "Raises ConfigError that names the settings for which the method would have to be trained again."
-    needs = [k for k in overrides if k.split('.')[0] in method.trains_on and with_overrides(method.config, {k: overrides[k]}) != method.config]
-    if needs: raise ConfigError(f"{', '.join(needs)}: would need training; fit again with {needs[0]} = {overrides[needs[0]]!r}")
+    needs = [k for k in overrides if k.split('.')[0] in method.trains_on
+             and with_overrides(method.config, {k: overrides[k]}) != method.config]
+    if needs:
+        raise ConfigError(f"{', '.join(needs)}: would need training; "
+                          f"fit again with {needs[0]} = {overrides[needs[0]]!r}")
 
 # %% ../nbs/16_detector.ipynb #ea2708d2
 @patch
@@ -344,17 +362,21 @@ def calibration_of_set(walk: CachedWalk) -> Calibration:
         l, f = upsample(raw.latent[b], size), feature_map({j: v[b] for j, v in raw.features.items()}, size)
         ends.append(Calibration.of_test_set(l, f).levels[-1])
     ends = torch.tensor(ends)
-    return Calibration({-1: tuple(torch.where(torch.tensor([True, False, True, False]), ends.amin(0), ends.amax(0)).tolist())})
+    return Calibration({-1: tuple(torch.where(torch.tensor([True, False, True, False]),
+                                              ends.amin(0), ends.amax(0)).tolist())})
 
 # %% ../nbs/16_detector.ipynb #56763dd6
 @patch
 def predict(self: DynAD,
     images: Tensor | list[str | Path] # [B,3,H,W] in [0,1] at the fitted size, or image files
 ) -> DynADPrediction:
-    "The whole method for new images. Raises ValueError for a wrong size or range, DataError for a file that cannot be read."
+    """The whole method for new images.
+
+    Raises ValueError for a wrong size or range, DataError for a file that cannot be read."""
     if self.config.fusion.calibration != 'test' or self.decision is None: return Method.predict(self, images)
-    warnings.warn("fusion.calibration = 'test' scales by the smallest and largest value of these very images: maps and scores of another call "
-                  "are on another scale; use 'train' to predict on single images", stacklevel=2)
+    warnings.warn("fusion.calibration = 'test' scales by the smallest and largest value of these very images: "
+                  "maps and scores of another call are on another scale; "
+                  "use 'train' to predict on single images", stacklevel=2)
     x, size = checked_images(images, self.config.data.image_size), self.config.data.image_size
     outputs = [walk(self.parts, x[b], b) for b in batches(len(x), self.config.batch, 'images', True)]
     l = torch.cat([w.raw.latent for w in outputs])
@@ -391,7 +413,8 @@ def save_pretrained(self: DynAD, folder: str | Path) -> Path:
     save_denoiser(p.denoiser, folder/'unet')
     save_tensors(folder/'phi.safetensors', p.phi.state_dict())
     save_tensors(folder/'dic.safetensors', p.dic.state())
-    levels = self.calibrated(torch.cat([self.held_out.t_hat, possible_t_hat(self)])).levels if self.fixed_calibration is None else self.fixed_calibration.levels
+    levels = (self.calibrated(torch.cat([self.held_out.t_hat, possible_t_hat(self)])).levels
+              if self.fixed_calibration is None else self.fixed_calibration.levels)
     decision = {'threshold': self.decision.threshold, 'image_threshold': self.decision.image_threshold}
     atomic_write(folder/'calibration.json', json.dumps({'levels': levels, **decision}, indent=1))
     atomic_write(folder/'config.json', dump_config(self.config))
@@ -424,7 +447,8 @@ def load_bank(method: DynAD, file: Path) -> DIC:
     blank = extract_features(method.parts, torch.zeros(1, 3, side, side))
     width = pooled(blank[c.dic.layer], c.dic.pool).shape[1]
     if dic.bank.shape[1:] != (width,):
-        raise StoreError(f"{file}: a bank of {list(dic.bank.shape)} numbers, where φ gives {width} per image; {REPAIR_HINT}")
+        raise StoreError(f"{file}: a bank of {list(dic.bank.shape)} numbers, where φ gives {width} per image; "
+                         f"{REPAIR_HINT}")
     return dic
 
 def load_calibration(file: Path) -> tuple[Calibration, Decision]:

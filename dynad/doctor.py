@@ -47,14 +47,16 @@ def packages() -> Iterator[Finding]:
     yield Finding('faiss', faiss or 'missing: neighbours are searched with torch',
                   '' if faiss else "pip install -e '.[faiss-cpu]' (or '.[faiss-gpu]'); same results")
     for name, package in TRACKERS.items():
-        yield Finding(f'tracker: {name}', installed(package) or 'not installed', '' if installed(package) else f'pip install {package}, for --tracker {name}')
+        yield Finding(f'tracker: {name}', installed(package) or 'not installed',
+                      '' if installed(package) else f'pip install {package}, for --tracker {name}')
 
 # %% ../nbs/17d_doctor.ipynb #71fae00e
 def device() -> Iterator[Finding]:
     "Where trainings run."
     d = Accelerator().device
     name = f' {torch.cuda.get_device_name()}' if d.type == 'cuda' else f', {torch.get_num_threads()} threads'
-    yield Finding('device', f'{d}{name}', '' if d.type != 'cpu' else 'none needed for small and smoke; paper and authors want a GPU')
+    yield Finding('device', f'{d}{name}',
+                  '' if d.type != 'cpu' else 'none needed for small and smoke; paper and authors want a GPU')
     policy = os.environ.get('OMP_WAIT_POLICY', 'not set')
     if d.type == 'cpu' and policy.lower() != 'passive':
         yield Finding('OMP_WAIT_POLICY', policy, 'set it to passive when other work shares the cores')
@@ -65,13 +67,16 @@ def weights() -> Iterator[Finding]:
     root = weights_root()
     there = root is not None and root.is_dir()
     yield Finding('DYNAD_WEIGHTS', 'not set' if root is None else f"{root}{'' if there else ' (no such folder)'}",
-                  '' if there else 'folder with kl-f8/, taesd/ and <backbone>.safetensors, for the paper and authors presets')
+                  '' if there else 'folder with kl-f8/, taesd/ and <backbone>.safetensors, '
+                                   'for the paper and authors presets')
     complete = all(p.exists() for p in shipped())
-    yield Finding('weights: tiny', 'shipped' if complete else 'missing', '' if complete else 'install again: the package carries it')
+    yield Finding('weights: tiny', 'shipped' if complete else 'missing',
+                  '' if complete else 'install again: the package carries it')
     for kind in ('taesd', 'kl-f8'):
         found = root is not None and all((root/kind/n).is_file() and (root/kind/n).stat().st_size for n in FILES)
         yield Finding(f'weights: {kind}', f'{root/kind}' if found else 'not found locally',
-                      '' if found else f"put {' and '.join(FILES)} into $DYNAD_WEIGHTS/{kind}/, or let diffusers download them")
+                      '' if found else f"put {' and '.join(FILES)} into $DYNAD_WEIGHTS/{kind}/, "
+                                       'or let diffusers download them')
     yield from backbones()
 
 def backbones() -> Iterator[Finding]:
@@ -83,7 +88,8 @@ def backbones() -> Iterator[Finding]:
     for name in ('resnet34', 'wide_resnet50_2'):
         found = local_weights(name)
         yield Finding(f'weights: {name}', f'{found}' if found else 'not found locally',
-                      '' if found else f"put {name}.safetensors or torchvision's .pth into $DYNAD_WEIGHTS, or let torchvision download it")
+                      '' if found else f"put {name}.safetensors or torchvision's .pth into $DYNAD_WEIGHTS, "
+                                       'or let torchvision download it')
 
 # %% ../nbs/17d_doctor.ipynb #678992e0
 def data() -> Iterator[Finding]:

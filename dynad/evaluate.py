@@ -169,7 +169,8 @@ class Evaluation:
 @patch
 def table(self: Evaluation) -> pd.DataFrame:
     "One row per image."
-    columns = {'image': [s.name for s in self.samples], 'label': [s.label for s in self.samples], 'defect': [s.defect for s in self.samples],
+    columns = {'image': [s.name for s in self.samples],
+               'label': [s.label for s in self.samples], 'defect': [s.defect for s in self.samples],
                'score': self.scores.tolist(), **{k: v.tolist() for k, v in self.per_image.items()},
                'mask_pixels': self.masks.flatten(1).sum(1).tolist(), 'has_mask': self.has_mask.tolist()}
     return pd.DataFrame(columns)
@@ -193,9 +194,12 @@ def evaluate(
     for _ in method.predict_set(images): pass # so that the metrics are timed by themselves
     start, stages = time.perf_counter(), method.seconds(images)
     scored = truth(method.predict_set(images), method.decision.threshold)
-    result = scored.metrics | timing(stages, time.perf_counter() - start, len(samples)) | {'decision': decided(scored, truth.labels, method)}
+    result = (scored.metrics | timing(stages, time.perf_counter() - start, len(samples))
+              | {'decision': decided(scored, truth.labels, method)})
     if null_models: result['null_models'] = {k: truth(p).metrics for k, p in method.null_models(images).items()}
-    if baselines: result['baseline'] = {b.name: truth(b.predict_set(b.test_images(samples, dataset, progress))).metrics for b in baselines}
+    if baselines:
+        result['baseline'] = {b.name: truth(b.predict_set(b.test_images(samples, dataset, progress))).metrics
+                              for b in baselines}
     result |= {'peak_memory_mb': peak_memory_mb(), 'method': method.name, 'settings': c.model_dump(mode='json'),
                'protocol': protocol(method, truth), 'versions': versions(), 'data': described(dataset)}
     return Evaluation(result, samples, scored.scores, scored.per_image, masks, has_mask, method, images)
@@ -204,7 +208,8 @@ def evaluate(
 def timing(stages: dict[str, float], metrics: float, n: int) -> dict[str, Any]:
     "Seconds by stage, as they were when each was computed, and images per second."
     inference = sum(stages.values())
-    return {'images': n, 'images_per_second': n/inference if inference else None, 'seconds_by_stage': stages | {'metrics': metrics}}
+    return {'images': n, 'images_per_second': n/inference if inference else None,
+            'seconds_by_stage': stages | {'metrics': metrics}}
 
 def versions() -> dict[str, str]:
     "Of this package, Python and the libraries that numbers depend on."
@@ -216,16 +221,19 @@ def versions() -> dict[str, str]:
 
 def described(dataset: AnomalyDataset) -> dict[str, Any]:
     "The data set in a result."
-    return {'name': dataset.name, 'layout': dataset.layout, 'category': dataset.category, 'fingerprint': dataset.fingerprint,
-            'synthetic': (Path(dataset.root)/'synthetic.json').exists()}
+    return {'name': dataset.name, 'layout': dataset.layout, 'category': dataset.category,
+            'fingerprint': dataset.fingerprint, 'synthetic': (Path(dataset.root)/'synthetic.json').exists()}
 
 # %% ../nbs/17_evaluate.ipynb #c39e72f9
 ORIGIN = { # where the fixed settings of a preset come from
-    'small': "fixed preset; its T_max, λ and number of steps were chosen while looking at the test images of cookies, of magnetic tile and of "
-             "synthetic boards: a first figure for other data, a tuned one for those three",
-    'smoke': 'fixed preset for tests of the machinery', 'paper': 'as printed in the paper (η and γ within its printed ranges)',
-    'authors': "the public code's shipped settings, but for the sampler inside its adaptation; the metrics are this project's (exact PRO, binary masks)"}
-PRESET_NOTES = {'small': 'small preset: not the scale of the paper', 'smoke': 'smoke preset: a test of the machinery, not a result'}
+    'small': "fixed preset; its T_max, λ and number of steps were chosen while looking at the test images of cookies, "
+             "of magnetic tile and of synthetic boards: a first figure for other data, a tuned one for those three",
+    'smoke': 'fixed preset for tests of the machinery',
+    'paper': 'as printed in the paper (η and γ within its printed ranges)',
+    'authors': "the public code's shipped settings, but for the sampler inside its adaptation; "
+               "the metrics are this project's (exact PRO, binary masks)"}
+PRESET_NOTES = {'small': 'small preset: not the scale of the paper',
+                'smoke': 'smoke preset: a test of the machinery, not a result'}
 
 def protocol(method: Method, truth: MetricAccumulator) -> dict[str, Any]:
     "What a reader must know to compare a figure."
@@ -233,13 +241,18 @@ def protocol(method: Method, truth: MetricAccumulator) -> dict[str, Any]:
     at_test = c.fusion.calibration == 'test'
     return {'preset': c.preset, 'note': PRESET_NOTES.get(c.preset, ''),
             'training_images': len(method.training_set), 'held_out_images': len(method.held_out_set),
-            'test_good': int((~y).sum()), 'test_defective': int(y.sum()), 'image_level_only': int((y & ~truth.has_mask).sum()),
+            'test_good': int((~y).sum()), 'test_defective': int(y.sum()),
+            'image_level_only': int((y & ~truth.has_mask).sum()),
             'settings_from': ORIGIN.get(c.preset, ''),
-            'calibration': 'minimum and maximum of the test set (looks at what it judges)' if at_test else 'quantiles of held-out normal training images, per T̂',
+            'calibration': ('minimum and maximum of the test set (looks at what it judges)' if at_test
+                            else 'quantiles of held-out normal training images, per T̂'),
             'threshold': f"quantile {c.fusion.threshold_quantile} of held-out normal training images",
-            'image': f"square resize to {c.data.image_size}, antialiased", 'masks': 'nearest-neighbour resize, then > 0.5',
-            'pro': f"{'exact' if truth.exact else 'streaming, within 1e-4 of exact'}, 8-connected regions, false positive rate up to 0.3",
-            'interval': f"95 % percentile bootstrap over images, {truth.n_boot} resamples, seed {c.seed}", 'seed': c.seed}
+            'image': f"square resize to {c.data.image_size}, antialiased",
+            'masks': 'nearest-neighbour resize, then > 0.5',
+            'pro': f"{'exact' if truth.exact else 'streaming, within 1e-4 of exact'}, 8-connected regions, "
+                   "false positive rate up to 0.3",
+            'interval': f"95 % percentile bootstrap over images, {truth.n_boot} resamples, seed {c.seed}",
+            'seed': c.seed}
 
 # %% ../nbs/17_evaluate.ipynb #e8b028db
 def fitted_baseline(
@@ -267,7 +280,7 @@ def save_maps(
     e: Evaluation,
     folder: str | Path
 ) -> Path:
-    "Raw float32 maps [H,W] as .npy, and an index.csv of image, label, score, the method's further numbers, mask and map."
+    "Raw float32 maps [H,W] as .npy, and an index.csv of image, label, score, the method's numbers, mask and map."
     folder, rows = Path(folder), []
     for batch, p in e.predictions():
         for i, a in zip(batch, p.map):
@@ -275,7 +288,8 @@ def save_maps(
             name = f"{i:05d}_{hashlib.sha1(s.name.encode()).hexdigest()[:8]}.npy"
             with replacing(folder/name) as tmp:
                 with open(tmp, 'wb') as f: np.save(f, a[0].numpy().astype(np.float32))
-            rows.append({'image': s.name, 'label': s.label, 'score': float(e.scores[i]), **{k: v[i].item() for k, v in e.per_image.items()},
+            rows.append({'image': s.name, 'label': s.label, 'score': float(e.scores[i]),
+                         **{k: v[i].item() for k, v in e.per_image.items()},
                          'mask': str(s.mask) if s.mask else '', 'map': name})
     atomic_write(folder/'index.csv', pd.DataFrame(rows).to_csv(index=False))
     return folder
@@ -293,7 +307,8 @@ def metrics_table(
     result: dict[str, Any] # from `evaluate`, or read from its JSON
 ) -> pd.DataFrame:         # rows: the method, null models, baselines; columns: metrics
     "The result as a table of value [low, high]."
-    rows = {method_title(result): result, **{f"null: {k.replace('_', ' ')}": v for k, v in result.get('null_models', {}).items()},
+    rows = {method_title(result): result,
+            **{f"null: {k.replace('_', ' ')}": v for k, v in result.get('null_models', {}).items()},
             **{f'baseline: {k}': v for k, v in result.get('baseline', {}).items()}}
     interval = lambda m: '' if m['low'] is None else f" [{m['low']:.3f}, {m['high']:.3f}]"
     show = lambda m: '—' if not m or m['value'] is None else f"{m['value']:.3f}{interval(m)}"

@@ -126,7 +126,8 @@ class Method(ABC):
     name: ClassVar[str]                                  # in settings, run directories and tables
     title: ClassVar[str] = ''                            # in reports; default: the name
     Options: ClassVar[type[Settings]] = NoOptions        # of `config.options`
-    trains_on: ClassVar[tuple[str, ...]] = ('seed', 'precision', 'data', 'features', 'method', 'options') # settings that need a new fit
+    # settings that need a new fit
+    trains_on: ClassVar[tuple[str, ...]] = ('seed', 'precision', 'data', 'features', 'method', 'options')
 
     def __init__(self,
         config: Config | None = None # default: the `small` preset
@@ -234,7 +235,8 @@ def fit(self: Method,
     if new and state.is_main_process: atomic_write(store.root/'config.json', dump_config(c))
     self.training_set, self.held_out_set = (image_set(store, s, dataset, c.data.image_size, hooks.progress)
                                             for s in (training, held_out))
-    if new: self.training_set.images, self.held_out_set.images # an image that cannot be read is named before any training
+    if new:
+        self.training_set.images, self.held_out_set.images # an image that cannot be read is named before any training
     self.stages = self.train(hooks)
     with state.main_process_first(): self.learn_decision() # the others find what the first has made
     self.info = run_info(self, dataset, training, held_out)
@@ -253,7 +255,8 @@ def held_out_prediction(self: Method) -> Prediction:
 def trained_settings(method: Method | type[Method], config: Config) -> dict[str, Any]:
     "The settings that fitting depends on, and no switch of mere speed."
     raw = config.model_dump(mode='json')
-    return {k: {s: v for s, v in raw[k].items() if s != 'compile'} if k == 'denoiser' else raw[k] for k in method.trains_on}
+    return {k: {s: v for s, v in raw[k].items() if s != 'compile'} if k == 'denoiser' else raw[k]
+            for k in method.trains_on}
 
 def run_info(method: Method, dataset: AnomalyDataset, training: list, held_out: list) -> dict[str, Any]:
     "What run.json holds."
@@ -269,11 +272,14 @@ def run_info(method: Method, dataset: AnomalyDataset, training: list, held_out: 
 def load_info(root: Path) -> dict[str, Any]:
     "run.json of a finished run. Raises StoreError for one that is not finished, damaged, or of an older version."
     file = root/'run.json'
-    if not file.exists(): raise StoreError(f"{file}: no such file, the run is not finished; run `dynad fit` with the same --out again, it goes on where it stopped")
+    if not file.exists():
+        raise StoreError(f"{file}: no such file, the run is not finished; "
+                         "run `dynad fit` with the same --out again, it goes on where it stopped")
     info = load_json(file)
     if info.get('format') != FORMAT and 'stages' in info and 'keys' in info:
         made = f"dynad {info['version']}" if 'version' in info else 'dynad 0.1'
-        raise StoreError(f"{file}: made by {made} (format {info.get('format', 1)}), and this is dynad {__version__} (format {FORMAT}), "
+        raise StoreError(f"{file}: made by {made} (format {info.get('format', 1)}), "
+                         f"and this is dynad {__version__} (format {FORMAT}), "
                          "which cannot open it; run `dynad fit` again with a new --out")
     info = load_json(file, 'data', 'method', 'keys.fit', 'keys.held_out', 'fit', 'held_out', 'stages', 'trained')
     kinds = {'data': dict, 'method': str, 'fit': list, 'held_out': list, 'stages': dict}
@@ -288,20 +294,26 @@ def open(cls: Method,
     overrides: dict[str, Any] | None = None, # inference settings, e.g. {'reconstruction.t_max': 320}
     progress: bool = True
 ) -> Method:
-    "A finished run, with other inference settings if wanted. Raises ConfigError when one needs a new fit, StoreError when the run is not finished."
+    """A finished run, with other inference settings if wanted.
+
+    Raises ConfigError when one needs a new fit, StoreError when the run is not finished."""
     root = Path(run_dir)
     base = load_config(root/'config.json')
     info, config = load_info(root), with_overrides(base, overrides or {})
     own = cls if getattr(cls, 'name', None) else method_named(info['method'])
-    if info['method'] != own.name: raise ConfigError(f"{root}: a run of the method {info['method']}, not {own.name}; open it with `open_run`")
+    if info['method'] != own.name:
+        raise ConfigError(f"{root}: a run of the method {info['method']}, not {own.name}; open it with `open_run`")
     was, now = trained_settings(own, base), trained_settings(own, config)
     if changed := [k for k in own.trains_on if was[k] != now[k]]:
-        raise ConfigError(f"{', '.join(changed)}: cannot be changed on a fitted run; fit again with --set, the stages that do not depend on it are kept")
+        raise ConfigError(f"{', '.join(changed)}: cannot be changed on a fitted run; "
+                          "fit again with --set, the stages that do not depend on it are kept")
     if content_key(now) != info['trained']:
-        raise ConfigError(f"{root/'config.json'}: not the settings this run was fitted with; run `dynad fit` with the same --out again")
+        raise ConfigError(f"{root/'config.json'}: not the settings this run was fitted with; "
+                          "run `dynad fit` with the same --out again")
     self, store = own(config), Store(root)
     self.info, load = info, images_not_at_hand(root, overrides)
-    self.training_set, self.held_out_set = (ImageSet(store, info['keys'][k], len(info[k]), load, progress) for k in ('fit', 'held_out'))
+    self.training_set, self.held_out_set = (ImageSet(store, info['keys'][k], len(info[k]), load, progress)
+                                            for k in ('fit', 'held_out'))
     self.stages = {k: root/str(p) for k, p in info['stages'].items()}
     self.load(self.stages)
     self.learn_decision()
@@ -334,12 +346,15 @@ def checked_images(
     images: Tensor | list[str | Path], # [B,3,H,W] in [0,1], or image files
     size: int                          # side that the method was fitted at
 ) -> Tensor:                           # [B,3,size,size], multiples of 1/255
-    "Images ready to be predicted. Raises ValueError for a wrong size or range, DataError for a file that cannot be read."
+    """Images ready to be predicted.
+
+    Raises ValueError for a wrong size or range, DataError for a file that cannot be read."""
     if not isinstance(images, Tensor): images = torch.stack([read_image(Path(p), size) for p in images])
     if images.ndim != 4 or images.shape[1:] != (3, size, size):
         raise ImageError(f"images of shape {tuple(images.shape)}: expected [B,3,{size},{size}] as fitted")
     if not torch.isfinite(images).all() or images.min() < -1e-4 or images.max() > 1.0001:
-        raise ImageError(f"images with values in {images.min():.3g}…{images.max():.3g}: expected finite values in [0,1]")
+        raise ImageError(f"images with values in {images.min():.3g}…{images.max():.3g}: "
+                         "expected finite values in [0,1]")
     return (images*255).round()/255
 
 class ImageError(DynadError, ValueError):
@@ -353,8 +368,11 @@ class NotFittedError(DynadError, RuntimeError):
 def predict(self: Method,
     images: Tensor | list[str | Path] # [B,3,H,W] in [0,1] at the fitted size, or image files
 ) -> Prediction:
-    "Score, map, mask and decision of new images. Raises ValueError for a wrong size or range, DataError for a file that cannot be read."
-    if self.decision is None: raise NotFittedError(f"this {type(self).__name__} is not fitted; call fit, open or from_pretrained first")
+    """Score, map, mask and decision of new images.
+
+    Raises ValueError for a wrong size or range, DataError for a file that cannot be read."""
+    if self.decision is None:
+        raise NotFittedError(f"this {type(self).__name__} is not fitted; call fit, open or from_pretrained first")
     x = checked_images(images, self.config.data.image_size)
     parts = [self.predict_batch(x[b], b) for b in batches(len(x), self.config.batch, 'images', True)]
     return self.decision.applied(type(parts[0]).concatenated(parts))

@@ -39,13 +39,16 @@ def open_for_prediction(
     folder: Path,             # run directory, or a saved model
     overrides: dict[str, Any] # inference settings, for a run directory
 ) -> Method:
-    "A fitted method that can predict on single images. Raises ConfigError when it cannot, StoreError when it is not whole."
+    "A fitted method that can predict on single images. Raises ConfigError when it cannot, StoreError when incomplete."
     saved = (folder/'calibration.json').exists()
-    if overrides and saved: raise ConfigError(f'{folder}: a saved model has fixed settings; use --set with a run directory')
+    if overrides and saved:
+        raise ConfigError(f'{folder}: a saved model has fixed settings; use --set with a run directory')
     method = DynAD.from_pretrained(folder) if saved else open_run(folder, overrides)
     if method.config.fusion.calibration == 'test':
-        raise ConfigError("fusion.calibration = 'test' scales an image by the others beside it, so that there is no prediction for single images; fit with "
-                          "--set fusion.calibration=train, or give that --set here with a run directory; `dynad evaluate` evaluates a whole test set")
+        raise ConfigError("fusion.calibration = 'test' scales an image by the others beside it, "
+                          "so that there is no prediction for single images; fit with "
+                          "--set fusion.calibration=train, or give that --set here with a run directory; "
+                          "`dynad evaluate` evaluates a whole test set")
     return method
 
 # %% ../nbs/17c_output.ipynb #37b3ed1e
@@ -60,7 +63,8 @@ def write_predictions(
     for a in range(0, len(files), batch):
         part = files[a:a+batch]
         p = method.predict(part)
-        rows += [write_one(method, p, i, f, f'{a + i:0{len(str(len(files)))}d}_{f.stem}', out) for i, f in enumerate(part)]
+        rows += [write_one(method, p, i, f, f'{a + i:0{len(str(len(files)))}d}_{f.stem}', out)
+                 for i, f in enumerate(part)]
     text = io.StringIO()
     w = csv.DictWriter(text, rows[0].keys()); w.writeheader(); w.writerows(rows)
     atomic_write(out/'scores.csv', text.getvalue())
@@ -72,9 +76,10 @@ def write_one(method: Method, p: Prediction, i: int, file: Path, stem: str, out:
     x, d = read_image(file, method.config.data.image_size), method.decision
     drawn = {}
     if p.map is not None:
-        drawn = {'map': colorize(p.map[i], 0, max(2*d.threshold, float(p.map[i].max()))), 'overlay': overlay(x, map=p.map[i], mask=p.mask[i])}
+        drawn = {'map': colorize(p.map[i], 0, max(2*d.threshold, float(p.map[i].max()))),
+                 'overlay': overlay(x, map=p.map[i], mask=p.mask[i])}
     if getattr(p, 'reconstruction', None) is not None: drawn['reconstruction'] = p.reconstruction[i]
     for kind, image in drawn.items(): save_png(image, out/f'{stem}_{kind}.png')
-    return {'image': str(file), 'score': float(p.score[i]), 'anomalous': bool(p.anomalous[i]), 'threshold': d.image_threshold,
-            **{k: v[i].item() for k, v in p.per_image.items()},
+    return {'image': str(file), 'score': float(p.score[i]), 'anomalous': bool(p.anomalous[i]),
+            'threshold': d.image_threshold, **{k: v[i].item() for k, v in p.per_image.items()},
             'anomalous_pixels': int(p.mask[i].sum()) if p.mask is not None else '', 'files': stem}

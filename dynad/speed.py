@@ -62,7 +62,8 @@ def versus(
     "Two ways of doing the same, in turns."
     before(); after()
     a, b = zip(*((seconds(before, 1, 0)[0], seconds(after, 1, 0)[0]) for _ in range(repeats)))
-    return {'before': statistics.median(a), 'after': statistics.median(b), 'times faster': statistics.median(x/y for x, y in zip(a, b))}
+    return {'before': statistics.median(a), 'after': statistics.median(b),
+            'times faster': statistics.median(x/y for x, y in zip(a, b))}
 
 # %% ../nbs/17b_speed.ipynb #1de6d682
 def peaks(
@@ -76,13 +77,14 @@ def peaks(
     m = torch.randn(n, n, device=device, dtype=dtype)
     x = torch.randn(batch, 256, side, side, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
     w = torch.randn(256, 256, 3, 3, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    with torch.no_grad(): return {'convolution': 2*x.numel()*256*9/min(seconds(lambda: F.conv2d(x, w, padding=1), repeats, 2))/1e9,
-                                  'matrix': 2*n**3/min(seconds(lambda: m @ m, repeats, 2))/1e9}
+    with torch.no_grad():
+        return {'convolution': 2*x.numel()*256*9/min(seconds(lambda: F.conv2d(x, w, padding=1), repeats, 2))/1e9,
+                'matrix': 2*n**3/min(seconds(lambda: m @ m, repeats, 2))/1e9}
 
 def count_flops(
     f: Callable[[], Any]
-) -> dict[str, int]:     # 'convolution', 'matrix': floating-point operations of one call, an addition and a product count as two
-    "Counted by torch; attention as the matrix products that it consists of. Distances, norms and activations are not counted."
+) -> dict[str, int]:     # 'convolution', 'matrix': floating-point operations of one call, a multiply-add being two
+    "Counted by torch, attention as its matrix products. Distances, norms and activations are not counted."
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH): f()
     ops = {str(k): v for k, v in counter.get_flop_counts().get('Global', {}).items()}
     conv = sum(v for k, v in ops.items() if 'conv' in k)
@@ -116,7 +118,8 @@ def random_autoencoder(settings: LatentSettings, image_size: int, seed: int = 0)
 def random_bank(config: Config, phi: FeatureExtractor, images: int) -> DIC:
     "A bank of random vectors of the right length."
     d, side = config.dic, config.data.image_size
-    with torch.no_grad(): width = pooled(phi(torch.zeros(1, 3, side, side, device=phi.mean.device))[d.layer], d.pool).shape[1]
+    with torch.no_grad():
+        width = pooled(phi(torch.zeros(1, 3, side, side, device=phi.mean.device))[d.layer], d.pool).shape[1]
     vectors = torch.rand(images, width, generator=torch.Generator().manual_seed(config.seed))
     return DIC.fit(vectors, d.model_copy(update={'K': min(d.K, images - 1)}))
 
@@ -131,7 +134,9 @@ def fresh(
     ae = random_autoencoder(c.latents, c.data.image_size, c.seed).to(model.device)
     phi = phi_of(c, pretrained=False).to(model.device)
     parts = replace(model.parts, autoencoder=ae, phi=phi, dic=random_bank(c, phi, images))
-    if unet: parts = replace(parts, denoiser=make_unet(c.denoiser, ae.latent_channels, c.data.image_size//ae.downsample, c.seed).to(model.device))
+    if unet:
+        parts = replace(parts, denoiser=make_unet(c.denoiser, ae.latent_channels, c.data.image_size//ae.downsample,
+                                                  c.seed).to(model.device))
     model.parts, r = parts, c.reconstruction
     t_hats = {*possible_t_hat(model).tolist(), r.t_max, r.static_t or r.t_max}
     model.fixed_calibration, model._decision = Calibration({T: (0., 1., 0., 1.) for T in t_hats}), Decision(1., 1.)
@@ -156,8 +161,10 @@ def stage_calls(
     A, masks = maps(), torch.zeros(len(images), 1, *images.shape[-2:], dtype=torch.bool)
     masks[::2, :, :images.shape[-1]//2, :images.shape[-1]//2] = True
     return {'encode': lambda: encode(p, images), 'features': lambda: extract_features(p, images),
-            'dic': lambda: choose_t_hat(p, severity(p, features).bin), 'denoise': lambda: reconstruct_latents(p, z0, t_hat, rows),
-            'decode': lambda: decode(p, z_hat), 'maps': maps, 'metrics': lambda: (score(A), pixel_metrics(A, masks, n_boot=0))}
+            'dic': lambda: choose_t_hat(p, severity(p, features).bin),
+            'denoise': lambda: reconstruct_latents(p, z0, t_hat, rows),
+            'decode': lambda: decode(p, z_hat), 'maps': maps,
+            'metrics': lambda: (score(A), pixel_metrics(A, masks, n_boot=0))}
 
 # %% ../nbs/17b_speed.ipynb #302d4aeb
 def timed(
@@ -173,8 +180,8 @@ def timed(
 def stage_row(took: list[float], flops: dict[str, int] | None, n: int, peak: dict[str, float]) -> dict[str, Any]:
     "One stage of a result: the median, and the share of the peak of its fastest call."
     mid, total = statistics.median(took), sum(flops.values()) if flops else 0
-    counted = dict(gflop_per_image=total/n/1e9, convolution_share=flops['convolution']/max(1, total), gflop_per_second=total/mid/1e9,
-                   share_of_peak=share(flops, min(took), peak)) if flops else {}
+    counted = dict(gflop_per_image=total/n/1e9, convolution_share=flops['convolution']/max(1, total),
+                   gflop_per_second=total/mid/1e9, share_of_peak=share(flops, min(took), peak)) if flops else {}
     none = dict.fromkeys(('gflop_per_image', 'convolution_share', 'gflop_per_second', 'share_of_peak'))
     return {'seconds': mid, 'seconds_per_image': mid/n, 'all_seconds': took} | none | counted
 
@@ -185,16 +192,18 @@ def bench(
     repeats: int = 5,
     count: bool = True       # FLOPs too
 ) -> dict[str, Any]:         # JSON
-    "Every stage timed warm and alone: medians and counted work; the share of the machine's peak is that of the fastest call."
+    "Every stage timed warm and alone: medians and counted work; the share of the peak is that of the fastest call."
     c, n, calls = model.config, len(images), stage_calls(model, images)
     dtype = {'no': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}[c.precision]
     took, peak = timed(calls, model.device, dtype, repeats)
     flops = {k: count_flops(f) if count and k not in ('dic', 'metrics') else None for k, f in calls.items()}
     stages = {k: stage_row(took[k], flops[k], n, peak) for k in calls}
     inference = sum(s['seconds'] for k, s in stages.items() if k != 'metrics')
-    return {'stages': stages, 'images': n, 'images_per_second': n/inference, 'inference_seconds_per_image': inference/n, 'repeats': repeats,
-            'peak_gflop_per_second': peak, 'preset': c.preset, 'image_size': c.data.image_size, 'latents': c.latents.kind,
-            'precision': c.precision, 'unet_parameters': count_parameters(model.parts.denoiser),
+    return {'stages': stages, 'images': n, 'images_per_second': n/inference,
+            'inference_seconds_per_image': inference/n, 'repeats': repeats,
+            'peak_gflop_per_second': peak, 'preset': c.preset, 'image_size': c.data.image_size,
+            'latents': c.latents.kind, 'precision': c.precision,
+            'unet_parameters': count_parameters(model.parts.denoiser),
             'weights': 'fitted' if model.held_out_set is not None else 'random, or a saved model', 'machine': machine()}
 
 # %% ../nbs/17b_speed.ipynb #e54d92b8
@@ -215,19 +224,21 @@ def _peak_memory(device: torch.device) -> float:
     return (peak_memory_mb() or float('nan'))*2**20/1e9
 
 def _at_batch(at: list[int], cost: list[float], wanted: int) -> float:
-    "Cost at the wanted batch: the straight line through two points, and never less than the larger of them scaled down."
+    "Cost at the wanted batch: the line through two points, and never less than the larger of them scaled down."
     if len(at) == 1: return cost[0]*wanted/at[0]
     slope = max(0., (cost[-1] - cost[0])/(at[-1] - at[0]))
     return max(cost[-1] + slope*(wanted - at[-1]), cost[0])
 
-def _sizes(wanted: int, most: int) -> list[int]: return sorted({min(wanted, max(1, most//2)), min(wanted, max(2, most))})
+def _sizes(wanted: int, most: int) -> list[int]:
+    return sorted({min(wanted, max(1, most//2)), min(wanted, max(2, most))})
 
 # %% ../nbs/17b_speed.ipynb #3d9f935e
 def _training_cost(raw: dict, steps: int, most: int) -> dict[str, Any]:
     "In a process of its own: some steps of the denoiser's training at two batches."
     c = parse_config(raw)
     model = fresh(c, images=2, unet=False)
-    C, size, device = model.parts.autoencoder.latent_channels, c.data.image_size//model.parts.autoencoder.downsample, model.device
+    C, size, device = (model.parts.autoencoder.latent_channels,
+                       c.data.image_size//model.parts.autoencoder.downsample, model.device)
     del model; gc.collect()
     unet = make_unet(c.denoiser, C, size, c.seed).to(device).train()
     if c.denoiser.gradient_checkpointing: unet.unet.enable_gradient_checkpointing()
@@ -239,7 +250,8 @@ def _training_cost(raw: dict, steps: int, most: int) -> dict[str, Any]:
         z, noise = (torch.randn(b, C, size, size, generator=g).to(device) for _ in range(2))
         t = torch.randint(0, c.diffusion.T, (b,), generator=g)
         def step():
-            with torch.autocast(device.type, dtype=amp, enabled=c.precision != 'no'): loss = eps_loss(unet, z, t, noise, abar).mean()
+            with torch.autocast(device.type, dtype=amp, enabled=c.precision != 'no'):
+                loss = eps_loss(unet, z, t, noise, abar).mean()
             loss.backward(); opt.step(); opt.zero_grad(); ema.update(unet, 1)
         took.append(statistics.median(seconds(step, steps)))
         memory.append(_peak_memory(device))
@@ -247,7 +259,7 @@ def _training_cost(raw: dict, steps: int, most: int) -> dict[str, Any]:
 
 # %% ../nbs/17b_speed.ipynb #38f67852
 def _inference_cost(raw: dict, repeats: int, most: int) -> dict[str, Any]:
-    "In a process of its own: every stage of an inference at two batches, one fine-tuning step and one batch of the adaptation."
+    "In a process of its own: every stage of an inference at two batches, one fine-tuning step, one adaptation batch."
     c = parse_config(raw)
     model, g = fresh(c, images=20), torch.Generator().manual_seed(c.seed)
     sizes, took, memory, s = _sizes(c.batch, most), [], [], c.data.image_size
@@ -265,7 +277,8 @@ def _finetune_cost(model: DynAD, g: torch.Generator) -> float:
     s = model.config.data.image_size
     images = torch.randint(0, 256, (c.finetune_batch, 3, s, s), dtype=torch.uint8, generator=g)
     settings = lambda k: c.model_copy(update={'finetune_steps': k})
-    run = lambda k: seconds(lambda: finetune(copy.deepcopy(p.autoencoder), images, settings(k), p.phi, progress=False), 1, 0)[0]
+    run = lambda k: seconds(lambda: finetune(copy.deepcopy(p.autoencoder), images, settings(k), p.phi,
+                                             progress=False), 1, 0)[0]
     return max(0., run(3) - run(1))/2
 
 def _adaptation_cost(model: DynAD, g: torch.Generator) -> float:
@@ -274,9 +287,11 @@ def _adaptation_cost(model: DynAD, g: torch.Generator) -> float:
     if not c.adaptation.gamma: return 0.
     images = torch.randint(0, 256, (2, 3, c.data.image_size, c.data.image_size), dtype=torch.uint8, generator=g)
     def rebuild(x0, rows, T):
-        return decode(p, reconstruct_latents(p, encode(p, x0, rows), torch.full((len(rows),), T), rows)).to(model.device)
+        return decode(p, reconstruct_latents(p, encode(p, x0, rows), torch.full((len(rows),), T),
+                                             rows)).to(model.device)
     one = c.adaptation.model_copy(update={'gamma': 1, 'batch': 2})
-    adapted = lambda: adapt(model.parts.phi, rebuild, images, one, c.reconstruction.S, c.seed, model.device, progress=False)
+    adapted = lambda: adapt(model.parts.phi, rebuild, images, one, c.reconstruction.S, c.seed, model.device,
+                            progress=False)
     return seconds(adapted, 1, 0)[0]/2
 
 # %% ../nbs/17b_speed.ipynb #01ba8191
@@ -287,10 +302,11 @@ def _apart(what: str, *args) -> dict[str, Any]:
     "Call a function of this module in a fresh process. Raises `EstimateError` with its last words."
     code = ('import json, sys; from dynad import speed; '
             'print(json.dumps(getattr(speed, sys.argv[1])(*json.loads(sys.argv[2]))))')
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, what, json.dumps(args)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, what, json.dumps(args)],
+                          capture_output=True, text=True)
     if done.returncode == -9:
-        raise EstimateError("estimate: the measuring process was killed, as a rule for want of memory: this preset does not fit this machine "
-                            f"at batch {args[-1]}; use a smaller preset")
+        raise EstimateError("estimate: the measuring process was killed, as a rule for want of memory: "
+                            f"this preset does not fit this machine at batch {args[-1]}; use a smaller preset")
     if done.returncode:
         words = done.stderr.strip().splitlines()
         raise EstimateError(f"estimate: the measuring process failed: {words[-1] if words else done.returncode}")
@@ -313,13 +329,15 @@ def estimate(
     step = _at_batch(train['batches'], train['seconds'], d.batch)
     parts, total = _fit_seconds(c, images, step, infer)
     one = sum(v for k, v in each.items() if k != 'metrics')
-    return {'preset': preset, 'images': images, 'test_images': test, 'parameters': train['parameters'], 'optimiser_steps': total,
-            'seconds_per_step': step, 'fit_minutes': sum(parts.values())/60, 'fit_minutes_by_part': {k: v/60 for k, v in parts.items()},
-            'inference_minutes': one*test/60, 'inference_seconds_per_image': one, 'weights_and_optimiser_gb': 20*train['parameters']/1e9,
+    return {'preset': preset, 'images': images, 'test_images': test,
+            'parameters': train['parameters'], 'optimiser_steps': total, 'seconds_per_step': step,
+            'fit_minutes': sum(parts.values())/60, 'fit_minutes_by_part': {k: v/60 for k, v in parts.items()},
+            'inference_minutes': one*test/60, 'inference_seconds_per_image': one,
+            'weights_and_optimiser_gb': 20*train['parameters']/1e9,
             'fit_memory_gb': _at_batch(train['batches'], train['memory'], d.batch) + held_bytes/1e9,
             'inference_memory_gb': _at_batch(infer['batches'], infer['memory'], c.batch) + held_bytes/1e9,
-            'memory_of': 'GPU' if torch.cuda.is_available() else 'process', 'measured': {'training': train, 'inference': infer},
-            'machine': machine()}
+            'memory_of': 'GPU' if torch.cuda.is_available() else 'process',
+            'measured': {'training': train, 'inference': infer}, 'machine': machine()}
 
 def _fit_seconds(c: Config, images: int, step: float, infer: dict[str, Any]) -> tuple[dict[str, float], int]:
     "Seconds of a fit by part, and the optimiser's steps."
@@ -327,7 +345,8 @@ def _fit_seconds(c: Config, images: int, step: float, infer: dict[str, Any]) -> 
     n, r, each = images - held, c.reconstruction, infer['seconds'][-1]
     total = c.denoiser.total_steps(n)
     levels = len(t_grid(r.t_max, c.dic.bins, r.S, c.dic.floor)) if r.severity == 'dynamic' else 1
-    return {'fine-tuning of E and D': c.latents.finetune_steps*infer['finetune'], 'latents': images*each['encode'], 'denoiser': total*step,
+    return {'fine-tuning of E and D': c.latents.finetune_steps*infer['finetune'],
+            'latents': images*each['encode'], 'denoiser': total*step,
             'adaptation of φ': c.adaptation.gamma*n*infer['adapt'], 'features and bank': (images + n)*each['features'],
             'calibration': held*levels*(each['denoise'] + each['decode'] + each['maps'])}, total
 
@@ -341,6 +360,8 @@ def estimate_lines(
     return [f"{e['preset']} on this machine ({m['gpu'] or str(m['cores']) + ' cores'}, load {m['load']}), "
             f"from {len(e['measured']['training']['batches'])} measured batches",
             f"fit on {e['images']} normal images: {span(e['fit_minutes'])}, of which {first[0]} {span(first[1])} "
-            f"({e['optimiser_steps']} steps of {e['seconds_per_step']:.2g} s); {e['fit_memory_gb']:.1f} GB ({e['memory_of']})",
-            f"inference on {e['test_images']} images: {span(e['inference_minutes'])}, {e['inference_seconds_per_image']:.2g} s each; "
+            f"({e['optimiser_steps']} steps of {e['seconds_per_step']:.2g} s); "
+            f"{e['fit_memory_gb']:.1f} GB ({e['memory_of']})",
+            f"inference on {e['test_images']} images: {span(e['inference_minutes'])}, "
+            f"{e['inference_seconds_per_image']:.2g} s each; "
             f"{e['inference_memory_gb']:.1f} GB ({e['memory_of']})"]

@@ -137,7 +137,8 @@ def reconstruct_latents(
     c, how = parts.config, sampler_settings(parts.config)
     noise = noise_for(rows, tuple(z0.shape[1:]), c.seed).to(parts.device) if how['omega'] > 0 else None
     with parts.autocast():
-        return reconstruct(parts.denoiser, z0.to(parts.device), t_hat, parts.schedule, noise=noise, **how).z_hat.float().cpu()
+        return reconstruct(parts.denoiser, z0.to(parts.device), t_hat, parts.schedule, noise=noise,
+                           **how).z_hat.float().cpu()
 
 # %% ../nbs/14_walk.ipynb #a0f814df
 def adaptation_parts(
