@@ -16,7 +16,8 @@ from dynad.config import FeatureSettings
 from dynad.data import load_images, load_masks, open_dataset, to_float
 from dynad.features import load_features
 from dynad.metrics import image_metrics, pixel_metrics
-from dynad.patchcore import PatchBank, PatchCoreOptions, distance_map, reweighted_score
+from dynad.patchcore import (PatchBank, PatchCoreOptions, distance_map, greedy_coreset, patch_features, projected_dims, reweighted_score,
+                             sparse_projection)
 from dynad.store import atomic_write
 
 TARGET = Path(__file__).parents[1]/'nbs'/'results'/'patchcore_anomalib.json'
@@ -34,9 +35,9 @@ class Setting(NamedTuple):
 
 
 # one ratio per size for both sets; cookies, which is small, at the default ratio as well
-PLAN = [Setting('cookies', 128, .02, 10), Setting('magnetic_tile', 128, .02, 5),
-        Setting('cookies', 256, .005, 5), Setting('magnetic_tile', 256, .005, 3),
-        Setting('cookies', 128, .1, 10), Setting('cookies', 256, .1, 3)]
+PLAN = [Setting('cookies', 128, .02, 20), Setting('magnetic_tile', 128, .02, 5),
+        Setting('cookies', 256, .005, 5), Setting('magnetic_tile', 256, .002, 3),
+        Setting('cookies', 128, .1, 20), Setting('cookies', 256, .1, 3)]
 
 
 class Named(nn.Module):
@@ -103,7 +104,7 @@ class Inputs:
 
 
 @torch.no_grad()
-def run_anomalib(inputs: Inputs, options: PatchCoreOptions, seed: int, sigmas: tuple[float, ...]):
+def run_anomalib(inputs: Inputs, options: PatchCoreOptions, seed: int, at: tuple[float, ...]):
     "anomalib's bank, and its metrics for each σ in pixels."
     batch = {}
     model = reference(lambda _: batch, options).train()
@@ -113,34 +114,49 @@ def run_anomalib(inputs: Inputs, options: PatchCoreOptions, seed: int, sigmas: t
     torch.manual_seed(seed)
     for features in inputs.train: forward(features)
     with quiet(): model.subsample_embedding(options.coreset)
-    maps = [generator(s) for s in sigmas]
+    maps = [generator(s) for s in at]
     del model.anomaly_map_generator
     model.eval().anomaly_map_generator = lambda scores, size: torch.stack([m(scores, size) for m in maps])
     found = [forward(f) for f in inputs.test]
     scores, maps = torch.cat([f.pred_score for f in found]), torch.cat([f.anomaly_map for f in found], 1)
-    return model.memory_bank, {s: inputs.measure(m, scores) for s, m in zip(sigmas, maps)}
+    return model.memory_bank, {s: inputs.measure(m, scores) for s, m in zip(at, maps)}
 
 
 @torch.no_grad()
-def run_dynad(inputs: Inputs, bank: PatchBank, sigmas: tuple[float, ...]) -> dict[float, dict]:
+def run_dynad(inputs: Inputs, bank: PatchBank, at: tuple[float, ...]) -> dict[float, dict]:
     "dynad's metrics for each σ in pixels."
     found = [bank.search(f) for f in inputs.test]
     scores = torch.cat([reweighted_score(p.flatten(2).mT, d.flatten(1), i.flatten(1), bank.bank, bank.options.neighbours)
                         for p, d, i in found])
     distances = torch.cat([d for _, d, _ in found])[:, None]
-    return {s: inputs.measure(distance_map(distances, inputs.size, s*256/inputs.size), scores) for s in sigmas}
+    return {s: inputs.measure(distance_map(distances, inputs.size, s*256/inputs.size), scores) for s in at}
 
 
 def compare(inputs: Inputs, ratio: float, seed: int) -> dict:
     "One seed: metrics of anomalib, of dynad with a coreset of its own, and of dynad with anomalib's coreset."
     options = PatchCoreOptions(coreset=ratio, max_patches=None)
-    sigmas = tuple(sorted({4*inputs.size/256, 4.}))   # as dynad scales it, and as anomalib keeps it
-    bank, again, started = PatchBank(options, seed).fit(inputs.train), PatchBank(options, seed), time.perf_counter()
-    again.bank, theirs = run_anomalib(inputs, options, seed, sigmas)
-    ours, same = (run_dynad(inputs, b, sigmas) for b in (bank, again))
+    started, at = time.perf_counter(), sigmas(inputs.size)
+    bank, again = PatchBank(options, seed).fit(inputs.train), PatchBank(options, seed)
+    again.bank, theirs = run_anomalib(inputs, options, seed, at)
+    ours, same = (run_dynad(inputs, b, at) for b in (bank, again))
     return dict(seed=seed, coreset=len(bank.bank), coreset_anomalib=len(again.bank),
                 minutes=round((time.perf_counter() - started)/60, 2),
-                metrics=[dict(sigma_pixels=s, anomalib=theirs[s], dynad=ours[s], dynad_same_bank=same[s]) for s in sigmas])
+                metrics=[dict(sigma_pixels=s, anomalib=theirs[s], dynad=ours[s], dynad_same_bank=same[s]) for s in at])
+
+
+def projected(inputs: Inputs, ratio: float, seed: int) -> list[dict[str, float]]:
+    "dynad's metrics for each σ when the coreset is chosen in the projection although that raises the dimension, as in anomalib."
+    options = PatchCoreOptions(coreset=ratio, max_patches=None)
+    x = torch.cat([patch_features(f, options.layers).permute(0, 2, 3, 1).flatten(0, 2) for f in inputs.train])
+    p = sparse_projection(x.shape[1], projected_dims(len(x)), torch.Generator().manual_seed(seed))
+    bank = PatchBank(options, seed)
+    bank.bank = x[greedy_coreset(x @ p, int(ratio*len(x)), seed)]
+    return list(run_dynad(inputs, bank, sigmas(inputs.size)).values())
+
+
+def sigmas(size: int) -> tuple[float, ...]:
+    "σ in pixels: as dynad scales it, and as anomalib keeps it."
+    return tuple(sorted({4*size/256, 4.}))
 
 
 def spread(values: list[float]) -> tuple[float, float]:
@@ -158,6 +174,9 @@ def summary(runs: list[dict], i: int) -> dict:
         out[m] = {k: round(v, DIGITS) for k, v in dict(
             anomalib=a, anomalib_std=sa, dynad=d, dynad_std=sd, difference=d - a, standard_error=((sa**2 + sd**2)/len(runs))**.5,
             same_bank=statistics.mean(same), same_bank_largest=max(same, key=abs)).items()}
+        if all('projected' in r for r in runs):
+            p, sp = spread([r['projected'][i][m] for r in runs])
+            out[m] |= dict(dynad_projected=round(p, DIGITS), dynad_projected_std=round(sp, DIGITS))
     return out
 
 
@@ -192,15 +211,18 @@ def main():
     phi = load_features(settings := FeatureSettings(backbone='efficientnet_lite0'))
     groups = earlier(what := provenance(settings, phi))
     for name, size, ratio, seeds in PLAN:
-        key, inputs = dict(set=name, size=size, coreset_ratio=ratio), None
-        group = next((g for g in groups if key.items() <= g.items()), None)
-        for seed in range(len(group['runs']) if group else 0, seeds):
-            inputs = inputs or Inputs(name, size, phi)
-            run = compare(inputs, ratio, seed)
-            if group is None:
-                group = key | inputs.counts | dict(patches=inputs.patches, coreset=run['coreset'], runs=[])
+        key = dict(set=name, size=size, coreset_ratio=ratio)
+        group = next((g for g in groups if key.items() <= g.items()), key | dict(runs=[]))
+        left = [i for i in range(seeds) if i >= len(group['runs']) or size == 128 and 'projected' not in group['runs'][i]]
+        if not left: continue
+        inputs = Inputs(name, size, phi)
+        for seed in left:
+            if seed == len(group['runs']): group['runs'].append(compare(inputs, ratio, seed))
+            run = group['runs'][seed]
+            if size == 128: run['projected'] = projected(inputs, ratio, seed)
+            if 'patches' not in group:
+                group |= inputs.counts | dict(patches=inputs.patches, coreset=run['coreset'])
                 groups.append(group)
-            group['runs'].append(run)
             record(what, groups)
             print(json.dumps(key | run), flush=True)
 
