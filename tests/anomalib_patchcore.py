@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')   # huge pages, read when torch allocates first: see `steady_memory`
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,12 +33,13 @@ class Setting(NamedTuple):
     size: int
     coreset_ratio: float   # of all patches of the training images
     seeds: int
+    projected: bool = False   # measure `projected` too
 
 
-# one ratio per size for both sets; cookies, which is small, at the default ratio as well
+# small ratios, for the time: anomalib compares all patches with each chosen one; cookies at the default ratio as well
 PLAN = [Setting('cookies', 128, .02, 20), Setting('magnetic_tile', 128, .02, 5),
         Setting('cookies', 256, .005, 5), Setting('magnetic_tile', 256, .002, 3),
-        Setting('cookies', 128, .1, 20), Setting('cookies', 256, .1, 3)]
+        Setting('cookies', 128, .1, 20, True)]
 
 
 class Named(nn.Module):
@@ -112,6 +114,7 @@ def run_anomalib(inputs: Inputs, options: PatchCoreOptions, seed: int, at: tuple
         batch.update(features)
         return model(torch.zeros(1).expand(len(features[2]), 3, inputs.size, inputs.size))   # only the shape is read
     torch.manual_seed(seed)
+    np.random.seed(seed)   # anomalib's projection draws from NumPy's global generator too
     for features in inputs.train: forward(features)
     with quiet(): model.subsample_embedding(options.coreset)
     maps = [generator(s) for s in at]
@@ -139,19 +142,19 @@ def compare(inputs: Inputs, ratio: float, seed: int) -> dict:
     bank, again = PatchBank(options, seed).fit(inputs.train), PatchBank(options, seed)
     again.bank, theirs = run_anomalib(inputs, options, seed, at)
     ours, same = (run_dynad(inputs, b, at) for b in (bank, again))
-    return dict(seed=seed, coreset=len(bank.bank), coreset_anomalib=len(again.bank),
+    return dict(seed=seed, coreset=len(bank.bank), coreset_anomalib=len(again.bank), numpy_seeded=True,
                 minutes=round((time.perf_counter() - started)/60, 2),
                 metrics=[dict(sigma_pixels=s, anomalib=theirs[s], dynad=ours[s], dynad_same_bank=same[s]) for s in at])
 
 
-def projected(inputs: Inputs, ratio: float, seed: int) -> list[dict[str, float]]:
+def projected(inputs: Inputs, ratio: float, seed: int) -> dict[float, dict]:
     "dynad's metrics for each σ when the coreset is chosen in the projection although that raises the dimension, as in anomalib."
     options = PatchCoreOptions(coreset=ratio, max_patches=None)
     x = torch.cat([patch_features(f, options.layers).permute(0, 2, 3, 1).flatten(0, 2) for f in inputs.train])
     p = sparse_projection(x.shape[1], projected_dims(len(x)), torch.Generator().manual_seed(seed))
     bank = PatchBank(options, seed)
     bank.bank = x[greedy_coreset(x @ p, int(ratio*len(x)), seed)]
-    return list(run_dynad(inputs, bank, sigmas(inputs.size)).values())
+    return run_dynad(inputs, bank, sigmas(inputs.size))
 
 
 def sigmas(size: int) -> tuple[float, ...]:
@@ -164,33 +167,36 @@ def spread(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.
 
 
-def summary(runs: list[dict], i: int) -> dict:
-    "Means over seeds at the i-th σ; differences dynad − anomalib, that of separately drawn coresets with its standard error."
-    at = [r['metrics'][i] for r in runs]
-    out = dict(sigma_pixels=at[0]['sigma_pixels'], seeds=len(runs))
+def summary(runs: list[dict], sigma: float) -> dict:
+    "Means over seeds at one σ; differences dynad − anomalib, that of separately drawn coresets with its standard error."
+    at = [r for run in runs for r in run['metrics'] if r['sigma_pixels'] == sigma]
+    found = {k: [r[k] for r in at if k in r] for k in ('anomalib', 'dynad')}   # a run may hold further draws of anomalib alone
+    out = dict(sigma_pixels=sigma, seeds=len(found['dynad']), seeds_anomalib=len(found['anomalib']))
     for m in METRICS:
-        (a, sa), (d, sd) = (spread([r[k][m] for r in at]) for k in ('anomalib', 'dynad'))
+        (a, sa), (d, sd) = (spread([r[m] for r in found[k]]) for k in found)
         same = [r['dynad_same_bank'][m] - r['anomalib'][m] for r in at]
         out[m] = {k: round(v, DIGITS) for k, v in dict(
-            anomalib=a, anomalib_std=sa, dynad=d, dynad_std=sd, difference=d - a, standard_error=((sa**2 + sd**2)/len(runs))**.5,
+            anomalib=a, anomalib_std=sa, dynad=d, dynad_std=sd, difference=d - a,
+            standard_error=(sa**2/len(found['anomalib']) + sd**2/len(found['dynad']))**.5,
             same_bank=statistics.mean(same), same_bank_largest=max(same, key=abs)).items()}
-        if all('projected' in r for r in runs):
-            p, sp = spread([r['projected'][i][m] for r in runs])
-            out[m] |= dict(dynad_projected=round(p, DIGITS), dynad_projected_std=round(sp, DIGITS))
+        projected = [r['dynad_projected'][m] for r in at if 'dynad_projected' in r]
+        if len(projected) == len(found['dynad']):
+            out[m] |= {k: round(v, DIGITS) for k, v in zip(('dynad_projected', 'dynad_projected_std'), spread(projected))}
     return out
 
 
 def record(what: dict, groups: list[dict]):
     "Write what has been measured so far: the runs, and one row per setting and σ."
-    rows = [{k: v for k, v in g.items() if k != 'runs'} | summary(g['runs'], i)
-            for g in groups for i in range(len(g['runs'][0]['metrics']))]
+    rows = [{k: v for k, v in g.items() if k != 'runs'} | summary(g['runs'], r['sigma_pixels'])
+            for g in groups for r in g['runs'][0]['metrics']]
     atomic_write(TARGET, json.dumps(what | dict(rows=rows, groups=groups), indent=1) + '\n')
 
 
 def provenance(settings: FeatureSettings, phi: nn.Module) -> dict:
     "What the measurements depend on beside the settings: they are only continued when it is unchanged."
+    options = PatchCoreOptions(max_patches=None).model_dump(mode='json', exclude={'coreset'})
     return dict(what="PatchCore of anomalib and of dynad on the same φ, images and coreset size; metrics by dynad.metrics",
-                backbone=settings.backbone, phi=phi.weights_hash, options=PatchCoreOptions(max_patches=None).model_dump(mode='json', exclude={'coreset'}),
+                backbone=settings.backbone, phi=phi.weights_hash, options=options,
                 versions={p: version(p) for p in ('anomalib', 'torch', 'torchvision', 'timm')} | {'python': platform.python_version()},
                 threads=torch.get_num_threads())
 
@@ -210,16 +216,16 @@ def main():
     steady_memory()
     phi = load_features(settings := FeatureSettings(backbone='efficientnet_lite0'))
     groups = earlier(what := provenance(settings, phi))
-    for name, size, ratio, seeds in PLAN:
+    for name, size, ratio, seeds, also in PLAN:
         key = dict(set=name, size=size, coreset_ratio=ratio)
         group = next((g for g in groups if key.items() <= g.items()), key | dict(runs=[]))
-        left = [i for i in range(seeds) if i >= len(group['runs']) or size == 128 and 'projected' not in group['runs'][i]]
+        left = range(len(group['runs']), seeds)
         if not left: continue
         inputs = Inputs(name, size, phi)
         for seed in left:
-            if seed == len(group['runs']): group['runs'].append(compare(inputs, ratio, seed))
-            run = group['runs'][seed]
-            if size == 128: run['projected'] = projected(inputs, ratio, seed)
+            group['runs'].append(run := compare(inputs, ratio, seed))
+            if also:
+                for r, m in zip(run['metrics'], projected(inputs, ratio, seed).values()): r['dynad_projected'] = m
             if 'patches' not in group:
                 group |= inputs.counts | dict(patches=inputs.patches, coreset=run['coreset'])
                 groups.append(group)
