@@ -193,25 +193,27 @@ class PatchBank:
         size = 'not fitted' if self.bank is None else ' × '.join(map(str, self.bank.shape))
         return f"{type(self).__name__}(layers={self.options.layers}, {size})"
 
-    @torch.no_grad()
-    def fit(self,
-        batches: Iterable[dict[int, Tensor]] # φ of normal training images
-    ) -> PatchBank:
-        "Fill the bank from one pass over the batches; the coreset is chosen on the device of the features."
-        device = None
-        def rows():
-            nonlocal device
-            for features in batches:
-                p = patch_features(features, self.options.layers)
-                if not torch.isfinite(p).all():
-                    raise PatchCoreError("training features hold values that are not finite: "
-                                         "check the images and the weights of φ")
-                device = p.device
-                yield p.permute(0, 2, 3, 1).reshape(-1, p.shape[1])
-        x = sample_rows(rows(), self.options.max_patches, self.seed)
-        m = max(1, int(self.options.coreset*len(x)))
-        self.bank = (x[greedy_coreset(x.to(device), m, self.seed)] if m < len(x) else x).contiguous()
-        return self
+# %% ../nbs/16a_patchcore.ipynb #c31f6a58
+@patch
+@torch.no_grad()
+def fit(self: PatchBank,
+    batches: Iterable[dict[int, Tensor]] # φ of normal training images
+) -> PatchBank:
+    "Fill the bank from one pass over the batches; the coreset is chosen on the device of the features."
+    device = None
+    def rows():
+        nonlocal device
+        for features in batches:
+            p = patch_features(features, self.options.layers)
+            if not torch.isfinite(p).all():
+                raise PatchCoreError("training features hold values that are not finite: "
+                                     "check the images and the weights of φ")
+            device = p.device
+            yield p.permute(0, 2, 3, 1).reshape(-1, p.shape[1])
+    x = sample_rows(rows(), self.options.max_patches, self.seed)
+    m = max(1, int(self.options.coreset*len(x)))
+    self.bank = (x[greedy_coreset(x.to(device), m, self.seed)] if m < len(x) else x).contiguous()
+    return self
 
 # %% ../nbs/16a_patchcore.ipynb #249b7893
 @patch
@@ -308,4 +310,5 @@ def fit_patches(method: PatchCore, progress: bool = True) -> Path:
         features = (phi(to_float(images.images[r]).to(method.device)) for r in rows)
         return PatchBank(method.options, c.seed).fit(features).state_dict()
     options = method.options.model_dump(mode='json', exclude={'sigma', 'neighbours'})
-    return images.store.stage('patches', dict(images=images.key, phi=phi.weights_hash, seed=c.seed, options=options), make)
+    key = dict(images=images.key, phi=phi.weights_hash, seed=c.seed, options=options)
+    return images.store.stage('patches', key, make)

@@ -1,12 +1,15 @@
-"""Compares dynad's PatchCore with anomalib's on the same φ, images and coreset size; writes nbs/results/patchcore_anomalib.json.
+"""Compares dynad's PatchCore with anomalib's on the same φ, images and coreset size, over several seeds.
 
-A developer script: `pip install anomalib==2.7.0 'lightning!=2.6.2,!=2.6.3'`, then `DYNAD_DATA=… python tests/anomalib_patchcore.py` (minutes on one core).
+A developer script that writes nbs/results/patchcore_anomalib.json: `pip install anomalib==2.7.0 'lightning!=2.6.2,!=2.6.3'`, then
+`DYNAD_DATA=… python tests/anomalib_patchcore.py` (about half an hour on one core). It writes after each run and continues where it stopped.
 """
-import contextlib, ctypes, json, os, platform, random, sys, time, warnings
+import contextlib, ctypes, json, os, platform, random, statistics, sys, time, warnings
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')   # huge pages, read when torch allocates first: see `steady_memory`
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,18 +17,34 @@ from dynad.config import FeatureSettings
 from dynad.data import load_images, load_masks, open_dataset, to_float
 from dynad.features import load_features
 from dynad.metrics import image_metrics, pixel_metrics
-from dynad.patchcore import PatchBank, PatchCoreOptions, distance_map, reweighted_score
+from dynad.patchcore import (PatchBank, PatchCoreOptions, distance_map, greedy_coreset, patch_features, projected_dims, reweighted_score,
+                             sparse_projection)
 from dynad.store import atomic_write
 
 TARGET = Path(__file__).parents[1]/'nbs'/'results'/'patchcore_anomalib.json'
-SETS = {'cookies': (None, None), 'magnetic_tile': (40, 160)}   # seeded subsets of the training and of the test images; None: all
-SIZES, SEEDS = (128, 256), (0, 1, 2)
+SUBSETS = {'cookies': (None, None), 'magnetic_tile': (200, 240)}   # seeded subsets of the training and test images; None: all
 METRICS = ('i_auroc', 'p_auroc', 'pro')
+DIGITS = 5
+
+
+class Setting(NamedTuple):
+    "One comparison: the same ratio and the same number of seeds for both implementations."
+    set: str
+    size: int
+    coreset_ratio: float   # of all patches of the training images
+    seeds: int
+    projected: bool = False   # measure `projected` too
+
+
+# small ratios, for the time: anomalib compares all patches with each chosen one; cookies at the default ratio as well
+PLAN = [Setting('cookies', 128, .02, 20), Setting('magnetic_tile', 128, .02, 5),
+        Setting('cookies', 256, .005, 5), Setting('magnetic_tile', 256, .002, 3),
+        Setting('cookies', 128, .1, 20, True)]
 
 
 class Named(nn.Module):
     "φ as anomalib expects a feature extractor: layer names instead of numbers."
-    def __init__(self, phi: nn.Module, layers: tuple[int, ...]):
+    def __init__(self, phi, layers: tuple[int, ...]):
         super().__init__()
         self.phi, self.layers = phi, layers
 
@@ -36,16 +55,20 @@ class Named(nn.Module):
         return {f'layer{j}': features[j] for j in self.layers}
 
 
-def reference(phi: nn.Module, options: PatchCoreOptions, sigma: float = 4.):
-    "anomalib's model with φ as its feature extractor; sigma in pixels of the map, as anomalib counts it."
+def reference(phi, options: PatchCoreOptions):
+    "anomalib's model with φ as its feature extractor."
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        from anomalib.models.image.patchcore.anomaly_map import AnomalyMapGenerator
         from anomalib.models.image.patchcore.torch_model import PatchcoreModel
     model = PatchcoreModel([f'layer{j}' for j in options.layers], 'resnet18', pre_trained=False, num_neighbors=options.neighbours)
     model.feature_extractor = Named(phi, options.layers).eval()
-    model.anomaly_map_generator = AnomalyMapGenerator(sigma=sigma)
     return model
+
+
+def generator(sigma: float):
+    "anomalib's map; sigma in pixels of the map, as anomalib counts it."
+    from anomalib.models.image.patchcore.anomaly_map import AnomalyMapGenerator
+    return AnomalyMapGenerator(sigma=sigma)
 
 
 @contextlib.contextmanager
@@ -56,75 +79,132 @@ def quiet():
 
 def subset(samples: list, n: int | None) -> list:
     "n samples, seeded, in their order."
-    return samples if n is None or n >= len(samples) else [samples[i] for i in sorted(random.Random(0).sample(range(len(samples)), n))]
+    if n is None or n >= len(samples): return samples
+    return [samples[i] for i in sorted(random.Random(0).sample(range(len(samples)), n))]
 
 
-def figures(maps: Tensor, scores: Tensor, truth: dict) -> dict[str, float]:
-    "The metrics of dynad."
-    m = image_metrics(scores, truth['labels'], n_boot=0) | pixel_metrics(maps, truth['masks'], truth['has_mask'], n_boot=0)
-    return {k: round(m[k].value, 5) for k in METRICS}
+class Inputs:
+    "What both implementations get: φ of the training and test images of one set at one size, computed once."
+    def __init__(self, name: str, size: int, phi: nn.Module, layers: tuple[int, ...] = (2, 3)):
+        data = open_dataset(Path(os.environ['DYNAD_DATA'])/name)
+        train, test = (subset(s, n) for s, n in zip((data.train, data.test), SUBSETS[name]))
+        self.size, self.counts = size, dict(train=len(train), test=len(test), test_anomalous=sum(s.label for s in test))
+        self.labels = torch.tensor([s.label for s in test])
+        self.masks, self.has_mask = load_masks(test, size)
+        self.train, self.test = ([self.extract(phi, s[i:i+16], layers) for i in range(0, len(s), 16)] for s in (train, test))
+        self.patches = sum(f[min(layers)][:, 0].numel() for f in self.train)
+
+    @torch.no_grad()
+    def extract(self, phi, samples: list, layers: tuple[int, ...]) -> dict[int, Tensor]:
+        features = phi(to_float(load_images(samples, self.size)))
+        return {j: features[j] for j in layers}
+
+    def measure(self, maps: Tensor, scores: Tensor) -> dict[str, float]:
+        "The metrics of dynad, whichever implementation gave the maps and scores."
+        m = image_metrics(scores, self.labels, n_boot=0) | pixel_metrics(maps, self.masks, self.has_mask, n_boot=0)
+        return {k: round(m[k].value, DIGITS) for k in METRICS}
 
 
-def anomalib_run(phi, train: Tensor, test: Tensor, options: PatchCoreOptions, size: int, coreset: int, seed: int):
-    "Bank, and for each σ in pixels the maps and scores, of anomalib."
+@torch.no_grad()
+def run_anomalib(inputs: Inputs, options: PatchCoreOptions, seed: int, at: tuple[float, ...]):
+    "anomalib's bank, and its metrics for each σ in pixels."
+    batch = {}
+    model = reference(lambda _: batch, options).train()
+    def forward(features):
+        batch.update(features)
+        return model(torch.zeros(1).expand(len(features[2]), 3, inputs.size, inputs.size))   # only the shape is read
     torch.manual_seed(seed)
-    model = reference(phi, options).train()
-    for x in train.split(32): model(to_float(x))
-    patches = sum(map(len, model.embedding_store))
-    with quiet(): model.subsample_embedding((coreset + .5)/patches)
-    model.eval()
-    out = {}
-    with torch.no_grad():
-        found = [model(to_float(x)) for x in test.split(16)]
-        out[4.] = torch.cat([f.anomaly_map for f in found]), torch.cat([f.pred_score for f in found])
-        if size != 256:
-            model.anomaly_map_generator = reference(phi, options, 4*size/256).anomaly_map_generator
-            found = [model(to_float(x)) for x in test.split(16)]
-            out[4*size/256] = torch.cat([f.anomaly_map for f in found]), out[4.][1]
-    return model.memory_bank, out
+    np.random.seed(seed)   # anomalib's projection draws from NumPy's global generator too
+    for features in inputs.train: forward(features)
+    with quiet(): model.subsample_embedding(options.coreset)
+    maps = [generator(s) for s in at]
+    del model.anomaly_map_generator
+    model.eval().anomaly_map_generator = lambda scores, size: torch.stack([m(scores, size) for m in maps])
+    found = [forward(f) for f in inputs.test]
+    scores, maps = torch.cat([f.pred_score for f in found]), torch.cat([f.anomaly_map for f in found], 1)
+    return model.memory_bank, {s: inputs.measure(m, scores) for s, m in zip(at, maps)}
 
 
-def dynad_run(phi, bank: PatchBank, test: Tensor, size: int, sigmas) -> dict:
-    "For each σ in pixels: maps and scores of dynad."
-    with torch.no_grad(): found = [bank.search(phi(to_float(x))) for x in test.split(16)]
-    s = torch.cat([reweighted_score(p.flatten(2).mT, d.flatten(1), i.flatten(1), bank.bank, bank.options.neighbours) for p, d, i in found])
-    d = torch.cat([d for _, d, _ in found])[:, None]
-    return {px: (distance_map(d, size, px*256/size), s) for px in sigmas}
+@torch.no_grad()
+def run_dynad(inputs: Inputs, bank: PatchBank, at: tuple[float, ...]) -> dict[float, dict]:
+    "dynad's metrics for each σ in pixels."
+    found = [bank.search(f) for f in inputs.test]
+    scores = torch.cat([reweighted_score(p.flatten(2).mT, d.flatten(1), i.flatten(1), bank.bank, bank.options.neighbours)
+                        for p, d, i in found])
+    distances = torch.cat([d for _, d, _ in found])[:, None]
+    return {s: inputs.measure(distance_map(distances, inputs.size, s*256/inputs.size), scores) for s in at}
 
 
-def compare(name: str, size: int, seed: int, phi: nn.Module) -> list[dict]:
-    "One row per σ: figures of anomalib, and of dynad by default, with all patches as candidates, and with anomalib's bank."
-    data, options = open_dataset(Path(os.environ['DYNAD_DATA'])/name), PatchCoreOptions()
-    fit, judged = (subset(s, n) for s, n in zip((data.train, data.test), SETS[name]))
-    train, test = load_images(fit, size), load_images(judged, size)
-    masks, has_mask = load_masks(judged, size)
-    truth = dict(labels=torch.tensor([s.label for s in judged]), masks=masks, has_mask=has_mask)
-    t0 = time.perf_counter()
-    with torch.no_grad(): bank = PatchBank(options, seed).fit(phi(to_float(x)) for x in train.split(32))
-    t1 = time.perf_counter()
-    reference_bank, theirs = anomalib_run(phi, train, test, options, size, len(bank.bank), seed)
-    t2 = time.perf_counter()
-    same, patches = PatchBank(options, seed), len(train)*(size//8)**2
-    same.bank = reference_bank
-    of_all = options.model_copy(update=dict(max_patches=None, coreset=(len(bank.bank) + .5)/patches))
-    with torch.no_grad(): every = PatchBank(of_all, seed).fit(phi(to_float(x)) for x in train.split(32))
-    runs = dict(dynad=bank, dynad_all_candidates=every, dynad_same_bank=same)
-    ours = {k: dynad_run(phi, b, test, size, theirs) for k, b in runs.items()}
-    return [dict(set=name, size=size, seed=seed, sigma_pixels=px, train=len(fit), test=len(judged), test_anomalous=int(truth['labels'].sum()),
-                 patches=patches, candidates=min(options.max_patches, patches),
-                 coreset=len(bank.bank), coreset_anomalib=len(reference_bank),
-                 dynad_fit_minutes=round((t1 - t0)/60, 3), anomalib_minutes=round((t2 - t1)/60, 3),
-                 anomalib=figures(*theirs[px], truth), **{k: figures(*o[px], truth) for k, o in ours.items()})
-            for px in theirs]
+def compare(inputs: Inputs, ratio: float, seed: int) -> dict:
+    "One seed: metrics of anomalib, of dynad with a coreset of its own, and of dynad with anomalib's coreset."
+    options = PatchCoreOptions(coreset=ratio, max_patches=None)
+    started, at = time.perf_counter(), sigmas(inputs.size)
+    bank, again = PatchBank(options, seed).fit(inputs.train), PatchBank(options, seed)
+    again.bank, theirs = run_anomalib(inputs, options, seed, at)
+    ours, same = (run_dynad(inputs, b, at) for b in (bank, again))
+    return dict(seed=seed, coreset=len(bank.bank), coreset_anomalib=len(again.bank), numpy_seeded=True,
+                minutes=round((time.perf_counter() - started)/60, 2),
+                metrics=[dict(sigma_pixels=s, anomalib=theirs[s], dynad=ours[s], dynad_same_bank=same[s]) for s in at])
 
 
-def record(settings: FeatureSettings, phi: nn.Module, rows: list[dict], started: float):
-    "Write what has been measured so far."
-    atomic_write(TARGET, json.dumps(dict(
-        what="PatchCore of anomalib and of dynad on the same φ, images and coreset size; metrics by dynad.metrics",
-        backbone=settings.backbone, phi=phi.weights_hash, options=PatchCoreOptions().model_dump(mode='json'), seeds=list(SEEDS),
-        versions={p: version(p) for p in ('anomalib', 'torch', 'torchvision', 'timm')} | {'python': platform.python_version()},
-        threads=torch.get_num_threads(), minutes=round((time.perf_counter() - started)/60, 1), rows=rows), indent=1) + '\n')
+def projected(inputs: Inputs, ratio: float, seed: int) -> dict[float, dict]:
+    "dynad's metrics for each σ when the coreset is chosen in the projection although that raises the dimension, as in anomalib."
+    options = PatchCoreOptions(coreset=ratio, max_patches=None)
+    x = torch.cat([patch_features(f, options.layers).permute(0, 2, 3, 1).flatten(0, 2) for f in inputs.train])
+    p = sparse_projection(x.shape[1], projected_dims(len(x)), torch.Generator().manual_seed(seed))
+    bank = PatchBank(options, seed)
+    bank.bank = x[greedy_coreset(x @ p, int(ratio*len(x)), seed)]
+    return run_dynad(inputs, bank, sigmas(inputs.size))
+
+
+def sigmas(size: int) -> tuple[float, ...]:
+    "σ in pixels: as dynad scales it, and as anomalib keeps it."
+    return tuple(sorted({4*size/256, 4.}))
+
+
+def spread(values: list[float]) -> tuple[float, float]:
+    "Mean and standard deviation over seeds."
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.
+
+
+def summary(runs: list[dict], sigma: float) -> dict:
+    "Means over seeds at one σ; differences dynad − anomalib, that of separately drawn coresets with its standard error."
+    at = [r for run in runs for r in run['metrics'] if r['sigma_pixels'] == sigma]
+    found = {k: [r[k] for r in at if k in r] for k in ('anomalib', 'dynad')}   # a run may hold further draws of anomalib alone
+    out = dict(sigma_pixels=sigma, seeds=len(found['dynad']), seeds_anomalib=len(found['anomalib']))
+    for m in METRICS:
+        (a, sa), (d, sd) = (spread([r[m] for r in found[k]]) for k in found)
+        same = [r['dynad_same_bank'][m] - r['anomalib'][m] for r in at]
+        out[m] = {k: round(v, DIGITS) for k, v in dict(
+            anomalib=a, anomalib_std=sa, dynad=d, dynad_std=sd, difference=d - a,
+            standard_error=(sa**2/len(found['anomalib']) + sd**2/len(found['dynad']))**.5,
+            same_bank=statistics.mean(same), same_bank_largest=max(same, key=abs)).items()}
+        projected = [r['dynad_projected'][m] for r in at if 'dynad_projected' in r]
+        if len(projected) == len(found['dynad']):
+            out[m] |= {k: round(v, DIGITS) for k, v in zip(('dynad_projected', 'dynad_projected_std'), spread(projected))}
+    return out
+
+
+def record(what: dict, groups: list[dict]):
+    "Write what has been measured so far: the runs, and one row per setting and σ."
+    rows = [{k: v for k, v in g.items() if k != 'runs'} | summary(g['runs'], r['sigma_pixels'])
+            for g in groups for r in g['runs'][0]['metrics']]
+    atomic_write(TARGET, json.dumps(what | dict(rows=rows, groups=groups), indent=1) + '\n')
+
+
+def provenance(settings: FeatureSettings, phi: nn.Module) -> dict:
+    "What the measurements depend on beside the settings: they are only continued when it is unchanged."
+    options = PatchCoreOptions(max_patches=None).model_dump(mode='json', exclude={'coreset'})
+    return dict(what="PatchCore of anomalib and of dynad on the same φ, images and coreset size; metrics by dynad.metrics",
+                backbone=settings.backbone, phi=phi.weights_hash, options=options,
+                versions={p: version(p) for p in ('anomalib', 'torch', 'torchvision', 'timm')} | {'python': platform.python_version()},
+                threads=torch.get_num_threads())
+
+
+def earlier(what: dict) -> list[dict]:
+    "Groups of runs of the file, when they were measured under the same conditions."
+    old = json.loads(TARGET.read_text(encoding='utf-8')) if TARGET.exists() else {}
+    return old.get('groups', []) if all(old.get(k) == v for k, v in what.items()) else []
 
 
 def steady_memory():
@@ -134,14 +214,23 @@ def steady_memory():
 
 def main():
     steady_memory()
-    sets, started = sys.argv[1:] or list(SETS), time.perf_counter()
-    phi, rows = load_features(settings := FeatureSettings(backbone='efficientnet_lite0')), []
-    for seed in SEEDS:
-        for name, size in ((n, s) for s in SIZES for n in sets):
-            for r in compare(name, size, seed, phi):
-                rows.append(r)
-                print(json.dumps(r), flush=True)
-            record(settings, phi, rows, started)
+    phi = load_features(settings := FeatureSettings(backbone='efficientnet_lite0'))
+    groups = earlier(what := provenance(settings, phi))
+    for name, size, ratio, seeds, also in PLAN:
+        key = dict(set=name, size=size, coreset_ratio=ratio)
+        group = next((g for g in groups if key.items() <= g.items()), key | dict(runs=[]))
+        left = range(len(group['runs']), seeds)
+        if not left: continue
+        inputs = Inputs(name, size, phi)
+        for seed in left:
+            group['runs'].append(run := compare(inputs, ratio, seed))
+            if also:
+                for r, m in zip(run['metrics'], projected(inputs, ratio, seed).values()): r['dynad_projected'] = m
+            if 'patches' not in group:
+                group |= inputs.counts | dict(patches=inputs.patches, coreset=run['coreset'])
+                groups.append(group)
+            record(what, groups)
+            print(json.dumps(key | run), flush=True)
 
 
 if __name__ == '__main__': main()

@@ -265,32 +265,65 @@ def test_on_the_shipped_backbone(tmp_path):
 
 # parity with anomalib 2.7.0
 
-RECORD = Path(__file__).parents[1]/'nbs'/'results'/'patchcore_anomalib.json'
-ROWS = json.loads(RECORD.read_text(encoding='utf-8'))['rows']
-
-
+RECORD = json.loads((Path(__file__).parents[1]/'nbs/results/patchcore_anomalib.json').read_text(encoding='utf-8'))
 METRICS = ('i_auroc', 'p_auroc', 'pro')
+ROWS = pytest.mark.parametrize(
+    'row', RECORD['rows'], ids=lambda r: f"{r['set']}-{r['size']}-{r['coreset_ratio']:g}-{r['sigma_pixels']:g}")
+NEEDS_ANOMALIB = pytest.mark.skipif(
+    importlib.util.find_spec('anomalib') is None,
+    reason='anomalib is not installed: pip install anomalib==2.7.0 (in an environment of its own)')
 
 
-@pytest.mark.parametrize('row', ROWS, ids=lambda r: f"{r['set']}-{r['size']}-{r['seed']}-{r['sigma_pixels']:g}")
-def test_recorded_figures_with_the_same_bank_are_within_half_a_point_of_anomalib(row):
-    "tests/anomalib_patchcore.py: the same φ, images and coreset. What differs: anomalib's map repeats the nearest value, ours is bilinear."
-    assert row['coreset'] == row['coreset_anomalib'] and row['patches'] >= row['candidates'] >= row['coreset']
-    for m in METRICS: assert abs(row['dynad_same_bank'][m] - row['anomalib'][m]) <= .005, m
-    assert row['dynad_same_bank']['i_auroc'] == pytest.approx(row['anomalib']['i_auroc'], abs=1e-3)     # the score does not depend on the map
+def test_record_covers_both_sets_and_sizes_and_both_coresets_are_equally_large():
+    assert {(r['set'], r['size']) for r in RECORD['rows']} == {(s, n) for s in ('cookies', 'magnetic_tile') for n in (128, 256)}
+    assert all(r['seeds_anomalib'] >= r['seeds'] >= (5 if r['size'] == 128 else 3) for r in RECORD['rows'])
+    for g in RECORD['groups']:
+        assert len({r['seed'] for r in g['runs']}) == len(g['runs'])
+        assert all(r['coreset'] == r['coreset_anomalib'] == int(g['coreset_ratio']*g['patches']) for r in g['runs'])
 
 
-@pytest.mark.parametrize('row', ROWS, ids=lambda r: f"{r['set']}-{r['size']}-{r['seed']}-{r['sigma_pixels']:g}")
-def test_recorded_figures_with_a_coreset_of_our_own_differ_by_the_draw_of_the_coreset(row):
-    "The first patch is drawn at random, which alone moves PRO on magnetic tile by 1.5 points between two of our own coresets."
-    for m in METRICS: assert abs(row['dynad'][m] - row['anomalib'][m]) <= .03, m
+def test_recorded_options_are_the_defaults_with_all_patches_as_candidates():
+    assert RECORD['options'] == PatchCoreOptions(max_patches=None).model_dump(mode='json', exclude={'coreset'})
 
 
-def test_recorded_options_are_the_defaults():
-    assert json.loads(RECORD.read_text(encoding='utf-8'))['options'] == PatchCoreOptions().model_dump(mode='json')
+@ROWS
+def test_recorded_metrics_with_the_same_bank_are_within_half_a_point_of_anomalib(row):
+    "In every run. Only the map differs: anomalib repeats the nearest value, dynad interpolates as the authors do."
+    for m in METRICS: assert abs(row[m]['same_bank_largest']) <= .005, m
+    assert abs(row['i_auroc']['same_bank_largest']) <= 1e-3     # the score does not depend on the map
 
 
-@pytest.mark.skipif(importlib.util.find_spec('anomalib') is None, reason='anomalib is not installed: pip install anomalib==2.7.0 (in an environment of its own)')
+BY_STANDARD_ERROR = {('magnetic_tile', 128, .02, 2., 'p_auroc'), ('magnetic_tile', 128, .02, 2., 'pro'),
+                     ('magnetic_tile', 128, .02, 4., 'pro'), ('cookies', 256, .005, 4., 'pro'),
+                     ('magnetic_tile', 256, .002, 4., 'pro')}
+OPEN = {('magnetic_tile', 256, .002, 4., 'i_auroc')}
+
+
+@ROWS
+def test_recorded_means_with_separately_drawn_coresets_are_within_half_a_point_of_anomalib(row):
+    """Means over seeds differ by at most half a point or, where seeds scatter by more, by at most 2 standard errors.
+
+    The latter was needed at the small ratios alone: for PRO on cookies at 256² and on magnetic tile at both sizes,
+    and for P-AUROC on magnetic tile at 128² (σ = 2). Not met, and marked as an expected failure below: I-AUROC on
+    magnetic tile at 256² with a bank of 409 patches, 3 seeds.
+    """
+    for m in METRICS:
+        r, at = row[m], (row['set'], row['size'], row['coreset_ratio'], row['sigma_pixels'], m)
+        if at in OPEN: continue
+        if at not in BY_STANDARD_ERROR: assert abs(r['difference']) <= .005, m
+        else:
+            assert max(r['anomalib_std'], r['dynad_std']) > .005, m
+            assert abs(r['difference']) <= 2*r['standard_error'], m
+
+
+@pytest.mark.xfail(strict=True, reason='dynad is 1.8 ± 0.6 points above anomalib over 3 seeds: more seeds are needed')
+def test_recorded_i_auroc_on_magnetic_tile_at_256_with_separately_drawn_coresets():
+    row = next(r for r in RECORD['rows'] if (r['set'], r['size']) == ('magnetic_tile', 256))
+    r = row['i_auroc']
+    assert abs(r['difference']) <= max(.005, 2*r['standard_error'])
+
+
+@NEEDS_ANOMALIB
 @pytest.mark.parametrize('neighbours', [1, 9])
 def test_same_embedding_distances_and_score_as_anomalib(neighbours):
     from anomalib_patchcore import reference
@@ -306,3 +339,16 @@ def test_same_embedding_distances_and_score_as_anomalib(neighbours):
     assert torch.allclose(scores, out.pred_score, atol=1e-4)
     theirs = model.nearest_neighbors(patch_features(f).permute(0, 2, 3, 1).reshape(-1, 16), 1)[0]
     assert torch.allclose(bank.distances(f).flatten(), theirs, atol=1e-4)
+    repeated = torch.nn.functional.interpolate(bank.distances(f), (64, 64), mode='nearest')   # all that differs
+    assert torch.allclose(smooth(repeated, 4., scale=False), out.anomaly_map, atol=1e-3)
+
+
+@NEEDS_ANOMALIB
+def test_same_projection_and_first_patch_give_the_same_coreset_as_anomalib(monkeypatch):
+    from anomalib.models.components import KCenterGreedy
+    x = torch.randn(600, 400, generator=torch.Generator().manual_seed(0))
+    sampler = KCenterGreedy(x, .2)
+    monkeypatch.setattr(torch, 'randint', lambda *args, **kwargs: torch.tensor([17]))             # the first patch
+    want = sampler.select_coreset_idxs()
+    monkeypatch.setattr('dynad.patchcore.sparse_projection', lambda *args: sampler.model.sparse_random_matrix.T)
+    assert greedy_coreset(x, 120).tolist() == want and projected_dims(600) == sampler.model.n_components < 400
