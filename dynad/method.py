@@ -21,13 +21,14 @@ from .cache import Cached, ImageSet, batches, image_set
 from .config import (Config, ConfigError, DynadError, Settings, content_key, dump_config, load_config, make_config,
                           with_overrides)
 from .data import AnomalyDataset, read_image, split_normal, to_float
+from .fusion import quantile
 from .launch import check_trackers, processes
 from .store import REPAIR_HINT, Store, StoreError, atomic_write, load_json
 
 # %% auto #0
-__all__ = ['METHODS', 'FORMAT', 'Prediction', 'Decision', 'pixel_quantile', 'register', 'method_named', 'import_methods', 'Hooks',
-           'NoOptions', 'Method', 'checked_options', 'trained_settings', 'run_info', 'load_info', 'images_not_at_hand',
-           'open_run', 'checked_images', 'ImageError', 'NotFittedError']
+__all__ = ['METHODS', 'FORMAT', 'Prediction', 'Decision', 'register', 'method_named', 'import_methods', 'Hooks', 'NoOptions',
+           'Method', 'checked_options', 'trained_settings', 'run_info', 'load_info', 'images_not_at_hand', 'open_run',
+           'checked_images', 'ImageError', 'NotFittedError']
 
 # %% ../nbs/15_method.ipynb #7189f4b1
 @dataclass
@@ -64,25 +65,16 @@ class Decision:
     @classmethod
     def learned(cls,
         held_out: Prediction,  # of held-out normal images
-        quantile: float        # of their scores and pixels
+        q: float               # quantile of their scores and pixels
     ) -> Decision:
         "The thresholds that held-out normal images imply."
-        image = float(held_out.score.double().quantile(quantile))
-        return cls(image, None if held_out.map is None else pixel_quantile(held_out.map, quantile))
+        of = lambda values: None if values is None else quantile(values, q)
+        return cls(of(held_out.score), of(held_out.map))
 
     def applied(self, p: Prediction) -> Prediction:
         "The prediction with `mask` and `anomalous`."
         mask = None if p.map is None else p.map > self.threshold
         return replace(p, mask=mask, anomalous=p.score > self.image_threshold)
-
-# %% ../nbs/15_method.ipynb #d94f2698
-def pixel_quantile(
-    maps: Tensor, # any shape
-    q: float
-) -> float:
-    "A quantile of all values: interpolated, but for sets of ten million values and more the value at rank q·n."
-    if maps.numel() < 10_000_000: return float(maps.flatten().double().quantile(q))
-    return float(maps.flatten().sort().values[int(q*maps.numel())])
 
 # %% ../nbs/15_method.ipynb #fe8eb8ca
 METHODS: dict[str, type[Method]] = {} # name -> class
