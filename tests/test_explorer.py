@@ -17,6 +17,7 @@ from dynad.demo import demo_run
 from dynad.explorer_model import t_max_grid
 from dynad.fusion import quantile
 from dynad.quick_metrics import QuickMetrics
+from dynad.walk import decode, reconstruct_latents
 from dynad.session import Session, Setting, upsample_and_smooth
 from dynad.config import ConfigError, make_config
 from dynad.detector import DynAD
@@ -55,9 +56,9 @@ def test_the_session_gives_what_the_detector_gives(session, severity, t_max, lam
     s = Setting(t_max, severity, lam, sigma)
     cache = session.maps(s)
     m = DynAD.open(session.run, s.overrides, progress=False)
-    A = m.stage(session.samples, session.dataset.fingerprint, progress=False).maps()[0]
+    A = m.all_maps(m.cached_walk(m.test_images(session.samples, session.dataset)))[0]
     torch.testing.assert_close(torch.from_numpy(session.anomaly_maps(s)), A[:, 0], atol=2e-4, rtol=1e-3)
-    assert cache.thresholds(lam, sigma) == pytest.approx((m.threshold, m.image_threshold), rel=1e-4)
+    assert cache.thresholds(lam, sigma) == pytest.approx((m.decision.threshold, m.decision.image_threshold), rel=1e-4)
     got, exact = session.metrics(s)[0], pixel_metrics(A, session.masks, session.has_mask, n_boot=0)
     assert got['i_auroc'] == pytest.approx(image_metrics(score(A), session.labels, n_boot=0)['i_auroc'].value)
     assert [got['p_auroc'], got['pro']] == pytest.approx([exact['p_auroc'].value, exact['pro'].value], abs=2e-4)
@@ -145,7 +146,7 @@ def test_t_max_severity_and_image(explorer):
 def test_a_drag_calls_no_model(explorer):
     calls = []
     m = explorer.session.model
-    hooks = [k.register_forward_pre_hook(lambda *_: calls.append(1)) for part in (m.unet, m.ae, m.phi) for k in part.modules()]
+    hooks = [k.register_forward_pre_hook(lambda *_: calls.append(1)) for part in (m.parts.denoiser, m.parts.autoencoder, m.parts.phi) for k in part.modules()]
     try:
         for v in (.2, .4): explorer.lam.value = v
         for v in (0., 8.): explorer.sigma.value = v
@@ -317,7 +318,7 @@ def test_neighbours_are_the_images_learned_from(session, tmp_path):
     "Also where another data set is shown; and where those images are gone, that is said."
     board = write_synthetic(tmp_path/'other', 'weave', n_train=20, n_good=2, n_defect=2, size=128, seed=3)
     other = Session(session.run, board)
-    assert [s.image for s in other.training_samples] == [s.image for s in session.training_samples] and len(session.training_samples) == len(session.model.good)
+    assert [s.image for s in other.training_samples] == [s.image for s in session.training_samples] and len(session.training_samples) == len(session.model.training_set)
     root = Path(session.dataset.root)
     hidden = root.rename(root.with_name('hidden'))
     try:
@@ -345,7 +346,7 @@ def test_overshoot_is_marked(explorer):
     explorer.eta.value = 8.
     explorer.wait(300)
     m = explorer.session.model
-    want = 8*(1 - float(m.schedule.abar[explorer.t_max.value - 1]))
+    want = 8*(1 - float(m.parts.schedule.abar[explorer.t_max.value - 1]))
     assert f'= {want:.2f}' in explorer.overshoot.value and ('⚠' in explorer.overshoot.value) == (want > 1)
     share = min(1., 1/(want/8)/12)
     assert f'{explorer.css_id}-eta' in explorer.eta._dom_classes and f'.{explorer.css_id}-eta .noUi-connects' in explorer.overshoot.value and f'#0072B2 {share:.2%}' in explorer.overshoot.value
@@ -357,7 +358,7 @@ def test_overshoot_by_the_runs_own_switches(session):
         b.model.config = make_config('smoke', {f'reconstruction.{k}': v for k, v in switches.items()} | {'data.image_size': 128})
         first = b.at(Setting(160, 'static', eta=12.)).first_pull(160)
         return pull_html(12., first, 160, switches.get('clamp_pull', False), 12., 'dx')
-    abar = session.model.schedule.abar
+    abar = session.model.parts.schedule.abar
     assert f'= {12*(1 - float(abar[159])):.2f};' in said() and '⚠' in said()
     assert '⚠' not in said(clamp_pull=True) and '= 1.00; above' in said(clamp_pull=True) and 'held at 1' in said(clamp_pull=True)
     assert f'= {12*(1 - float(abar[144])):.2f};' in said(indices='authors') # its first call is one stride lower
@@ -527,19 +528,18 @@ def test_best_settings():
 def test_the_steps_end_where_the_detector_does(session):
     m, z0 = session.model, session.latents[3:4]
     w = reconstruct_steps(m, z0, 160, 0., 0., row=3)
-    x = m.decode(m.rebuild_latents(z0, torch.tensor([160]), [3]))
+    x = decode(m.parts, reconstruct_latents(m.parts, z0, torch.tensor([160]), [3]))
     assert w.t == [159, 143, 127, 111, 95, 79, 63, 47, 31, 15] and len(w.x0) == 11
     assert np.abs(w.z_t[-1].astype(float)/255 - x[0].permute(1, 2, 0).numpy()).max() < .01
-    assert reconstruct_steps(m, z0, 80, 8., 0.).pulls[0] == pytest.approx(8*(1 - float(m.schedule.abar[79])))
+    assert reconstruct_steps(m, z0, 80, 8., 0.).pulls[0] == pytest.approx(8*(1 - float(m.parts.schedule.abar[79])))
     with pytest.raises(ValueError, match='T̂ = 0: there is no step'): reconstruct_steps(m, z0, 0, 0., 0.)
 
 def test_the_steps_are_the_runs_own(session):
     "Also with the public code's static sampler, and with a pull that is held at 1."
     for switches in ({'clamp_pull': True}, {'severity': 'static', 'static_sampler': 'authors'}, {'steps': 'stride', 'indices': 'authors'}):
-        m = copy.copy(session.model)
-        m.config = make_config('smoke', {f'reconstruction.{k}': v for k, v in switches.items()} | {'data.image_size': 128, 'reconstruction.t_max': 160, 'reconstruction.eta': 8.})
+        m = session.model.with_settings({f'reconstruction.{k}': v for k, v in switches.items()} | {'reconstruction.eta': 8.})
         z0 = session.latents[3:4]
-        w, x = reconstruct_steps(m, z0, 160, 8., 0., row=3), m.decode(m.rebuild_latents(z0, torch.tensor([160]), [3]))
+        w, x = reconstruct_steps(m, z0, 160, 8., 0., row=3), decode(m.parts, reconstruct_latents(m.parts, z0, torch.tensor([160]), [3]))
         assert np.abs(w.z_t[-1].astype(float)/255 - x[0].permute(1, 2, 0).numpy()).max() < .01
         assert (max(w.pulls) == 1.) == ('clamp_pull' in switches)
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from dynad.detector import DynAD
+from dynad.method import Decision
 from dynad.cautions import cautions_html, find_cautions, held_out_images, unlike
 from dynad.inspection import FitProgress, save_uploads
 from dynad.own_images import OwnImages
@@ -79,7 +80,7 @@ def test_warnings(own, boards):
     big = own.model.folder/'big.png'
     Image.new('RGB', (900, 600)).save(big)
     assert 'images of 900 pixels are inspected at 64' in [d for d in find_cautions(own.model.detector, held, [big]) if d.what == 'small defects vanish'][0].text
-    far = own.model.detector.dic.train_distance.max()*torch.tensor([.5, 1., 5.])
+    far = own.model.detector.parts.dic.train_distance.max()*torch.tensor([.5, 1., 5.])
     assert unlike(far, own.model.detector).tolist() == [False, False, True]
 
 def test_inspected_and_exported(own, boards):
@@ -127,8 +128,8 @@ def test_fit_is_pressed_while_images_are_inspected(own, monkeypatch):
 def test_results_stay_with_their_detector(own):
     own.inspect().wait()
     other = copy.copy(own.model.detector)
-    other.image_threshold, other.threshold = 99., 99.
-    limit, own.model.detector = own.model.detector.image_threshold, other
+    other._decision = Decision(99., 99.)
+    limit, own.model.detector = own.model.detector.decision.image_threshold, other
     rows = list(csv.DictReader(own.export().open()))
     assert {float(r['threshold']) for r in rows} == {limit}
     own.model.detector = own.model.inspected_by
