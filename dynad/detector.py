@@ -238,7 +238,7 @@ def calibrated(self: DynAD,
     return Calibration(levels)
 
 def measured_level(held_out: CachedWalk, T: int) -> tuple[float, float, float, float]:
-    "Median and upper quantile of both maps of held-out normal images that were all pushed to T̂ = T."
+    "Median and upper quantile of both maps of held-out normal images that were all reconstructed at T̂ = T."
     raw, c = held_out.raw_maps(torch.full((len(held_out),), T)), held_out.parts.config
     size = c.data.image_size
     return Calibration.measure(upsample(raw.latent, size), feature_map(raw.features, size), c.fusion.quantile)

@@ -11,7 +11,7 @@ from dynad.download import PUBLISHED
 import dynad.record, dynad.subjects
 from dynad.record import Record, by_class, compared, enter, enter_difference, verdict
 from dynad.subjects import (
-    NULLS, OPENED, at, find_set, fitted, measure, null_rows, paired, slim, subjects)
+    NULLS, OPENED, find_set, fitted, measure, null_rows, paired, slim, subjects)
 from dynad.show import curve
 
 QUICK = {'denoiser.steps': 10, 'latents.finetune_steps': 2, 'denoiser.checkpoint_every': 10}
@@ -113,16 +113,16 @@ def test_nothing_is_trained_twice(run, board, pool):
     stages = lambda: sorted(str(p.relative_to(pool)) for p in (pool/'stages').glob('*/*') if p.is_dir() and p.parent.name in ('autoencoder', 'denoiser', 'phi', 'patch_bank'))
     before = stages()
     again, _ = fitted(board, 'smoke', 0, QUICK)
-    other = at(run[0], {'reconstruction.omega': .5, 'fusion.lam': .2, 'dic.K': 3})
+    other = run[0].with_settings({'reconstruction.omega': .5, 'fusion.lam': .2, 'dic.K': 3})
     assert stages() == before and again.hashes == run[0].hashes
     assert other.hashes['denoiser'] == run[0].hashes['denoiser'] and other.config.reconstruction.omega == .5 and run[0].config.reconstruction.omega == 0
     unadapted, _ = fitted(board, 'smoke', 0, QUICK | {'adaptation.gamma': 0})
     assert unadapted.hashes['denoiser'] == run[0].hashes['denoiser'] and unadapted.hashes['phi'] != run[0].hashes['phi']
 
 def test_what_would_need_training_is_refused(run):
-    with pytest.raises(ConfigError, match=r"adaptation.gamma: would need training; use fitted\(subject, preset, seed, \{'adaptation.gamma': 3\}\)"): at(run[0], {'adaptation.gamma': 3, 'fusion.lam': 1})
-    at(run[0], {'adaptation.gamma': run[0].config.adaptation.gamma})
-    with pytest.raises(ConfigError, match='fusion.lam = 2'): at(run[0], {'fusion.lam': 2})
+    with pytest.raises(ConfigError, match="adaptation.gamma: would need training; fit again with adaptation.gamma = 3"): run[0].with_settings({'adaptation.gamma': 3, 'fusion.lam': 1})
+    run[0].with_settings({'adaptation.gamma': run[0].config.adaptation.gamma})
+    with pytest.raises(ConfigError, match='fusion.lam = 2'): run[0].with_settings({'fusion.lam': 2})
 
 def test_seeds_change_the_run_but_not_the_images(run, board):
     other, data = fitted(board, 'smoke', 1, QUICK)
@@ -131,7 +131,7 @@ def test_seeds_change_the_run_but_not_the_images(run, board):
 def test_measures_and_pairs(run):
     m = measure(*run, n_boot=20)
     assert m == m | {k: measure(*run, n_boot=20)[k] for k in ('i_auroc', 'pro', 'p_auroc')}
-    noised = measure(at(run[0], {'reconstruction.omega': 1.}), run[1], n_boot=20)
+    noised = measure(run[0].with_settings({'reconstruction.omega': 1.}), run[1], n_boot=20)
     for k in ('i_auroc', 'pro'):
         d = paired(m, noised, k, 50)
         assert d['difference'] == pytest.approx(m[k]['value'] - noised[k]['value'], abs=1e-4) and d['low'] <= d['high']
@@ -144,9 +144,9 @@ def test_measures_and_pairs(run):
     with pytest.raises(ValueError, match="metric = 'auc'; allowed: i_auroc"): paired(m, m, 'auc')
 
 def test_what_is_kept_of_many_measurements(run):
-    a, b = (measure(at(run[0], {'fusion.lam': v}), run[1], n_boot=20) for v in (.2, .9))
+    a, b = (measure(run[0].with_settings({'fusion.lam': v}), run[1], n_boot=20) for v in (.2, .9))
     small = slim(a, pixels=True)
-    assert not {'maps', 'masks', 'staged'} & small.keys() and 'pixels' not in slim(a) and slim(a)['pro'] == a['pro']
+    assert not {'maps', 'masks', 'walk'} & small.keys() and 'pixels' not in slim(a) and slim(a)['pro'] == a['pro']
     assert not [k for k, v in slim(a).items() if isinstance(v, torch.Tensor) and v.ndim > 1]
     for k in ('i_auroc', 'pro'): assert paired(small, slim(b, pixels=True), k, 20) == paired(a, b, k, 20)
 
@@ -269,7 +269,7 @@ def test_every_row_carries_the_detector_that_it_was_measured_with(run, board, tm
         assert (c['reconstruction']['t_max'], c['fusion']['lam']) == ((80, .75) if x['oracle'] else (run[0].config.reconstruction.t_max, run[0].config.fusion.lam))
 
 def test_a_difference_carries_both_sides(run, board, tmp_path):
-    a, b = (at(run[0], {'fusion.lam': v}) for v in (.2, .9))
+    a, b = (run[0].with_settings({'fusion.lam': v}) for v in (.2, .9))
     r = Record('table5', tmp_path, PARAMETERS)
     enter_difference(r, 'x', 'a − b', measure(a, run[1], 20), measure(b, run[1], 20), ('pro',), 20, subject=board)
     enter(r, 'x', 'a', measure(a, run[1], 0), ('pro',), subject=board, model=b) # what was measured wins

@@ -12,9 +12,10 @@ from accelerate.state import PartialState
 
 from dynad.config import ConfigError, DenoiserSettings, DiffusionSettings, make_config
 from dynad.denoiser import DenoiserError, make_unet, set_compiled, train_denoiser
-from dynad.detector import DynAD, _trained
+from dynad.detector import DynAD
 from dynad.diffusion import make_schedule
 from dynad.launch import accelerator, check_trackers, processes, run_collectively
+from dynad.method import trained_settings
 from dynad.store import Store, load_tensors
 
 TINY = DenoiserSettings(widths=(16,), attention=(), heads=4, layers_per_block=1, epochs=None, steps=3, batch=4, lr=2e-3, ema=.9)
@@ -65,7 +66,7 @@ def test_a_missing_or_unknown_tracker_is_named(tmp_path):
 
 def test_trackers_and_compile_are_in_no_key_and_in_the_file():
     plain, more = make_config('smoke'), make_config('smoke', {'denoiser.compile': True}, trackers=('tensorboard',))
-    assert _trained(plain) == _trained(more)
+    assert trained_settings(DynAD, plain) == trained_settings(DynAD, more)
     from dynad.config import dump_config, parse_config
     assert parse_config(json.loads(dump_config(more))) == more and more.trackers == ('tensorboard',)
 
