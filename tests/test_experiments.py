@@ -114,10 +114,10 @@ def test_nothing_is_trained_twice(run, board, pool):
     before = stages()
     again, _ = fitted(board, 'smoke', 0, QUICK)
     other = run[0].with_settings({'reconstruction.omega': .5, 'fusion.lam': .2, 'dic.K': 3})
-    assert stages() == before and again.hashes == run[0].hashes
-    assert other.hashes['denoiser'] == run[0].hashes['denoiser'] and other.config.reconstruction.omega == .5 and run[0].config.reconstruction.omega == 0
+    assert stages() == before and again.parts.hashes == run[0].parts.hashes
+    assert other.parts.hashes['denoiser'] == run[0].parts.hashes['denoiser'] and other.config.reconstruction.omega == .5 and run[0].config.reconstruction.omega == 0
     unadapted, _ = fitted(board, 'smoke', 0, QUICK | {'adaptation.gamma': 0})
-    assert unadapted.hashes['denoiser'] == run[0].hashes['denoiser'] and unadapted.hashes['phi'] != run[0].hashes['phi']
+    assert unadapted.parts.hashes['denoiser'] == run[0].parts.hashes['denoiser'] and unadapted.parts.hashes['phi'] != run[0].parts.hashes['phi']
 
 def test_what_would_need_training_is_refused(run):
     with pytest.raises(ConfigError, match="adaptation.gamma: would need training; fit again with adaptation.gamma = 3"): run[0].with_settings({'adaptation.gamma': 3, 'fusion.lam': 1})
@@ -126,7 +126,7 @@ def test_what_would_need_training_is_refused(run):
 
 def test_seeds_change_the_run_but_not_the_images(run, board):
     other, data = fitted(board, 'smoke', 1, QUICK)
-    assert data.fingerprint == run[1].fingerprint and other.hashes['denoiser'] != run[0].hashes['denoiser']
+    assert data.fingerprint == run[1].fingerprint and other.parts.hashes['denoiser'] != run[0].parts.hashes['denoiser']
 
 def test_measures_and_pairs(run):
     m = measure(*run, n_boot=20)
@@ -281,7 +281,7 @@ def executed(name, monkeypatch, out, overrides=None, **given):
     "The names that the cells of a notebook leave behind."
     import nbformat
     from pathlib import Path
-    monkeypatch.setattr(dynad.subjects, 'fitted', lambda s, preset, seed, more=None: fitted(s, 'smoke', seed, QUICK | (overrides or {}) | (more or {})))
+    monkeypatch.setattr(dynad.subjects, 'fitted', lambda s, preset, seed, more=None, **kw: fitted(s, 'smoke', seed, QUICK | (overrides or {}) | (more or {}), **kw))
     space = {}
     for c in nbformat.read(Path(__file__).parent.parent/'nbs'/'papers'/f'{name}.ipynb', 4).cells:
         if c.cell_type != 'code': continue
@@ -292,7 +292,7 @@ def executed(name, monkeypatch, out, overrides=None, **given):
 def test_fig13_without_masks_and_without_intervals(pool, monkeypatch, tmp_path):
     monkeypatch.setattr(dynad.subjects, '_truth', lambda names, size, key: (torch.zeros(len(names), 1, size, size, dtype=torch.bool), torch.zeros(len(names), dtype=torch.bool)))
     space = executed('fig13', monkeypatch, tmp_path, data='synthetic:board', omegas=[0, 1])
-    assert list(space['judged']) == ['i_auroc'] and [n for n in space['record'].notes if 'as the paper reports: not judged without an interval' in n]
+    assert list(space['defined']) == ['i_auroc'] and [n for n in space['record'].notes if 'as the paper reports: not judged without an interval' in n]
     assert all(r['settings'] for r in space['record'].rows) and len(space['curves']) == 2
     assert not [k for c in (*space['curves'].values(), *space['nulls'].values()) for k in ('maps', 'masks', 'pixels') if c.get(k) is not None]
 
