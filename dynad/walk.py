@@ -23,9 +23,9 @@ from .reconstruction import generators_for, noise_for, reconstruct
 from .spatial_dic import SpatialDIC
 
 # %% auto #0
-__all__ = ['map_layers', 'neighbour_groups', 'averaged_t_hat', 'Parts', 'extract_features', 'Severity', 'severity', 'encode',
-           'decode', 'sampler_settings', 'reconstruct_latents', 'adaptation_parts', 'RawMaps', 'compare',
-           'reference_features', 'neighbour_maps', 'WalkOutputs', 'walk']
+__all__ = ['map_layers', 'neighbour_groups', 'averaged_t_hat', 'Parts', 'extract_features', 'Severity', 'severity',
+           'choose_t_hat', 'encode', 'decode', 'sampler_settings', 'reconstruct_latents', 'adaptation_parts', 'RawMaps',
+           'compare', 'reference_features', 'neighbour_maps', 'WalkOutputs', 'walk']
 
 # %% ../nbs/14_walk.ipynb #917f7ce3
 def map_layers(config: Config) -> tuple[int, ...]:
@@ -108,7 +108,7 @@ def choose_t_hat(
     parts: Parts,
     bin: Tensor   # [B] int64 in 0…|B|
 ) -> Tensor:      # [B] int64, T̂
-"""T̂ by the bins (Algorithm 2, line 8), or one for all when `reconstruction.severity` is static.
+    """T̂ by the bins (Algorithm 2, line 8), or one for all when `reconstruction.severity` is static.
 
     Where several T̂ are averaged, the nearest of them: that reconstruction is shown."""
     r, averaged = parts.config.reconstruction, averaged_t_hat(parts.config)
