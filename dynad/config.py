@@ -238,11 +238,12 @@ PRESETS: dict[str, dict] = {
                     reconstruction=dict(eta=4., indices='authors', static_sampler='authors'),
                     adaptation=dict(eta=4., loss='flat'), fusion=dict(calibration='test')),
     'small': dict(
-        data=dict(image_size=128), features=dict(backbone='efficientnet_lite0'),
+        data=dict(image_size=128), features=dict(backbone='efficientnet_lite0', enlarge=2),
         latents=dict(kind='tiny', finetune_steps=240),
         denoiser=dict(widths=(64, 128, 128), attention=(2,), epochs=None, steps=800, min_epochs=60, batch=16,
                       lr=4e-4, lr_schedule='one_cycle', ema=.995),
-        reconstruction=dict(t_max=640, eta=0.), adaptation=dict(t_max=160, eta=0.)),
+        reconstruction=dict(t_max=640, eta=0., average=3), adaptation=dict(gamma=0, t_max=160, eta=0.),
+        fusion=dict(lam=.5, neighbour=.5, layers=(1, 2), score='top', false_alarms=.05, choice='synthetic')),
     'smoke': dict(
         data=dict(image_size=64), features=dict(backbone='efficientnet_lite0'),
         latents=dict(kind='tiny', finetune_steps=20),

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import __version__
 from .cache import ImageSet
+from .conformal import in_words
 from .data import AnomalyDataset, DataError, Sample, load_masks
 from .machine import peak_memory_mb
 from .method import Method, Prediction, method_named
@@ -28,7 +29,8 @@ from .store import atomic_write, replacing
 # %% auto #0
 __all__ = ['KEYS', 'NAMES', 'EXACT', 'ORIGIN', 'PRESET_NOTES', 'MEASURED', 'as_json', 'all_metrics', 'MetricAccumulator',
            'Scored', 'HeldMaps', 'StreamedMaps', 'decided', 'Evaluation', 'evaluate', 'timing', 'versions', 'described',
-           'protocol', 'fitted_baseline', 'write_result', 'save_maps', 'save_table', 'metrics_table', 'method_title']
+           'threshold_rule', 'protocol', 'fitted_baseline', 'write_result', 'save_maps', 'save_table', 'metrics_table',
+           'method_title']
 
 # %% ../nbs/17_evaluate.ipynb #eb662a68
 KEYS = ('i_auroc', 'p_auroc', 'pro', 'i_ap', 'p_ap', 'i_f1_max', 'p_f1_max') # the metrics of every result
@@ -235,6 +237,11 @@ ORIGIN = { # where the fixed settings of a preset come from
 PRESET_NOTES = {'small': 'small preset: not the scale of the paper',
                 'smoke': 'smoke preset: a test of the machinery, not a result'}
 
+def threshold_rule(method: Method) -> str:
+    "How the threshold for images was learned."
+    if (g := method.decision.guarantee) is not None: return in_words(g)
+    return f"quantile {method.config.fusion.threshold_quantile} of held-out normal training images"
+
 def protocol(method: Method, truth: MetricAccumulator) -> dict[str, Any]:
     "What a reader must know to compare a figure."
     c, y = method.config, truth.labels.bool()
@@ -246,7 +253,7 @@ def protocol(method: Method, truth: MetricAccumulator) -> dict[str, Any]:
             'settings_from': ORIGIN.get(c.preset, ''),
             'calibration': ('minimum and maximum of the test set (looks at what it judges)' if at_test
                             else 'quantiles of held-out normal training images, per T̂'),
-            'threshold': f"quantile {c.fusion.threshold_quantile} of held-out normal training images",
+            'threshold': threshold_rule(method),
             'image': f"square resize to {c.data.image_size}, antialiased",
             'masks': 'nearest-neighbour resize, then > 0.5',
             'pro': f"{'exact' if truth.exact else 'streaming, within 1e-4 of exact'}, 8-connected regions, "
