@@ -151,7 +151,7 @@ class ReconstructionSettings(Settings):
     severity: Literal['dynamic', 'static'] = 'dynamic'            # T̂ by DIC, or one T̂ = static_t for all
     static_t: int | None = Field(None, ge=1)                      # None: T_max
     static_sampler: Literal['same', 'authors'] = 'same'
-    average: int = Field(0, ge=0, le=10)                          # maps are the mean over so many T̂; 0: of the one T̂
+    average: int = Field(0, ge=0, le=10)                          # dynamic: mean over so many T̂; 0: the one of DIC
     LATER: ClassVar[dict[str, Any]] = {'average': 0}
 
 # %% ../nbs/00_config.ipynb #1df8ed37
@@ -198,8 +198,6 @@ def check_together(config: Config) -> None:
         if t is not None and t > d.T: raise ValueError(f"{key} = {t} is larger than diffusion.T = {d.T}")
     for key, t in maxima.items():
         if t < r.S: raise ValueError(f"{key} = {t} is smaller than reconstruction.S = {r.S} steps")
-    if r.average and r.severity == 'static':
-        raise ValueError(f"reconstruction.average = {r.average} with severity = 'static': one T̂ cannot be averaged")
     if d.beta_start >= d.beta_end:
         raise ValueError(f"diffusion.beta_start = {d.beta_start} must be below beta_end = {d.beta_end}")
     if (n.epochs is None) == (n.steps is None):
@@ -327,7 +325,7 @@ def make_config(
     if isinstance(d := asked.get('denoiser'), dict) and 'steps' in d: d.setdefault('min_epochs', 0)
     # and so is what a choice on synthetic defects would decide
     if any(k in CHOSEN.get(g, ()) for g, given in asked.items() if isinstance(given, dict) for k in given):
-        asked.setdefault('fusion', {}).setdefault('choice', 'fixed')
+        if isinstance(f := asked.setdefault('fusion', {}), dict): f.setdefault('choice', 'fixed')
     return parse_config(merged(merged({'preset': preset, **kwargs}, PRESETS[preset]), asked))
 
 # %% ../nbs/00_config.ipynb #aa8b16c0

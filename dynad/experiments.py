@@ -107,6 +107,7 @@ EXPERIMENTS = ( # in the order of the list and the book; minutes were measured o
     Experiment('sensitivity', 'table', minutes=.5),
     Experiment('attribution'),
     Experiment('severity', 'table'),
+    Experiment('small_preset', 'table', minutes=1.5),
     Experiment('speed', 'timings', minutes=.5),
     Experiment('parity', 'table', minutes=2., committed={'data': 'cookies', 'preset': 'small'}))
 

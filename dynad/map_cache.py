@@ -81,8 +81,7 @@ def overrides(self: Setting) -> dict[str, Any]:
             'reconstruction.eta': self.eta,
             'reconstruction.omega': self.omega,
             'fusion.lam': self.lam,
-            'fusion.sigma': self.sigma,
-            **({'reconstruction.average': 0} if self.severity == 'static' else {})} # one T̂ cannot be averaged
+            'fusion.sigma': self.sigma}
 
 # %% ../nbs/17f_map_cache.ipynb #869542b5
 @patch(as_prop=True)

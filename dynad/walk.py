@@ -41,7 +41,7 @@ def neighbour_groups(config: Config) -> tuple[tuple[int, ...], ...]:
 def averaged_t_hat(config: Config) -> list[int]:
     "The T̂ whose maps are averaged, rising: evenly spread over those that DIC can choose. Empty: the one of DIC."
     r, d = config.reconstruction, config.dic
-    if not r.average: return []
+    if not r.average or r.severity == 'static': return []
     grid = t_grid(r.t_max, d.bins, r.S, d.floor)
     return sorted({grid[round(k)] for k in torch.linspace(0, len(grid) - 1, r.average).tolist()} if r.average > 1
                   else {grid[len(grid)//2]})
