@@ -16,13 +16,13 @@ from .cache import CachedWalk, ImageSet, MAP_NAMES, batches
 from .choice import Choice, Mixture, StoredMaps, choose
 from .config import content_key, with_overrides
 from .data import to_float
-from .defects import DefectSet, defect_set
+from .defects import AREAS, CONTRASTS, DefectSet, defect_set
 from .spatial_dic import SpatialDIC
 from .store import atomic_write, load_json, load_tensors
 from .walk import Parts, averaged_t_hat, extract_features, map_layers, neighbour_groups
 
 # %% auto #0
-__all__ = ['N_DEFECTS', 'MOST_NORMAL', 'fit_spatial', 'defects_in', 'synthetic_set', 'candidates_t_hat', 'stored_maps',
+__all__ = ['N_DEFECTS', 'MOST_NORMAL', 'SEARCH', 'fit_spatial', 'defects_in', 'synthetic_set', 'candidates_t_hat', 'stored_maps',
            'prior_mixture', 'chosen']
 
 # %% ../nbs/14b_choosing.ipynb #7a8d24a8
@@ -46,6 +46,7 @@ def fit_spatial(
 
 # %% ../nbs/14b_choosing.ipynb #74341447
 N_DEFECTS, MOST_NORMAL = 56, 64  # defects; normal images that are used, at most
+SEARCH = 1                       # raised when the same maps lead to another choice
 
 @lru_cache(4)
 def defects_in(images: ImageSet, n: int, seed: int) -> DefectSet:
@@ -58,7 +59,7 @@ def synthetic_set(
     seed: int = 0
 ) -> ImageSet:
     "The same images with defects, as a set whose walk is kept in the store."
-    key = content_key(['synthetic defects', images.key, n, seed])
+    key = content_key(['synthetic defects', AREAS, CONTRASTS, images.key, n, seed])
     return ImageSet(images.store, key, n, lambda: defects_in(images, n, seed).images, images.progress)
 
 # %% ../nbs/14b_choosing.ipynb #73660bba
@@ -107,6 +108,7 @@ def chosen(
         found: Choice = choose(stored_maps(parts, held_out, n), prior_mixture(parts))
         made = dict(settings=found.chosen.settings, prior=found.prior.settings, rows=found.rows)
         atomic_write(work/'choice.json', json.dumps(made, indent=1))
-    depends_on = dict(held_out=held_out.key, hashes=parts.hashes, fusion=c.fusion.model_dump(mode='json'), n=n,
-                      reconstruction=c.reconstruction.model_dump(mode='json'), seed=c.seed, precision=c.precision)
+    depends_on = dict(held_out=held_out.key, defects=synthetic_set(held_out, n, c.seed).key, hashes=parts.hashes,
+                      fusion=c.fusion.model_dump(mode='json'), reconstruction=c.reconstruction.model_dump(mode='json'),
+                      search=SEARCH, seed=c.seed, precision=c.precision)
     return load_json(held_out.store.stage('choice', depends_on, make)/'choice.json', 'settings', 'prior', 'rows')

@@ -208,7 +208,7 @@ def put_defect(
     return torch.from_numpy(other).permute(2, 0, 1).contiguous(), torch.from_numpy(p.mask)[None]
 
 # %% ../nbs/04b_defects.ipynb #7ee5a46d
-AREAS = (.0006, .08)     # smallest and largest area, share of the image
+AREAS = (.001, .15)      # smallest and largest area, share of the image: from a speck to a missing part
 CONTRASTS = (.06, .5)    # weakest and strongest contrast
 
 def spread(

@@ -315,8 +315,9 @@ def predict_set(self: DynAD,
     "The predictions of a set in batches, from the stored walk."
     walk = self.cached_walk(images)
     T, distance = walk.t_hat, walk.severity.distance
+    rule = self.config.fusion.score
     for r, (A, l, f) in self.maps(walk, None, rows):
-        yield r, DynADPrediction(score(A, self.config.fusion.score), A, t_hat=T[r], latent_map=l, feature_map=f, distance=distance[r])
+        yield r, DynADPrediction(score(A, rule), A, t_hat=T[r], latent_map=l, feature_map=f, distance=distance[r])
 
 DynAD.reconstructs = True
 
