@@ -15,8 +15,10 @@ import pandas as pd
 from filelock import FileLock
 from tqdm.auto import tqdm
 
+from .config import did_you_mean
 from .data import AnomalyDataset, DataError, open_dataset
 from .layouts import Sample, find_layout
+from .paths import check_folder, check_space, expanded, move
 from .store import atomic_write, file_sha256
 
 # %% auto #0
@@ -153,7 +155,7 @@ def _total(answer, have: int) -> int | None:
 def _received(url: str, part: Path, note: Path) -> tuple[int, dict]: # bytes in `part`; what `note` says of them
     "The bytes that earlier calls have received from this address."
     have = part.stat().st_size if part.exists() else 0
-    known = json.loads(note.read_text()) if have and note.exists() else {}
+    known = json.loads(note.read_text(encoding='utf-8')) if have and note.exists() else {}
     return (have, known) if known.get('url') == url else (0, {})
 
 # %% ../nbs/03c_download.ipynb #977551b4
@@ -242,7 +244,7 @@ def _lock(path: Path) -> FileLock:
 def _accept(url: str, part: Path, note: Path, path: Path, sha256: str) -> None:
     "Give a whole file its final name if its checksum is right; else delete it and raise `DataError`."
     digest, n = file_sha256(part), part.stat().st_size
-    if digest == sha256.lower(): os.replace(part, path)
+    if digest == sha256.lower(): move(part, path)
     else: part.unlink()
     note.unlink(missing_ok=True)
     if digest != sha256.lower():
@@ -250,6 +252,19 @@ def _accept(url: str, part: Path, note: Path, path: Path, sha256: str) -> None:
                         f"{sha256.lower()}; it was deleted: fetch it again, or from another place")
 
 # %% ../nbs/03c_download.ipynb #3e4b84c5
+def _check_url(url: str | None, steps: str = '') -> None:
+    "Raises `DataError` for an address that cannot be fetched, or an archive that is not there."
+    if url is None or url.lower().startswith(('http://', 'https://')): return
+    if '://' in url or not steps:
+        raise DataError(f"{url!r}: not an address that can be fetched; "
+                        f"give http(s)://… or an archive on this machine")
+    if not expanded(url).is_file(): raise DataError(f"{url}: no such file; {steps}")
+
+def _checked_sum(sha256: str) -> str:
+    "Raises `DataError` unless it is one."
+    if len(sha256) == 64 and not set(sha256.lower()) - set('0123456789abcdef'): return sha256
+    raise DataError(f"sha256 = {sha256!r}: expected 64 hexadecimal digits")
+
 def fetch(
     url: str,                # http or https
     path: str | Path,        # the final place
@@ -258,11 +273,8 @@ def fetch(
     progress: bool = True
 ) -> Path:
     "Download a file, resumed where an earlier call was cut off. Raises `DataError`; received bytes stay in PATH.part."
-    if not url.lower().startswith(('http://', 'https://')):
-        raise DataError(f"{url!r}: not an address that can be fetched; "
-                        f"give http(s)://… or an archive on this machine")
-    if len(sha256) != 64 or set(sha256.lower()) - set('0123456789abcdef'):
-        raise DataError(f"sha256 = {sha256!r}: expected 64 hexadecimal digits")
+    _check_url(url)
+    sha256 = _checked_sum(sha256)
     path = Path(path)
     part, note = (path.with_name(path.name + s) for s in ('.part', '.part.json'))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -379,7 +391,7 @@ def unpack(
             inner = _skip_outer(work)
             if not any(inner.iterdir()): raise DataError(f"{archive}: holds no file")
             os.chmod(inner, 0o755)
-            os.replace(inner, folder)
+            move(inner, folder)
     finally: shutil.rmtree(work, ignore_errors=True)
     return folder
 
@@ -409,7 +421,7 @@ def _local_archive(archive: Path, sha256: str, steps: str) -> Path:
 def _install(name: str, folder: Path, url: str | None, sha256: str, progress: bool) -> None:
     "Fetch and unpack a data set."
     s = SOURCES[name]
-    if url is not None and '://' not in url: unpack(_local_archive(Path(url), sha256, s.steps), folder, progress)
+    if url is not None and '://' not in url: unpack(_local_archive(expanded(url), sha256, s.steps), folder, progress)
     else:
         size = s.size if sha256 == s.sha256 else None
         archive = fetch(url or s.url, folder.with_name(f'.{name}.archive'), sha256, size, progress)
@@ -427,10 +439,12 @@ def download(
     """A public data set, verified and unpacked; a call that was cut off is continued by the next one.
 
     Raises `DataError` with the steps to follow where it cannot be fetched."""
-    if name not in SOURCES: raise DataError(f"{name!r}: no such data set; known are {', '.join(SOURCES)}")
-    folder = Path(out)/name
+    if name not in SOURCES:
+        raise DataError(f"{name!r}: no such data set{did_you_mean(name, SOURCES)}; known are {', '.join(SOURCES)}")
+    folder = check_folder(out)/name
     if not folder.exists():
-        sha256 = _checksum(name, url, sha256)
+        sha256 = _checked_sum(_checksum(name, url, sha256))
+        _check_url(url, SOURCES[name].steps)
         try: folder.parent.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise DataError(f"{out}: cannot be made a folder ({e.strerror}); choose another place") from None

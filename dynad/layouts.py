@@ -13,6 +13,7 @@ from typing import Callable
 import numpy as np
 
 from .images import EXTENSIONS, DataError, list_images
+from .paths import printable
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'Sample', 'elpv_root', 'Layout', 'find_layout']
@@ -30,6 +31,8 @@ class Sample:
     mask_rule: str = 'half'  # anomalous pixels are 'half': above half of the full range; 'nonzero': all but 0
 
     def __post_init__(self):
+        # the path keeps its bytes; names go into tables, pages and keys
+        for field in ('name', 'defect'): object.__setattr__(self, field, printable(getattr(self, field)))
         for field, allowed in (('split', ('train', 'test')), ('label', (0, 1)), ('mask_rule', ('half', 'nonzero'))):
             if (value := getattr(self, field)) not in allowed:
                 names = '0 (normal), 1 (anomalous)' if field == 'label' else ', '.join(allowed)
