@@ -45,7 +45,7 @@ def file_name(
     "A name of a file like `text` that Linux, macOS and Windows take."
     safe = shortened(UNSAFE.sub('_', text), longest).strip().rstrip('. ')
     if safe.split('.')[0].upper().strip() in RESERVED: safe = f'_{safe}'
-    if safe == text: return safe
+    if safe == text != '': return safe
     digest = hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:8]
     return f"{shortened(safe, longest - 9)}_{digest}"
 

@@ -464,13 +464,13 @@ def refuse_parameters(
 
 # %% ../nbs/19c_runner.ipynb #13e9a018
 def _job(e: Experiment, path: Path, name: str, profile: str, parameters: dict, out: Path, timeout, elsewhere) -> Job:
-    from dynad.subjects import pool
+    from dynad.subjects import pool_place
     missing = ('—', f'{path}: no such notebook')
     there = path.is_file()
     data, reason = why_not(path, parameters, PROFILES[profile], e.wanted, elsewhere) if there else missing
     stamps = data_stamps(parameters, e.wanted)
     job = Job(name, e.name, notebook_title(path) if there else e.name, profile, str(path), parameters, str(out),
-              str(pool().resolve()), data, None, False, reason, wanted=e.wanted, roots=data_folders(),
+              str(pool_place().resolve()), data, None, False, reason, wanted=e.wanted, roots=data_folders(),
               elsewhere=elsewhere, home=dynad.__file__, stamps=stamps,
               timeout=timeout or TIMEOUT.get(str(parameters['preset']), LONGEST))
     return with_cost(with_key(job) if there else job, e, len(stamps['data']))
