@@ -4,7 +4,7 @@
 
 # %% ../nbs/18i_inspection.ipynb #21a3dce3
 from __future__ import annotations
-import hashlib, html
+import html
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Callable
@@ -41,24 +41,29 @@ def save_uploads(
     One with the name of another image is numbered, `image (2).jpg`; the same image twice is kept once."""
     out, n, folder = [], len(uploads), expanded(folder)
     taken = {name_key(p.stem): p for p in folder.iterdir()} if folder.is_dir() else {}
-    sizes = {len(u['content']) for u in uploads}
-    alike = [p for p in taken.values() if p.is_file() and p.stat().st_size in sizes]
-    kept = {hashlib.sha256(p.read_bytes()).digest(): p for p in alike}
+    new: dict[Path, bytes] = {}
     none = f'; none of the {n} dropped files was kept, drop the others again without it' if n > 1 else ''
     with ExitStack() as all_or_none:
         for u in uploads:
             name, content = upload_name(str(u['name'])), bytes(u['content'])
             if Path(name).suffix.lower() not in EXTENSIONS:
                 raise DataError(f"{name}: not an image ({', '.join(sorted(EXTENSIONS))}){none}")
-            if (digest := hashlib.sha256(content).digest()) in kept: out.append(kept[digest]); continue
+            if same := _same_upload(name, content, taken, new): out.append(same); continue
             path = folder/numbered(name, taken)
             tmp = all_or_none.enter_context(replacing(path))
             tmp.write_bytes(content)
             try: read_image(tmp, 8)
             except DataError as e: raise DataError(str(e).replace(str(tmp), name) + none) from None
-            taken[name_key(path.stem)] = kept[digest] = path
+            taken[name_key(path.stem)], new[path] = path, content
             out.append(path)
     return list(dict.fromkeys(out))
+
+def _same_upload(name: str, content: bytes, taken: dict[str, Path], new: dict[Path, bytes]) -> Path | None:
+    "The file of that name, numbered or not, that holds the same bytes."
+    stem, n = Path(name).stem, 1
+    while p := taken.get(name_key(stem if n == 1 else f'{stem} ({n})')):
+        if new.get(p) == content or p not in new and p.is_file() and p.read_bytes() == content: return p
+        n += 1
 
 def upload_name(name: str) -> str:
     "The name of a file that a browser sent, without folders, as every system takes it."
