@@ -19,7 +19,8 @@ from .config import Config, ConfigError, make_config
 from .data import AnomalyDataset, open_folder, split_normal
 from .detector import DynAD, DynADPrediction
 from .live import png
-from .images import EXTENSIONS, DataError, read_image
+from .collector import EXTENSIONS, DataError
+from .images import read_image
 from .session import fitted_dataset
 from .show import Picture, colorize, overlay, save_png, smoothed, to_uint8
 from .store import StoreError, atomic_write, load_tensors, replacing
