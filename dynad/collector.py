@@ -63,7 +63,7 @@ EXTENSIONS = image_extensions()
 COMMON = ', '.join(e for e in ('.png', '.jpg', '.tif', '.bmp', '.webp', '.avif', '.heic') if e in EXTENSIONS)
 
 # %% ../nbs/02c_collector.ipynb #1f2dcd5b
-MENTIONED = {'system', 'own', 'document', 'flat', 'merged', 'normal masks', 'by design', 'no test'}
+MENTIONED = {'system', 'own', 'document', 'flat', 'merged', 'by design', 'no test'}
 
 @dataclass(frozen=True)
 class Finding:

@@ -4,7 +4,7 @@
 
 # %% ../nbs/03a_layouts.ipynb #453fec12
 from __future__ import annotations
-import csv, importlib.util
+import csv, importlib.util, os
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -12,8 +12,8 @@ from typing import Callable, Iterator, Sequence
 
 import numpy as np
 
-from .collector import (COMMON, GOOD, INNER, SPLITS, DataError, Finding, Listing, bare_stem, collect, count,
-                             first_of, mask_depth, plain, printable, same_name, subfolders)
+from .collector import (COMMON, EXTENSIONS, GOOD, INNER, SPLITS, DataError, Finding, Listing, bare_stem, collect,
+                             count, first_of, mask_depth, plain, printable, same_name, subfolders)
 
 # %% auto #0
 __all__ = ['Reading', 'LAYOUTS', 'Sample', 'elpv_root', 'Layout', 'find_layout']
@@ -321,6 +321,9 @@ def elpv_root() -> Path:
 # %% ../nbs/03a_layouts.ipynb #f6d35561
 def _is_flat(root: Path) -> bool:
     "Whether all images lie directly in a folder, or in folders of normal images: not in what may be kinds of defect."
+    direct = any(n.lower().endswith(tuple(EXTENSIONS)) for n in os.listdir(root))
+    named = any(plain(f.name) in GOOD | INNER for f in subfolders(root))
+    if not direct and not named: return False # before a long walk
     inner = [p.relative_to(root).parts[:-1] for p in collect(root).files]
     folders = [tuple(part for part in parts if plain(part) not in INNER) for parts in inner]
     return bool(folders) and all(not f or _is_good(f) for f in folders)

@@ -92,8 +92,8 @@ def test_a_name_that_two_kinds_share_is_not_guessed(tmp_path):
 
 def test_masks_of_normal_images_are_no_images(tmp_path):
     base(tmp_path); put(tmp_path/'test/good/000_mask.png', 0); put(tmp_path/'train/good/masks/000.png', 0); put(tmp_path/'ground_truth/good/001.png', 0)
-    data = silent(tmp_path)
-    assert counts(data) == (12, 4, 4, 4) and kinds(data) == ['normal masks'] and len(data.findings[0].files) == 3
+    data = open_dataset(tmp_path)
+    assert counts(data) == (12, 4, 4, 4) and kinds(data) == ['normal masks'] and '3 masks of normal images' in data.line()
 
 def test_depth_beside_colour_is_no_image(tmp_path):
     base(tmp_path, 'test/good/rgb', 'test/spot/rgb', 'test/spot/gt', '{:03}.png', 'train/good/rgb'); put(tmp_path/'test/spot/xyz/000.tiff')
