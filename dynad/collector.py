@@ -4,7 +4,7 @@
 
 # %% ../nbs/02c_collector.ipynb #b39b07bd
 from __future__ import annotations
-import csv, json, os, re, unicodedata
+import csv, os, re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,23 +14,16 @@ from typing import Iterable, Iterator, Sequence
 from PIL import Image
 
 from .config import DynadError
+from .exports import MARKER, listed_files
+from .paths import name_key, printable
 
 # %% auto #0
-__all__ = ['NOT_PHOTOGRAPHS', 'EXTENSIONS', 'COMMON', 'MENTIONED', 'SYSTEM', 'MARKER', 'RUN_PARTS', 'REPORT_PARTS', 'RESULTS',
-           'MASKS', 'GOOD', 'SPLITS', 'INNER', 'INSTALL', 'REASONS', 'printable', 'DataError', 'plain',
-           'register_plugins', 'image_extensions', 'Finding', 'Listing', 'count', 'first_of', 'summary_line',
-           'check_strict', 'is_system', 'output_names', 'same_name', 'bare_stem', 'mask_depth', 'collect',
-           'list_images', 'collect_places', 'subfolders']
+__all__ = ['NOT_PHOTOGRAPHS', 'EXTENSIONS', 'COMMON', 'MENTIONED', 'SYSTEM', 'RUN_PARTS', 'REPORT_PARTS', 'RESULTS', 'MASKS',
+           'GOOD', 'SPLITS', 'INNER', 'INSTALL', 'REASONS', 'DataError', 'plain', 'register_plugins',
+           'image_extensions', 'Finding', 'Listing', 'count', 'first_of', 'summary_line', 'check_strict', 'is_system',
+           'output_names', 'bare_stem', 'mask_depth', 'collect', 'list_images', 'collect_places', 'subfolders']
 
 # %% ../nbs/02c_collector.ipynb #d68ac865
-def printable(
-    name: object # a name, a path or a text
-) -> str:
-    "The text with bytes that are not UTF-8, and control characters, written as escapes: safe to print and to store."
-    try: text = str(name).encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace')
-    except UnicodeEncodeError: text = str(name).encode('utf-8', 'backslashreplace').decode()
-    return re.sub(r'[\x00-\x1f\x7f\x85\u2028\u2029]', lambda m: m[0].encode('unicode_escape').decode(), text)
-
 class DataError(DynadError, ValueError):
     "Data that cannot be used; the message names the file, what is wrong and how to correct it."
     def __init__(self, text: str): super().__init__(printable(text))
@@ -38,7 +31,7 @@ class DataError(DynadError, ValueError):
 # %% ../nbs/02c_collector.ipynb #ad9f9ab8
 def plain(name: str) -> str:
     "A folder's name for comparisons: without capitals, spaces and signs between words."
-    return re.sub(r'[-_. ]', '', unicodedata.normalize('NFC', name).casefold())
+    return re.sub(r'[-_. ]', '', name_key(name))
 
 # %% ../nbs/02c_collector.ipynb #54de25b7
 NOT_PHOTOGRAPHS = {'EPS', 'PDF', 'WMF', 'MPEG', 'BUFR', 'GRIB', 'HDF5', 'IPTC', 'FLI', 'ICO', 'CUR', 'ICNS',
@@ -121,15 +114,6 @@ def is_system(name: str) -> bool:
     "Whether a file or folder of that name is hidden, or was put there by a system."
     return name.startswith('.') or name.casefold() in SYSTEM
 
-# %% ../nbs/02c_collector.ipynb #6b6d75ef
-MARKER = 'dynad-output.json'
-
-def _marked(folder: Path) -> set[str]:
-    "The names in the list of a folder, and the list; none where it is missing or damaged."
-    try: names = json.loads((folder/MARKER).read_text(encoding='utf-8'))['files']
-    except (OSError, ValueError, KeyError, TypeError): return set()
-    return {MARKER, *(n for n in names if isinstance(n, str))} if isinstance(names, list) else set()
-
 # %% ../nbs/02c_collector.ipynb #85bdab8e
 RUN_PARTS = {'config.json', 'run.json', 'stages', 'baselines', 'result.json'}
 REPORT_PARTS = {'index.html', 'result.json', 'images'}
@@ -157,7 +141,7 @@ def output_names(
 ) -> set[str]:
     "The names in a folder that are this package's own output."
     names = {*names}
-    out = _marked(folder) if MARKER in names else set()
+    out = {MARKER, *listed_files(folder)} if MARKER in names else set()
     for table in {'scores.csv', 'index.csv'} & names: out |= _of_table(folder/table)
     if {'config.json', 'stages'} <= names and (folder/'stages').is_dir(): out |= RUN_PARTS
     if 'index.html' in names and 'content="dynad report"' in _read(folder/'index.html', 1000): out |= REPORT_PARTS
@@ -216,10 +200,6 @@ INNER = {'images', 'image', 'imgs', 'img', 'rgb', 'jpegimages'} # folders that h
 _MARK = re.compile(r'^(?:mask|gt)[-_ .]+(?=.)|(?<=.)[-_ .]+(?:masks?|gt|labels?|ground[-_ ]?truth|'
                    r'seg(?:mentations?)?|annotations?|anno)$', re.IGNORECASE)
 
-def same_name(name: str) -> str:
-    "A name as it is compared where capitals and the two ways to write an accent must not matter."
-    return unicodedata.normalize('NFC', name).casefold()
-
 def bare_stem(stem: str) -> str:
     "The name of an image from that of its mask: without `_mask`, `_gt`, `_label`, …; else unchanged."
     return _MARK.sub('', stem, count=1)
@@ -254,10 +234,10 @@ def _split_masks(images: list[Path], root: Path) -> tuple[list[Path], list[Path]
     masks = {p for p in images if mask_depth(p, root) is not None}
     judged = {bare_stem(p.stem) for p in masks if bare_stem(p.stem) != p.stem} # x_mask_mask: x_mask is an image
     place = lambda p: p.parent.parent if plain(p.parent.name) in INNER else p.parent
-    stems = {(place(p), same_name(p.stem)) for p in images if p not in masks}
+    stems = {(place(p), name_key(p.stem)) for p in images if p not in masks}
     def beside(p: Path) -> bool:
         name = bare_stem(p.stem)
-        return name != p.stem and (place(p), same_name(name)) in stems and p.stem not in judged
+        return name != p.stem and (place(p), name_key(name)) in stems and p.stem not in judged
     masks |= {p for p in images if p not in masks and beside(p)}
     return [p for p in images if p not in masks], [p for p in images if p in masks]
 
@@ -301,8 +281,8 @@ def _reasons(found: dict[str, list[Path]], root: Path) -> Iterator[Finding]:
 
 def _capitals(files: list[Path], root: Path) -> Iterator[Finding]:
     "Names that are one name on a system that does not tell capitals apart."
-    seen = Counter(same_name(str(p)) for p in files)
-    if same := [p for p in files if seen[same_name(str(p))] > 1]:
+    seen = Counter(name_key(str(p)) for p in files)
+    if same := [p for p in files if seen[name_key(str(p))] > 1]:
         yield Finding('capitals', f"{len(same)} names differ from each other in capitals only "
                                   f"({first_of(same, root)}): one file on other systems")
 

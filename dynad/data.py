@@ -19,12 +19,12 @@ from fastcore.basics import patch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .config import DataSettings
-from .collector import (EXTENSIONS, DataError, Finding, check_strict, count, printable, subfolders,
-                             summary_line)
+from .collector import EXTENSIONS, DataError, Finding, check_strict, count, subfolders, summary_line
+from .config import DataSettings, did_you_mean
 from .images import check_size, image_size, read_image, read_mask, to_float
 from .layouts import LAYOUTS, Sample, elpv_root, find_layout
 from .show import Figure, grid, overlay
+from .paths import expanded, printable
 from .store import content_key, file_sha256
 
 # %% auto #0
@@ -74,6 +74,7 @@ class AnomalyDataset:
     remark: str = field(default='', compare=False)                   # what the folder says of itself, in remark.txt
 
     def __post_init__(self):
+        object.__setattr__(self, 'name', printable(self.name))
         name, times = max(Counter(s.name for s in self.samples).items(), key=lambda n: n[1], default=('', 0))
         if times > 1: raise DataError(f"{self.root}: the name {name} occurs {times} times; names must be unique")
         if not self.train:
@@ -250,7 +251,8 @@ def _choose_category(
     if category is None and len(have) == 1: return have[0]
     if category is None:
         raise DataError(f"{root}: holds the categories {', '.join(have)}; choose one with category=… (--category)")
-    if category not in have: raise DataError(f"{root}: no category {category!r}; found {', '.join(have)}")
+    if category not in have:
+        raise DataError(f"{root}: no category {category!r}{did_you_mean(category, have)}; found {', '.join(have)}")
     return category
 
 # %% ../nbs/03b_data.ipynb #11125036
@@ -267,9 +269,9 @@ def _remark(*folders: Path) -> str:
 def _opened(path: str | Path, layout: str, category: str | None, seed: int, strict: bool) -> AnomalyDataset:
     "The data set of `open_dataset`."
     if layout not in ('auto', *LAYOUTS):
-        raise DataError(f"layout = {layout!r} does not exist; allowed: auto, {', '.join(LAYOUTS)}")
+        raise DataError(f"layout = {layout!r} does not exist{did_you_mean(layout, LAYOUTS)}; allowed: auto, {', '.join(LAYOUTS)}")
     installed = str(path) == 'elpv' and layout in ('auto', 'elpv')
-    root = elpv_root() if installed else Path(path)
+    root = elpv_root() if installed else expanded(path)
     if not root.is_dir():
         raise DataError(f"{root}: {'a file, not a folder' if root.exists() else 'no such folder'}; "
                         f"give the folder that holds the images")
@@ -309,7 +311,7 @@ def open_folder(
     strict: bool = False # as for `open_dataset`
 ) -> AnomalyDataset:
     "Every image below a folder as a normal training image; a folder with train/good is opened in MVTec's layout."
-    root = Path(folder).expanduser().resolve()
+    root = expanded(folder).resolve()
     if not root.is_dir():
         raise DataError(f"{root}: {'a file, not a folder' if root.exists() else 'no such folder'}; "
                         f"name the folder that holds your normal images")

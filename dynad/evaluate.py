@@ -21,9 +21,11 @@ from . import __version__
 from .cache import ImageSet
 from .collector import printable
 from .data import AnomalyDataset, DataError, Sample, load_masks
+from .exports import export_to
 from .machine import peak_memory_mb
 from .method import Method, Prediction, method_named
 from .metrics import Metric, StreamingPixelMetrics, image_metrics, pixel_metrics
+from .paths import expanded, printable
 from .store import atomic_write, replacing
 
 # %% auto #0
@@ -170,7 +172,7 @@ class Evaluation:
 @patch
 def table(self: Evaluation) -> pd.DataFrame:
     "One row per image."
-    columns = {'image': [s.name for s in self.samples],
+    columns = {'image': [printable(s.name) for s in self.samples],
                'label': [s.label for s in self.samples], 'defect': [s.defect for s in self.samples],
                'score': self.scores.tolist(), **{k: v.tolist() for k, v in self.per_image.items()},
                'mask_pixels': self.masks.flatten(1).sum(1).tolist(), 'has_mask': self.has_mask.tolist()}
@@ -288,18 +290,20 @@ def save_maps(
     folder: str | Path
 ) -> Path:
     "Raw float32 maps [H,W] as .npy, and an index.csv of image, label, score, the method's numbers, mask and map."
-    folder, rows = Path(folder), []
-    for batch, p in e.predictions():
-        for i, a in zip(batch, p.map):
-            s = e.samples[i]
-            name = f"{i:05d}_{hashlib.sha1(s.name.encode()).hexdigest()[:8]}.npy"
-            with replacing(folder/name) as tmp:
-                with open(tmp, 'wb') as f: np.save(f, a[0].numpy().astype(np.float32))
-            rows.append({'image': s.name, 'label': s.label, 'score': float(e.scores[i]),
-                         **{k: v[i].item() for k, v in e.per_image.items()},
-                         'mask': str(s.mask) if s.mask else '', 'map': name})
-    atomic_write(folder/'index.csv', pd.DataFrame(rows).to_csv(index=False))
-    return folder
+    with export_to(folder) as work:
+        rows = [row for batch, p in e.predictions() for row in _saved(e, batch, p, work)]
+        atomic_write(work/'index.csv', pd.DataFrame(rows).to_csv(index=False))
+    return expanded(folder)
+
+def _saved(e: Evaluation, batch: list[int], p: Prediction, work: Path) -> Iterator[dict[str, Any]]:
+    "Save the maps of a batch; their rows of the index."
+    for i, a in zip(batch, p.map):
+        s = e.samples[i]
+        name = f"{i:05d}_{hashlib.sha1(printable(s.name).encode()).hexdigest()[:8]}.npy"
+        np.save(work/name, a[0].numpy().astype(np.float32))
+        yield {'image': printable(s.name), 'label': s.label, 'score': float(e.scores[i]),
+               **{k: v[i].item() for k, v in e.per_image.items()},
+               'mask': printable(s.mask) if s.mask else '', 'map': name}
 
 def save_table(
     e: Evaluation,
@@ -307,7 +311,7 @@ def save_table(
 ) -> Path:
     "One row per image, as Parquet, atomically."
     with replacing(path) as tmp: e.table().to_parquet(tmp)
-    return Path(path)
+    return expanded(path)
 
 # %% ../nbs/17_evaluate.ipynb #f8fe432e
 def metrics_table(

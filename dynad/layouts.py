@@ -13,7 +13,8 @@ from typing import Callable, Iterator, Sequence
 import numpy as np
 
 from .collector import (COMMON, EXTENSIONS, GOOD, INNER, SPLITS, DataError, Finding, Listing, bare_stem, collect,
-                             count, first_of, mask_depth, plain, printable, same_name, subfolders)
+                             count, first_of, mask_depth, plain, subfolders)
+from .paths import name_key, printable
 
 # %% auto #0
 __all__ = ['Reading', 'LAYOUTS', 'Sample', 'elpv_root', 'Layout', 'find_layout']
@@ -31,6 +32,8 @@ class Sample:
     mask_rule: str = 'half'  # anomalous pixels are 'half': above half of the full range; 'nonzero': all but 0
 
     def __post_init__(self):
+        # the path keeps its bytes; names go into tables, pages and keys
+        for field in ('name', 'defect'): object.__setattr__(self, field, printable(getattr(self, field)))
         for field, allowed in (('split', ('train', 'test')), ('label', (0, 1)), ('mask_rule', ('half', 'nonzero'))):
             if (value := getattr(self, field)) not in allowed:
                 names = '0 (normal), 1 (anomalous)' if field == 'label' else ', '.join(allowed)
@@ -85,9 +88,9 @@ def _candidates(p: Path, root: Path) -> Iterator[tuple]:
     "The keys under which the image of a mask may be found, the best first."
     place, names = _mask_place(p, root), (p.stem, bare_stem(p.stem))
     yield from ((place, name) for name in names)
-    low = tuple(map(same_name, place))
-    yield from ((low, same_name(name), 'any capitals') for name in names)
-    if not place: yield from (('anywhere', same_name(name)) for name in names)
+    low = tuple(map(name_key, place))
+    yield from ((low, name_key(name), 'any capitals') for name in names)
+    if not place: yield from (('anywhere', name_key(name)) for name in names)
 
 # %% ../nbs/03a_layouts.ipynb #022f217c
 def _by_key(samples: list[Sample], root: Path) -> dict[tuple, list[int]]: # index of the samples
@@ -95,10 +98,10 @@ def _by_key(samples: list[Sample], root: Path) -> dict[tuple, list[int]]: # inde
     out = defaultdict(list)
     for i, s in enumerate(samples):
         place, name = _kind_of(s.image, root)[1], s.image.stem
-        low = tuple(map(same_name, place))
+        low = tuple(map(name_key, place))
         # in a flat folder of masks, crack_000.png may be that of crack/000.png
-        flat = {same_name(name), same_name('_'.join((*place, name)))}
-        for key in ((place, name), (low, same_name(name), 'any capitals'), *(('anywhere', n) for n in flat)):
+        flat = {name_key(name), name_key('_'.join((*place, name)))}
+        for key in ((place, name), (low, name_key(name), 'any capitals'), *(('anywhere', n) for n in flat)):
             out[key].append(i)
     return out
 

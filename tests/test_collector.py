@@ -14,9 +14,10 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
-from dynad.collector import EXTENSIONS, MARKER, bare_stem, collect, collect_places, list_images, printable
+from dynad.collector import EXTENSIONS, MARKER, bare_stem, collect, collect_places, list_images
 from dynad.data import DataError, FindingWarning, open_dataset, open_folder
 from dynad.output import images_of
+from dynad.paths import printable
 
 pytestmark = pytest.mark.filterwarnings('ignore::dynad.data.FindingWarning')
 ODD = os.fsdecode(b'gr\xfcn.png') # u umlaut as one byte of Latin-1
@@ -264,15 +265,12 @@ def test_names_of_any_bytes_are_read_and_printed(tmp_path):
     except OSError: pytest.skip('this file system takes only UTF-8')
     (tmp_path/'train/good'/os.fsdecode(b'm\xfc.txt')).write_bytes(b'x')
     data = open_dataset(tmp_path)
-    assert counts(data) == (12, 4, 4, 4) and len(data.fingerprint) == 64 and any(s.name == f'train/good/{ODD}' for s in data.train)
+    assert counts(data) == (12, 4, 4, 4) and len(data.fingerprint) == 64 and any(s.image.name == ODD and s.name == f'train/good/{printable(ODD)}' for s in data.train)
     assert r'train/good/m\xfc.txt' in data.line() and data.line().encode() and repr(data).encode() and data._repr_html_().encode()
     (tmp_path/'train/good'/ODD).write_bytes(b'')
     from dynad.data import load_images
     with pytest.raises(DataError, match=r'gr\\xfcn\.png: the file is empty') as e: load_images(data.train, 8)
     assert str(e.value).encode()
-
-def test_printable():
-    assert printable(ODD) == r'gr\xfcn.png' and printable('a\nb\x1b[31m') == r'a\nb\x1b[31m' and printable('\ud800ü 中') == r'\ud800ü 中'
 
 # ---- the command line
 
