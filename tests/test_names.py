@@ -72,16 +72,20 @@ def home(tmp_path, monkeypatch):
     return tmp_path/'home'
 
 def test_the_home_folder_in_every_path_of_the_command_line(home):
-    "Each option of each command that takes a path is of the one type that knows ~."
-    from typer.main import get_command
-    places = {'out', 'run', 'images', 'data', 'json_file', 'save_maps', 'report', 'table', 'file'}
+    "Each option and argument of each command that takes a path is of the one type that knows ~."
+    from typing import get_args, get_type_hints
+    from dynad.cli import data_place, place
     found = set()
-    for name, command in get_command(app).commands.items():
-        for p in command.params:
-            if p.name not in places or name in ('bench', 'doctor') and p.name == 'images' or p.name == 'json_file' and p.type.name == 'boolean': continue
-            found.add(p.name)
-            assert str(p.type.convert('~/x', None, None)) == str(home/'x'), f'{name} {p.name}'
-    assert found == places
+    for command in app.registered_commands:
+        for name, hint in get_type_hints(command.callback, include_extras=True).items():
+            info = next((m for m in getattr(hint, '__metadata__', ()) if hasattr(m, 'parser')), None)
+            if info is None or not ('Path' in str(get_args(hint)[0]) or name == 'data'): continue
+            found.add(name)
+            assert info.parser is (data_place if name == 'data' else place), f'{command.callback.__name__} {name}'
+    assert found == {'out', 'run', 'images', 'data', 'json_file', 'save_maps', 'report', 'table', 'file'}
+    assert place('~/x') == home/'x' and data_place('~/x') == str(home/'x') and data_place('elpv') == 'elpv'
+    out = CliRunner().invoke(app, ['fit', '--data=~/none', '--out=~/x'])
+    assert out.exit_code == 2 and f"{home/'none'}: no such folder" in out.output and [*Path.cwd().iterdir()] == []
 
 def test_the_home_folder_in_the_library(home):
     assert atomic_write('~/a.json', '{"x": 1}') == home/'a.json' and load_json('~/a.json') == {'x': 1}
