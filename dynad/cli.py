@@ -253,9 +253,10 @@ def predict(
         found = collect_places(images)
         files = list(found.files)
         if strict: check_strict(found.findings, ', '.join(map(str, images)))
-        echo(summary_line(count(len(files), 'image'), found.findings))
         check_output(out, files, load_config(run/'config.json').data.image_size)
-        rows = write_predictions(open_for_prediction(run, parse_overrides(set or [])), files, out)
+        method = open_for_prediction(run, parse_overrides(set or []))
+        echo(summary_line(count(len(files), 'image'), found.findings))
+        rows = write_predictions(method, files, out)
         echo(f"{sum(r['anomalous'] for r in rows)} of {len(rows)} images above the threshold: {out/'scores.csv'}")
 
 # %% ../nbs/20_cli.ipynb #02487885

@@ -247,7 +247,8 @@ INSTALL = {'.heic': 'install pillow-heif to read {}', '.heif': 'install pillow-h
            '.avif': 'install a newer Pillow to read {}',
            **{e: 'convert {} to TIFF or PNG' for e in ('.dng', '.cr2', '.cr3', '.nef', '.arw', '.orf', '.rw2', '.raf',
                                                        '.pef', '.srw', '.raw')}}
-_DOCUMENT = re.compile(r'(readme|licen[cs]e|copying|notice|citation|changelog|remark|synthetic|labels|defects_config)'
+_DOCUMENT = re.compile(r'(readme|licen[cs]e|copying|notice|citation|changelog|remark|synthetic|labels|image_anno|'
+                       r'defects_config)'
                        r'(\.(txt|md|rst|csv|json|html|pdf|bib|cff))?$', re.IGNORECASE)
 
 def _other_formats(files: list[Path], root: Path) -> Iterator[Finding]:
