@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from dynad.method import Method
 
 # %% auto #0
-__all__ = ['app', 'OF_THE_SYSTEM', 'Folder', 'File', 'DataSet', 'Layout', 'Category', 'Seed', 'Set', 'Preset', 'DEMO', 'VALUE',
-           'RAW', 'VALUE_HELP', 'RAW_HELP', 'YAML_HELP', 'Values', 'Texts', 'Yaml', 'YamlFiles', 'PROFILE', 'SCHEDULER',
-           'TIMEOUT', 'OneLine', 'known_mistakes', 'config_of', 'checked_place', 'dataset_of', 'place', 'data_place',
-           'fit', 'opened', 'baselines_of', 'check_results', 'check_apart', 'evaluate', 'write_page', 'predict',
-           'demo_data', 'demo', 'NameValue', 'cost', 'print_plan', 'print_outcomes', 'reproduce', 'download', 'bench',
-           'doctor']
+__all__ = ['app', 'OF_THE_SYSTEM', 'Folder', 'File', 'DataSet', 'Layout', 'Category', 'Seed', 'Set', 'Strict', 'Preset', 'DEMO',
+           'VALUE', 'RAW', 'VALUE_HELP', 'RAW_HELP', 'YAML_HELP', 'Values', 'Texts', 'Yaml', 'YamlFiles', 'PROFILE',
+           'SCHEDULER', 'TIMEOUT', 'OneLine', 'known_mistakes', 'config_of', 'checked_place', 'dataset_of', 'place',
+           'data_place', 'fit', 'opened', 'baselines_of', 'check_results', 'check_apart', 'evaluate', 'write_page',
+           'predict', 'demo_data', 'demo', 'NameValue', 'cost', 'print_plan', 'print_outcomes', 'reproduce', 'download',
+           'bench', 'doctor']
 
 # %% ../nbs/20_cli.ipynb #bdfad273
 class OneLine(typer.core.TyperGroup):
@@ -81,10 +81,15 @@ def checked_place(data: str) -> None:
         raise DynadError(f"{place}: {'a file, not a folder' if place.exists() else 'no such folder'}; "
                          'give the folder that holds the images')
 
-def dataset_of(data: str, layout: str, category: str | None, seed: int) -> AnomalyDataset:
-    "The data set of a command line."
-    from dynad.data import open_dataset
-    return open_dataset(data, layout=layout, category=category, seed=seed)
+def dataset_of(data: str, layout: str, category: str | None, seed: int, strict: bool = False) -> AnomalyDataset:
+    "The data set of a command line, and a line of what is in its folder. Raises DataError; if strict, for findings too."
+    import warnings
+    from dynad.data import FindingWarning, open_dataset
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', FindingWarning) # the line says it
+        dataset = open_dataset(data, layout=layout, category=category, seed=seed, strict=strict)
+    echo(dataset.line())
+    return dataset
 
 # %% ../nbs/20_cli.ipynb #4bcdfb72
 def place(text: str | Path) -> Path:
@@ -107,6 +112,7 @@ Category = Annotated[Optional[str], typer.Option(help='one category of a data se
 Seed = Annotated[int, typer.Option(min=0, help='the one seed: split, training, noise, bootstrap')]
 Set = Annotated[Optional[list[str]], typer.Option(
     '--set', metavar='KEY=VALUE', help='a setting, e.g. reconstruction.t_max=320; may be repeated')]
+Strict = Annotated[bool, typer.Option('--strict', help='end with an error where a folder holds what is not used')]
 Preset = Annotated[str, typer.Option(help='small, smoke, paper or authors')]
 
 # %% ../nbs/20_cli.ipynb #2b07b7ab
@@ -119,7 +125,7 @@ def fit(
     layout: Layout = 'auto', category: Category = None, preset: Preset = 'small',
     tracker: Annotated[str, typer.Option(
         help='where losses are logged: tensorboard (in the run directory), mlflow, wandb or none')] = 'tensorboard',
-    seed: Seed = 0, set: Set = None
+    seed: Seed = 0, set: Set = None, strict: Strict = False
 ):
     "Fit on the normal training images of a data set; `accelerate launch -m dynad.cli fit …` uses several processes."
     with known_mistakes():
@@ -129,22 +135,21 @@ def fit(
         from dynad.method import method_named
         from dynad.store import check_run
         check_run(out, '--out ')
-        cls, dataset = method_named(method), dataset_of(data, layout, category, seed)
-        echo(f'{dataset!r}')
+        cls, dataset = method_named(method), dataset_of(data, layout, category, seed, strict)
         start = time.perf_counter()
         cls(cfg).fit(dataset, out)
         echo(f'fitted in {(time.perf_counter() - start)/60:.1f} minutes: {out}')
 
 # %% ../nbs/20_cli.ipynb #2fafcdcb
 def opened(run: Path, data: str, layout: str, category: str | None,
-           pairs: list[str] | None) -> tuple[Method, AnomalyDataset]:
+           pairs: list[str] | None, strict: bool = False) -> tuple[Method, AnomalyDataset]:
     "A run and a data set; the category is that of the run where the folder has it."
     from dynad.config import parse_overrides
     from dynad.method import open_run
     method = open_run(run, parse_overrides(pairs or []))
     own = method.info['data']['category'] # also of another folder of the same build
     known = own is not None and (data == 'elpv' or (Path(data)/'labels.csv').exists() or (Path(data)/own).is_dir())
-    return method, dataset_of(data, layout, category or (own if known else None), method.config.seed)
+    return method, dataset_of(data, layout, category or (own if known else None), method.config.seed, strict)
 
 def baselines_of(method: Method, names: str, dataset: AnomalyDataset) -> list[Method]:
     "Other methods, fitted in the run directory; none where the data set has not the images that the run was fitted on."
@@ -201,7 +206,7 @@ def evaluate(
     baselines: Annotated[str, typer.Option(
         help='methods to fit on the same images as rows beside it, comma-separated; empty for none')] = 'patchcore',
     n_boot: Annotated[int, typer.Option(min=0, help='bootstrap resamples of the intervals')] = 1000,
-    set: Set = None
+    set: Set = None, strict: Strict = False
 ):
     "Evaluate a fitted run on the test images of a data set; inference settings may be changed with --set."
     with known_mistakes():
@@ -213,7 +218,7 @@ def evaluate(
         from dynad import evaluate as ev
         from dynad.method import method_named
         for n in filter(None, baselines.split(',')): method_named(n)
-        method, dataset = opened(run, data, layout, category, set)
+        method, dataset = opened(run, data, layout, category, set, strict)
         if save_maps: check_space(save_maps, 4*len(dataset.test)*cfg.data.image_size**2, f'{len(dataset.test)} maps')
         e = ev.evaluate(method, dataset, n_boot=n_boot, null_models=null_models,
                         baselines=baselines_of(method, baselines, dataset))
@@ -237,30 +242,37 @@ def predict(
     images: Annotated[list[Path], typer.Argument(parser=place, help='images, or folders of images')],
     out: Annotated[Path, typer.Option(
         **Folder, help='for maps, overlays, reconstructions and scores.csv; an earlier output of dynad there goes')],
-    set: Set = None
+    set: Set = None, strict: Strict = False
 ):
     "Score single images: map, overlay and reconstruction as PNG, and scores.csv."
     with known_mistakes():
         from dynad.config import load_config, parse_overrides
         check_folder(out, '--out ')
-        from dynad.output import check_output, images_of, open_for_prediction, write_predictions
-        files = images_of(images)
+        from dynad.collector import check_strict, collect_places, count, summary_line
+        from dynad.output import check_output, open_for_prediction, write_predictions
+        found = collect_places(images)
+        files = list(found.files)
+        if strict: check_strict(found.findings, ', '.join(map(str, images)))
         check_output(out, files, load_config(run/'config.json').data.image_size)
-        rows = write_predictions(open_for_prediction(run, parse_overrides(set or [])), files, out)
+        method = open_for_prediction(run, parse_overrides(set or []))
+        echo(summary_line(count(len(files), 'image'), found.findings))
+        rows = write_predictions(method, files, out)
         echo(f"{sum(r['anomalous'] for r in rows)} of {len(rows)} images above the threshold: {out/'scores.csv'}")
 
 # %% ../nbs/20_cli.ipynb #02487885
 # of the `small` preset, to end within 8 minutes on two cores
 DEMO = {'latents.finetune_steps': 80, 'denoiser.steps': 400}
 
-def demo_data(data: str, product: str, out: Path, category: str | None, seed: int) -> AnomalyDataset:
+def demo_data(data: str, product: str, out: Path, category: str | None, seed: int,
+              strict: bool = False) -> AnomalyDataset:
     "The synthetic set, or a part of another one."
     from dynad.config import ConfigError, did_you_mean
     from dynad.synthetic import PRODUCTS, write_synthetic
     if data != 'synthetic':
         if product != 'board':
             raise ConfigError(f"--product {product!r}: of the synthetic set only; leave it out with --data")
-        return dataset_of(data, 'auto', category or ('mono' if data == 'elpv' else None), seed).limited(100, 48, seed)
+        category = category or ('mono' if data == 'elpv' else None)
+        return dataset_of(data, 'auto', category, seed, strict).limited(100, 48, seed)
     if category:
         raise ConfigError(f"--category {category!r}: the synthetic set has none; --product chooses what it shows")
     if product not in PRODUCTS:
@@ -278,7 +290,7 @@ def demo(
     product: Annotated[str, typer.Option(help='of the synthetic set')] = 'board',
     out: Annotated[Path, typer.Option(
         **Folder, help='for the run and the results page')] = Path('dynad_demo'),
-    category: Category = None, seed: Seed = 0, set: Set = None
+    category: Category = None, seed: Seed = 0, set: Set = None, strict: Strict = False
 ):
     "Everything once, in a few minutes: fit, evaluate, and a results page with images."
     with known_mistakes():
@@ -290,8 +302,8 @@ def demo(
         name = 'synthetic_' + product if data == 'synthetic' else expanded(data).resolve().name
         check_folder(out, '--out '); check_run(out/f'run_{name}', '--out '); check_report(out/f'page_{name}', '--out ')
         if data != 'synthetic': checked_place(data)
-        dataset = demo_data(data, product, out, category, seed)
-        echo(f'{dataset!r}')
+        dataset = demo_data(data, product, out, category, seed, strict)
+        if data != 'synthetic': echo(f'{dataset!r}') # what is left of a larger one
         method = DynAD(cfg).fit(dataset, out/f'run_{name}')
         e = ev.evaluate(method, dataset, n_boot=200, baselines=[ev.fitted_baseline(method, 'patchcore', dataset)])
         ev.write_result(e.result, out/f'run_{name}'/'result.json')

@@ -19,7 +19,8 @@ from .config import Config, ConfigError, make_config
 from .data import AnomalyDataset, open_folder, split_normal
 from .exports import export_to
 from .detector import DynAD, DynADPrediction
-from .images import EXTENSIONS, DataError, read_image
+from .collector import EXTENSIONS, DataError
+from .images import read_image
 from .output import result_stems, rows_csv
 from .paths import expanded, file_name, name_key, numbered, printable
 from .session import fitted_dataset

@@ -10,10 +10,10 @@ from typing import Any, Sequence
 
 from tqdm.auto import tqdm
 
+from .collector import collect_places
 from .config import ConfigError
-from .data import DataError, read_image
+from .data import read_image
 from .exports import check_export, export_to
-from .images import list_images
 from .detector import DynAD
 from .method import Method, Prediction, open_run
 from .paths import check_space, expanded, file_name, printable
@@ -29,13 +29,7 @@ def images_of(
     places: Sequence[Path] # files and folders
 ) -> list[Path]:
     "The images to predict on. Raises DataError for a place that is not there, or when there is none."
-    out: list[Path] = []
-    for p in map(expanded, places):
-        if p.is_dir(): out += list_images(p)
-        elif p.exists(): out.append(p)
-        else: raise DataError(f'{printable(p)}: no such file or folder')
-    if not out: raise DataError(f"{', '.join(map(printable, places))}: no image in there")
-    return out
+    return list(collect_places(list(map(expanded, places))).files)
 
 # %% ../nbs/17c_output.ipynb #7054ecab
 def open_for_prediction(
