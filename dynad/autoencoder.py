@@ -12,10 +12,10 @@ from typing import Any, Callable, Iterator
 import numpy as np, torch, torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .config import FeatureSettings, LatentSettings
 from .features import load_features
+from .guard import tqdm
 from .latents import FILES, Autoencoder, LatentError, TinyAE, psnr
 from .store import atomic_write, load_json, load_tensors, save_tensors, state_hash
 from .synthetic import PRODUCTS, nominal

@@ -17,9 +17,9 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .config import DataSettings
+from .guard import tqdm
 from .images import EXTENSIONS, DataError, check_size, image_size, read_image, read_mask, to_float
 from .layouts import LAYOUTS, Sample, elpv_root, find_layout
 from .show import Picture, grid, overlay

@@ -13,9 +13,9 @@ from typing import IO, Iterator
 
 import pandas as pd
 from filelock import FileLock
-from tqdm.auto import tqdm
 
 from .data import AnomalyDataset, DataError, open_dataset
+from .guard import tqdm
 from .layouts import Sample, find_layout
 from .store import atomic_write, file_sha256
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from .config import Config, ConfigError
 from .images import DataError, read_image
 from .live import png, told
+from .method import above
 from .session import MapCache, Session, Setting
 from .view import Jobs
 
@@ -336,6 +337,6 @@ def measure(self: ExplorerModel) -> bool:
 # %% ../nbs/18c_explorer_model.ipynb #18da1eb3
 @patch
 def _measured(self: ExplorerModel, version: int, metrics: dict, scores: np.ndarray, threshold: float) -> None:
-    self.measured = Measured(scores, scores > threshold, threshold, metrics)
+    self.measured = Measured(scores, above(scores, threshold), threshold, metrics)
     self.measured_version = version
     self.changed('metrics')

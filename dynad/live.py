@@ -14,6 +14,7 @@ from fastcore.basics import patch
 
 from .charts import color_bar, css, error_html, histogram
 from .config import DynadError
+from .guard import Aside
 from .show import BLANK, BLUE, LUT, MARK, SmallImage, outline, paint_heat, paint_mask, png_bytes, shade
 
 # %% auto #0
@@ -22,6 +23,7 @@ __all__ = ['CSS', 'Still', 'painted', 'heated', 'png', 'told', 'histogram_svg', 
 
 # %% ../nbs/18a_live.ipynb #a6df57e4
 _open_threads: WeakSet[Background] = WeakSet()
+_saying = Aside('the message of an error') # a view that is gone does not end its thread
 
 @atexit.register
 def _end_threads() -> None:
@@ -62,7 +64,7 @@ def _run(self: Background) -> None:
     while self._awake():
         try:
             while not self.closed and self.step(): pass
-        except Exception as e: self.failed(e)
+        except Exception as e: _saying(self.failed, e)
 
 # %% ../nbs/18a_live.ipynb #82069c18
 @patch
@@ -100,7 +102,7 @@ def guarded(f: Callable) -> Callable:
     @wraps(f)
     def call(self, *args, **kwargs):
         try: return f(self, *args, **kwargs)
-        except Exception as e: self.failed(e)
+        except Exception as e: _saying(self.failed, e)
     return call
 
 # %% ../nbs/18a_live.ipynb #a6bc2b11
