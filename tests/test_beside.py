@@ -14,6 +14,7 @@ from PIL import Image
 from dynad.config import make_config
 from dynad.data import open_folder
 from dynad.detector import DynAD
+from dynad.inspection import losses_figure
 from dynad.guard import Aside, Console, SkippedWarning, Stop, aside, tqdm
 from dynad.launch import accelerator
 from dynad.live import Background
@@ -173,17 +174,33 @@ def fit_while_drawing(folder, k):
     return widgets, errors
 
 def test_pictures_are_drawn_while_two_fits_run(tmp_path):
-    "Ten times with DYNAD_SLOW=1, else twice."
+    "The widgets' own fits: ten times with DYNAD_SLOW=1, else once."
     parts(tmp_path/'good')
-    for k in range(10 if os.environ.get('DYNAD_SLOW') == '1' else 2):
-        with warnings.catch_warnings():
-            warnings.simplefilter('error', SkippedWarning)
-            widgets, errors = fit_while_drawing(tmp_path, k)
+    for k in range(10 if os.environ.get('DYNAD_SLOW') == '1' else 1):
+        widgets, errors = fit_while_drawing(tmp_path, k)
         assert errors == []
         for w in widgets:
             assert w.message.value == '' and w.model.detector is not None and w.loss_curve.value[:4] == b'\x89PNG', w.message.value
             assert {s: len(v) for s, v in w.model.progress.losses.items()} == {'autoencoder': 2, 'denoiser': 4, 'phi': 0}
             w.close()
+
+def test_pictures_are_drawn_while_two_trainings_run():
+    "Ten times: two trainings draw their curve after every step, two cells draw formulas meanwhile; no picture fails on either side."
+    drawn, errors, results = [], [], []
+    def work(j):
+        losses, t = [], training()
+        def draws(k, loss):
+            losses.append(loss)
+            try: drawn.append(losses_figure({'denoiser': [*losses, loss]}).savefig(io.BytesIO(), dpi=30))
+            except Exception as e: errors.append(e); raise
+        train(t, progress=False, callback=draws)
+        results.append(state(t))
+    for k in range(10):
+        workers = [threading.Thread(target=work, args=(j,)) for j in range(2)]
+        cells = [threading.Thread(target=user_draws, args=(lambda: not any(w.is_alive() for w in workers), errors, j)) for j in range(2)]
+        for t in workers + cells: t.start()
+        for t in workers + cells: t.join(60)
+    assert errors == [] and len(drawn) == 200 and len(results) == 20 and all(same(results[0], r) for r in results)
 
 def test_threads_share_the_parser_of_formulas():
     "Many at once: without the lock most of these runs end in a ParseException."
