@@ -156,7 +156,7 @@ def user_draws(until, errors, at):
         ax.plot(np.arange(1, 50)); ax.set_yscale('log'); ax.set_title(rf'$\lambda_{{{k},{at}}}$ and $10^{{{k}}}$')
         try: fig.savefig(io.BytesIO(), dpi=30)
         except Exception as e: errors.append(e)
-        time.sleep(.02)
+        time.sleep(.05)
 
 def fit_while_drawing(folder, k):
     "Two widgets fit, each draws after every step, while two threads draw; returns the widgets and the errors of the threads."
@@ -169,7 +169,7 @@ def fit_while_drawing(folder, k):
     errors, busy = [], lambda: any(w.busy('fit') for w in widgets)
     threads = [threading.Thread(target=user_draws, args=(lambda: not busy(), errors, j)) for j in range(2)]
     for t in threads: t.start()
-    for w in widgets: w.wait(120)
+    for w in widgets: w.wait(600)
     for t in threads: t.join(60)
     return widgets, errors
 
