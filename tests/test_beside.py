@@ -188,7 +188,7 @@ def test_pictures_are_drawn_while_two_trainings_run():
     "Ten times: two trainings draw their curve after every step, two cells draw formulas meanwhile; no picture fails on either side."
     drawn, errors, results = [], [], []
     def work(j):
-        losses, t = [], training()
+        losses, t = [], training(steps=2)
         def draws(k, loss):
             losses.append(loss)
             try: drawn.append(losses_figure({'denoiser': [*losses, loss]}).savefig(io.BytesIO(), dpi=30))
@@ -200,7 +200,7 @@ def test_pictures_are_drawn_while_two_trainings_run():
         cells = [threading.Thread(target=user_draws, args=(lambda: not any(w.is_alive() for w in workers), errors, j)) for j in range(2)]
         for t in workers + cells: t.start()
         for t in workers + cells: t.join(60)
-    assert errors == [] and len(drawn) == 200 and len(results) == 20 and all(same(results[0], r) for r in results)
+    assert errors == [] and len(drawn) == 40 and len(results) == 20 and all(same(results[0], r) for r in results)
 
 def test_threads_share_the_parser_of_formulas():
     "Many at once: without the lock most of these runs end in a ParseException."
