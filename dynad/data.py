@@ -17,10 +17,10 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .collector import EXTENSIONS, DataError, Finding, check_strict, count, subfolders, summary_line
 from .config import DataSettings, did_you_mean
+from .guard import tqdm
 from .images import check_size, image_size, read_image, read_mask, to_float
 from .layouts import LAYOUTS, Sample, elpv_root, find_layout
 from .show import Figure, grid, overlay

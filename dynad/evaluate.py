@@ -23,7 +23,7 @@ from .collector import printable
 from .data import AnomalyDataset, DataError, Sample, load_masks
 from .exports import export_to
 from .machine import peak_memory_mb
-from .method import Method, Prediction, method_named
+from .method import Method, Prediction, above, method_named
 from .metrics import Metric, StreamingPixelMetrics, image_metrics, pixel_metrics
 from .paths import expanded, printable
 from .store import atomic_write, replacing
@@ -95,7 +95,7 @@ def __call__(self: MetricAccumulator,
         for k, v in p.per_image.items(): per_image.setdefault(k, torch.zeros(n, dtype=v.dtype))[rows] = v
         if p.map is None: continue
         pixels.add(rows, p.map)
-        if threshold is not None: self.count_overlap(overlap, rows, p.map > threshold)
+        if threshold is not None: self.count_overlap(overlap, rows, above(p.map, threshold))
     images = image_metrics(scores, self.labels, n_boot=self.n_boot, seed=self.seed)
     return Scored(as_json(images | pixels.metrics()), scores, per_image, tuple(overlap))
 
@@ -136,7 +136,7 @@ class StreamedMaps:
 # %% ../nbs/17_evaluate.ipynb #c972f1ed
 def decided(scored: Scored, labels: Tensor, method: Method) -> dict[str, Any]:
     "Counts and F1 at the method's own thresholds."
-    hit, y, both = scored.scores > method.decision.image_threshold, labels.bool(), scored.overlap
+    hit, y, both = above(scored.scores, method.decision.image_threshold), labels.bool(), scored.overlap
     tp, fp, fn = int((hit & y).sum()), int((hit & ~y).sum()), int((~hit & y).sum())
     return {'image_threshold': method.decision.image_threshold, 'threshold': method.decision.threshold,
             'true_positives': tp, 'false_positives': fp, 'false_negatives': fn,

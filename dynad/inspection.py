@@ -20,6 +20,7 @@ from .data import AnomalyDataset, open_folder, split_normal
 from .exports import export_to
 from .detector import DynAD, DynADPrediction
 from .collector import EXTENSIONS, DataError
+from .guard import Aside
 from .images import read_image
 from .output import result_stems, rows_csv
 from .paths import expanded, file_name, name_key, numbered, printable
@@ -247,7 +248,7 @@ def fit(self: Inspector,
     "Fit, or go on where it was stopped. Raises TrainingStopped when `stopped` is set meanwhile."
     c, dataset = make_config(preset, self.overrides), open_folder(images)
     self.progress = FitProgress.of(c, len(split_normal(dataset, c.data, c.seed)[0]))
-    self.begun(dataset)
+    Aside('the view')(self.begun, dataset)
     callback, should_stop = lambda *step: self.step_done(*step), lambda: self.stopped
     detector = DynAD(c).fit(dataset, self.run, progress=False, callback=callback, should_stop=should_stop)
     self.prediction = None  # of another detector
@@ -257,6 +258,7 @@ def fit(self: Inspector,
 @patch
 def _fitted(self: Inspector, detector: DynAD, dataset: AnomalyDataset | None) -> None:
     "The losses of all sessions, and the cautions."
+    self.detector = detector # whatever happens below, there is one
     paths = {k: detector.stages[k]/'data.safetensors' for k in STAGES}
     self.progress.losses = {k: load_tensors(p)['losses'].tolist() for k, p in paths.items() if p.is_file()}
     try:
@@ -266,7 +268,6 @@ def _fitted(self: Inspector, detector: DynAD, dataset: AnomalyDataset | None) ->
     except DataError: self.cautions = soft(
         f'The normal images in {html.escape(detector.info["data"]["root"])} are gone or have changed since the fit: '
         'no warnings can be computed. Press fit to learn from them as they are now.')
-    self.detector = detector
 
 # %% ../nbs/18i_inspection.ipynb #c46f64b3
 @patch

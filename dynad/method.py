@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib, json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Callable, ClassVar, Iterator
@@ -21,15 +22,17 @@ from .cache import Cached, ImageSet, batches, image_set
 from .config import (Config, ConfigError, DynadError, Settings, content_key, did_you_mean, dump_config, load_config,
                           make_config, with_overrides)
 from .data import AnomalyDataset, read_image, split_normal, to_float
+from .dic import ROUNDING
 from .fusion import quantile
+from .guard import aside
 from .launch import check_trackers, processes
 from .paths import check_space, expanded
 from .store import REPAIR_HINT, Store, StoreError, atomic_write, check_run, load_json
 
 # %% auto #0
-__all__ = ['METHODS', 'FORMAT', 'Prediction', 'Decision', 'register', 'method_named', 'import_methods', 'Hooks', 'NoOptions',
-           'Method', 'checked_options', 'trained_settings', 'run_info', 'load_info', 'images_not_at_hand', 'open_run',
-           'checked_images', 'ImageError', 'NotFittedError']
+__all__ = ['METHODS', 'FORMAT', 'Prediction', 'above', 'Decision', 'register', 'method_named', 'import_methods', 'Hooks',
+           'NoOptions', 'Method', 'checked_options', 'trained_settings', 'run_info', 'load_info', 'images_not_at_hand',
+           'open_run', 'checked_images', 'ImageError', 'NotFittedError']
 
 # %% ../nbs/15_method.ipynb #7189f4b1
 @dataclass
@@ -56,6 +59,14 @@ def per_image(self: Prediction) -> dict[str, Tensor]: # name -> [B]
     named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ('score', 'anomalous')}
     return {k: v for k, v in named.items() if v is not None and v.ndim == 1}
 
+# %% ../nbs/15_method.ipynb #5d6941f7
+def above(
+    values: Any,      # scores or a map: tensor, array or number
+    threshold: float
+) -> Any:             # bool, of the same shape
+    "Whether values exceed a threshold by more than rounding (1e-5, and 1e-5 of a threshold beyond 1)."
+    return values > threshold + ROUNDING*max(1., abs(threshold))
+
 # %% ../nbs/15_method.ipynb #4a7d82b7
 @dataclass(frozen=True)
 class Decision:
@@ -74,8 +85,8 @@ class Decision:
 
     def applied(self, p: Prediction) -> Prediction:
         "The prediction with `mask` and `anomalous`."
-        mask = None if p.map is None else p.map > self.threshold
-        return replace(p, mask=mask, anomalous=p.score > self.image_threshold)
+        mask = None if p.map is None else above(p.map, self.threshold)
+        return replace(p, mask=mask, anomalous=above(p.score, self.image_threshold))
 
 # %% ../nbs/15_method.ipynb #fe8eb8ca
 METHODS: dict[str, type[Method]] = {} # name -> class
@@ -110,7 +121,7 @@ class Hooks:
 
     def of(self, stage: str) -> Callable[[int, float], None] | None:
         "The callback of one stage, called with step and loss."
-        return self.callback and (lambda step, loss: self.callback(stage, step, loss))
+        return self.callback and aside(f'the callback of the stage {stage}')(partial(self.callback, stage))
 
 # %% ../nbs/15_method.ipynb #64f9a7a7
 class NoOptions(Settings):
@@ -218,7 +229,7 @@ def fit(self: Method,
     dataset: AnomalyDataset,
     run_dir: str | Path,
     progress: bool = True,
-    callback: Callable[[str, int, float], None] | None = None, # (stage, step, loss) while something trains
+    callback: Callable[[str, int, float], None] | None = None, # (stage, step, loss); its errors become a warning
     should_stop: Callable[[], bool] | None = None # True: keep a checkpoint where there is one and raise TrainingStopped
 ) -> Method:
     "Train on the normal training images, all stages kept in `run_dir`. Raises DataError for too few images."

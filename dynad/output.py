@@ -8,12 +8,12 @@ import csv, io
 from pathlib import Path
 from typing import Any, Sequence
 
-from tqdm.auto import tqdm
 
 from .collector import collect_places
 from .config import ConfigError
 from .data import read_image
 from .exports import check_export, export_to
+from .guard import tqdm
 from .detector import DynAD
 from .method import Method, Prediction, open_run
 from .paths import check_space, expanded, file_name, printable
@@ -103,7 +103,7 @@ def write_one(method: Method, p: Prediction, i: int, file: Path, stem: str, out:
     x, d = read_image(file, method.config.data.image_size), method.decision
     drawn = {}
     if p.map is not None:
-        drawn = {'map': colorize(p.map[i], 0, max(2*d.threshold, float(p.map[i].max()))),
+        drawn = {'map': colorize(p.map[i], 0, max(2*d.threshold, float(p.map[i].max()), 1e-6)),
                  'overlay': overlay(x, map=p.map[i], mask=p.mask[i])}
     if getattr(p, 'reconstruction', None) is not None: drawn['reconstruction'] = p.reconstruction[i]
     for kind, image in drawn.items(): save_png(image, out/f'{stem}_{kind}.png')

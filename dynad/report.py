@@ -18,6 +18,7 @@ from .config import DynadError
 from .data import Sample
 from .paths import check_folder, move, printable
 from .evaluate import KEYS, method_title, write_result
+from .method import above
 from .show import MARKED, TRUTH, colorize, marked, save_png
 from .store import atomic_write
 
@@ -68,7 +69,7 @@ def report_data(e: Evaluation) -> ReportData:
 def _pools(scores: Tensor, labels: Tensor, threshold: float) -> dict[str, list[int]]:
     "Positions of all images by group, the most telling first."
     s, y = scores.double(), labels.bool()
-    wrong = (s > threshold) != y
+    wrong = above(s, threshold) != y
     groups = {'wrong': wrong, 'found': y & ~wrong, 'normal': ~y & ~wrong}
     pools = {k: torch.nonzero(m).flatten().tolist() for k, m in groups.items()}
     pools['wrong'].sort(key=lambda i: -abs(float(s[i]) - threshold))
@@ -125,7 +126,7 @@ def images_of(
         out[i] = {'input': x[k], 'truth': None if truth is None else marked(x[k], truth, TRUTH)}
         out[i] |= {name: v[k] for name, v in back.items()}
         out[i] |= {name: colorize(m[k], 0, ends[name]) for name, m in maps.items()}
-        out[i]['mask'] = marked(x[k], maps['A_map'][k] > threshold, MARKED, truth)
+        out[i]['mask'] = marked(x[k], above(maps['A_map'][k], threshold), MARKED, truth)
     return out
 
 # %% ../nbs/17a_report.ipynb #5db5c85b
@@ -261,7 +262,7 @@ def write_gallery(
     chosen = choose(d.scores, y, threshold, n)
     shown = images_of(d, [i for rows in chosen.values() for i in rows], ends)
     def entry(i):
-        hit, label = bool(d.scores[i] > threshold), int(y[i])
+        hit, label = bool(above(d.scores[i], threshold)), int(y[i])
         s, t_hat = d.samples[i], None if d.t_hat is None else int(d.t_hat[i])
         return dict(name=printable(s.name), label=label, kind=s.defect if label else 'normal', wrong=hit != label, t_hat=t_hat,
                     score=f'{float(d.scores[i]):.3f}', decision=DECISIONS[hit, bool(label)],

@@ -100,11 +100,11 @@ def traced(
     t_hat: int,     # T̂
     eta: float,
     omega: float,
-    row: int = 0    # position of the image: it fixes the noise
+    key: int = 0    # of `noise_keys`: it fixes the noise
 ) -> Reconstruction:
     "Algorithm 1 for one image by the run's own sampler, with every step kept."
     options = sampler_settings(model.config) | dict(eta=eta, omega=omega)
-    noise = noise_for([row], tuple(z0.shape[1:]), model.config.seed).to(model.device)
+    noise = noise_for([key], tuple(z0.shape[1:]), model.config.seed).to(model.device)
     with torch.no_grad():
         z0 = z0.to(model.device)
         return reconstruct(model.parts.denoiser, z0, t_hat, model.parts.schedule, noise=noise, trajectory=True, **options)
