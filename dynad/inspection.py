@@ -32,7 +32,8 @@ __all__ = ['STAGES', 'LOSSES', 'save_uploads', 'full_scale', 'heat_overlay', 're
 # %% ../nbs/18i_inspection.ipynb #54928739
 def save_uploads(
     uploads: Any,       # value of an ipywidgets.FileUpload
-    folder: str | Path
+    folder: str | Path,
+    max_pixels: int | None = None # of one file, as for `read_image`
 ) -> list[Path]:
     "Write uploaded files, all of them or none. Raises DataError for one that is no image."
     out, n = [], len(uploads)
@@ -44,7 +45,7 @@ def save_uploads(
                 raise DataError(f"{name}: not an image ({', '.join(sorted(EXTENSIONS))}){none}")
             tmp = all_or_none.enter_context(replacing(Path(folder)/name))
             tmp.write_bytes(bytes(u['content']))
-            try: read_image(tmp, 8)
+            try: read_image(tmp, 8, max_pixels)
             except DataError as e: raise DataError(str(e).replace(str(tmp), name) + none) from None
             out.append(Path(folder)/name)
     return out
@@ -76,7 +77,7 @@ def result_sheet(
         small = Image.fromarray(to_uint8(x)).resize((size, size), Image.Resampling.BILINEAR)
         return np.pad(np.asarray(small), ((0, 6), (0, 6), (0, 0)), constant_values=255)
     def row(i: int) -> np.ndarray:
-        x = read_image(files[i], detector.config.data.image_size)
+        x = read_image(files[i], detector.config.data.image_size, detector.config.data.max_pixels)
         heat = colorize(p.map[i], 0, full_scale(p, i, detector))
         return np.hstack([panel(v) for v in (x, heat_overlay(x, p, i, detector), heat, p.reconstruction[i])])
     return png(np.vstack([row(i) for i in rows]))
@@ -116,7 +117,7 @@ def write_results(
     folder, strange, rows = Path(folder), unlike(p.distance, detector), []
     for i, f in enumerate(files):
         stem = f'{i:0{len(str(len(files)))}d}_{f.stem}'
-        x = read_image(f, detector.config.data.image_size)
+        x = read_image(f, detector.config.data.image_size, detector.config.data.max_pixels)
         with replacing(folder/f'{stem}_map.npy') as tmp:
             with open(tmp, 'wb') as out: np.save(out, p.map[i, 0].numpy().astype(np.float32))
         save_png(colorize(p.map[i], 0, full_scale(p, i, detector)), folder/f'{stem}_map.png')
