@@ -263,7 +263,7 @@ def protocol(method: Method, truth: MetricAccumulator, found: Sequence[Finding] 
             'interval': f"95 % percentile bootstrap over images, {truth.n_boot} resamples, seed {c.seed}",
             'seed': c.seed}
 
-# %% ../nbs/17_evaluate.ipynb #a5785362
+# %% ../nbs/17_evaluate.ipynb #ee2cdf9f
 def pixel_reason(
     samples: Sequence[Sample], # of the test
     masks: Tensor,             # [N,1,H,W] bool
@@ -274,7 +274,8 @@ def pixel_reason(
     if not bad: return 'no anomalous test image'
     n = sum(samples[i].mask is not None for i in bad)
     if not n: return 'no mask of an anomalous test image'
-    if not has_mask[bad].any(): return f"{'the only mask is' if n == 1 else f'all {n} masks are'} empty at {masks.shape[-1]} pixels"
+    if not has_mask[bad].any():
+        return f"{'the only mask is' if n == 1 else f'all {n} masks are'} empty at {masks.shape[-1]} pixels"
     return 'no normal pixel' if masks[has_mask].all() else None
 
 def explain_pixels(result: dict[str, Any], samples: Sequence[Sample], truth: MetricAccumulator) -> None:

@@ -39,8 +39,10 @@ def _at(f: BinaryIO, offset: int, length: int) -> bytes:
 def _size(f: BinaryIO) -> int: return f.seek(0, 2)
 
 # %% ../nbs/02d_metadata.ipynb #bc36a967
-SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8} # of a type
-WHOLE = {1: 'B', 3: 'H', 4: 'I', 6: 'b', 8: 'h', 9: 'i', 13: 'I', 16: 'Q', 17: 'q', 18: 'Q'} # types that are whole numbers
+# bytes of each type
+SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+# types that are whole numbers
+WHOLE = {1: 'B', 3: 'H', 4: 'I', 6: 'b', 8: 'h', 9: 'i', 13: 'I', 16: 'Q', 17: 'q', 18: 'Q'}
 ORIENTATION, SUBFILE, EXIF_IFD, GPS_IFD = 274, 254, 34665, 34853
 
 @dataclass(frozen=True)
@@ -307,8 +309,8 @@ def _without_items(f: BinaryIO) -> tuple[Part, ...]:
         length = int.from_bytes(head[:4], 'big')
         if length == 1: length = int.from_bytes(head[8:16], 'big')
         length = min(length, size - at) if length >= 8 else size - at
-        meta = head[4:8] == b'meta'
-        parts.append(_ITEM.sub(rb'\1skip', _at(f, at, length)).replace(b'colrprof', b'freeprof') if meta else (at, length))
+        if head[4:8] != b'meta': parts.append((at, length))
+        else: parts.append(_ITEM.sub(rb'\1skip', _at(f, at, length)).replace(b'colrprof', b'freeprof'))
         at += length
     return (*parts, (at, size - at))
 
@@ -316,7 +318,7 @@ def _without_items(f: BinaryIO) -> tuple[Part, ...]:
 def read_metadata(
     f: BinaryIO # an image file, opened
 ) -> Metadata:
-    "What a file says beside its pixels, by its first bytes; never fails: a structure that is not understood is left as it is."
+    "What a file says beside its pixels, by its first bytes. Never fails: what is not understood is left as it is."
     head = _at(f, 0, 16)
     read = (_read_jpeg if head[:2] == b'\xff\xd8' else _read_png if head[:8] == b'\x89PNG\r\n\x1a\n' else
             _read_webp if head[:4] == b'RIFF' and head[8:12] == b'WEBP' else
