@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from dynad.method import Method
 
 # %% auto #0
-__all__ = ['app', 'Layout', 'Category', 'Seed', 'Set', 'Preset', 'DEMO', 'PROFILE', 'SCHEDULER', 'TIMEOUT', 'known_mistakes',
-           'config_of', 'checked_place', 'dataset_of', 'fit', 'opened', 'baselines_of', 'evaluate', 'write_page',
-           'predict', 'demo_data', 'demo', 'NameValue', 'cost', 'print_plan', 'print_outcomes', 'reproduce', 'download',
-           'bench', 'doctor']
+__all__ = ['app', 'Layout', 'Category', 'Seed', 'Set', 'Strict', 'Preset', 'DEMO', 'PROFILE', 'SCHEDULER', 'TIMEOUT',
+           'known_mistakes', 'config_of', 'checked_place', 'dataset_of', 'fit', 'opened', 'baselines_of', 'evaluate',
+           'write_page', 'predict', 'demo_data', 'demo', 'NameValue', 'cost', 'print_plan', 'print_outcomes',
+           'reproduce', 'download', 'bench', 'doctor']
 
 # %% ../nbs/20_cli.ipynb #bdfad273
 app = typer.Typer(add_completion=False, no_args_is_help=True,
@@ -52,10 +52,15 @@ def checked_place(data: str) -> None:
         raise DynadError(f"{place}: {'a file, not a folder' if place.exists() else 'no such folder'}; "
                          'give the folder that holds the images')
 
-def dataset_of(data: str, layout: str, category: str | None, seed: int) -> AnomalyDataset:
-    "The data set of a command line."
-    from dynad.data import open_dataset
-    return open_dataset(data, layout=layout, category=category, seed=seed)
+def dataset_of(data: str, layout: str, category: str | None, seed: int, strict: bool = False) -> AnomalyDataset:
+    "The data set of a command line, and a line of what is in its folder. Raises DataError; if strict, for findings too."
+    import warnings
+    from dynad.data import FindingWarning, open_dataset
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', FindingWarning) # the line says it
+        dataset = open_dataset(data, layout=layout, category=category, seed=seed, strict=strict)
+    typer.echo(dataset.line())
+    return dataset
 
 # %% ../nbs/20_cli.ipynb #4bcdfb72
 Layout = Annotated[str, typer.Option(help='auto, mvtec, visa, btad, mtd, elpv, or folder (all images are normal ones)')]
@@ -63,6 +68,7 @@ Category = Annotated[Optional[str], typer.Option(help='one category of a data se
 Seed = Annotated[int, typer.Option(min=0, help='the one seed: split, training, noise, bootstrap')]
 Set = Annotated[Optional[list[str]], typer.Option(
     '--set', metavar='KEY=VALUE', help='a setting, e.g. reconstruction.t_max=320; may be repeated')]
+Strict = Annotated[bool, typer.Option('--strict', help='end with an error where a folder holds what is not used')]
 Preset = Annotated[str, typer.Option(help='small, smoke, paper or authors')]
 
 # %% ../nbs/20_cli.ipynb #2b07b7ab
@@ -74,29 +80,30 @@ def fit(
     layout: Layout = 'auto', category: Category = None, preset: Preset = 'small',
     tracker: Annotated[str, typer.Option(
         help='where losses are logged: tensorboard (in the run directory), mlflow, wandb or none')] = 'tensorboard',
-    seed: Seed = 0, set: Set = None
+    seed: Seed = 0, set: Set = None, strict: Strict = False
 ):
     "Fit on the normal training images of a data set; `accelerate launch -m dynad.cli fit …` uses several processes."
     with known_mistakes():
         cfg = config_of(preset, seed, set, {'trackers': [] if tracker == 'none' else [tracker]}, method=method)
         checked_place(data)
+        from dynad.checks import check_data
         from dynad.method import method_named
-        cls, dataset = method_named(method), dataset_of(data, layout, category, seed)
-        typer.echo(f'{dataset!r}')
+        cls, dataset = method_named(method), dataset_of(data, layout, category, seed, strict)
+        if strict: check_data(dataset, cfg.data)
         start = time.perf_counter()
         cls(cfg).fit(dataset, out)
         typer.echo(f'fitted in {(time.perf_counter() - start)/60:.1f} minutes: {out}')
 
 # %% ../nbs/20_cli.ipynb #2fafcdcb
 def opened(run: Path, data: str, layout: str, category: str | None,
-           pairs: list[str] | None) -> tuple[Method, AnomalyDataset]:
+           pairs: list[str] | None, strict: bool = False) -> tuple[Method, AnomalyDataset]:
     "A run and a data set; the category is that of the run where the folder has it."
     from dynad.config import parse_overrides
     from dynad.method import open_run
     method = open_run(run, parse_overrides(pairs or []))
     own = method.info['data']['category'] # also of another folder of the same build
     known = own is not None and (data == 'elpv' or (Path(data)/'labels.csv').exists() or (Path(data)/own).is_dir())
-    return method, dataset_of(data, layout, category or (own if known else None), method.config.seed)
+    return method, dataset_of(data, layout, category or (own if known else None), method.config.seed, strict)
 
 def baselines_of(method: Method, names: str, dataset: AnomalyDataset) -> list[Method]:
     "Other methods, fitted in the run directory; none where the data set has not the images that the run was fitted on."
@@ -121,7 +128,7 @@ def evaluate(
     baselines: Annotated[str, typer.Option(
         help='methods to fit on the same images as rows beside it, comma-separated; empty for none')] = 'patchcore',
     n_boot: Annotated[int, typer.Option(min=0, help='bootstrap resamples of the intervals')] = 1000,
-    set: Set = None
+    set: Set = None, strict: Strict = False
 ):
     "Evaluate a fitted run on the test images of a data set; inference settings may be changed with --set."
     with known_mistakes():
@@ -129,10 +136,12 @@ def evaluate(
         load_config(run/'config.json') # a run that is not there is named before anything slow is imported
         checked_place(data)
         from dynad import evaluate as ev
+        from dynad.checks import check_data
         from dynad.store import make_folder
         for folder in filter(None, (json_file.parent, save_maps, report, table and table.parent)):
             make_folder(folder) # before the work
-        method, dataset = opened(run, data, layout, category, set)
+        method, dataset = opened(run, data, layout, category, set, strict)
+        if strict: check_data(dataset, method.config.data)
         e = ev.evaluate(method, dataset, n_boot=n_boot, null_models=null_models,
                         baselines=baselines_of(method, baselines, dataset))
         ev.write_result(e.result, json_file)
@@ -153,26 +162,31 @@ def predict(
     run: Annotated[Path, typer.Argument(help='run directory of `dynad fit`, or a folder of `save_pretrained`')],
     images: Annotated[list[Path], typer.Argument(help='images, or folders of images')],
     out: Annotated[Path, typer.Option(help='folder for maps, overlays, reconstructions and scores.csv')],
-    set: Set = None
+    set: Set = None, strict: Strict = False
 ):
     "Score single images: map, overlay and reconstruction as PNG, and scores.csv."
     with known_mistakes():
         from dynad.config import parse_overrides
-        from dynad.output import images_of, open_for_prediction, write_predictions
-        files = images_of(images)
-        rows = write_predictions(open_for_prediction(run, parse_overrides(set or [])), files, out)
+        from dynad.collector import check_strict, collect_places, count, summary_line
+        from dynad.output import open_for_prediction, write_predictions
+        found = collect_places(images)
+        if strict: check_strict(found.findings, ', '.join(map(str, images)))
+        typer.echo(summary_line(count(len(found.files), 'image'), found.findings))
+        rows = write_predictions(open_for_prediction(run, parse_overrides(set or [])), list(found.files), out)
         typer.echo(f"{sum(r['anomalous'] for r in rows)} of {len(rows)} images above the threshold: {out/'scores.csv'}")
 
 # %% ../nbs/20_cli.ipynb #02487885
 # of the `small` preset, to end within 8 minutes on two cores
 DEMO = {'latents.finetune_steps': 80, 'denoiser.steps': 400}
 
-def demo_data(data: str, product: str, out: Path, category: str | None, seed: int) -> AnomalyDataset:
+def demo_data(data: str, product: str, out: Path, category: str | None, seed: int,
+              strict: bool = False) -> AnomalyDataset:
     "The synthetic set, or a part of another one."
     from dynad.config import ConfigError
     from dynad.synthetic import PRODUCTS, write_synthetic
     if data != 'synthetic':
-        return dataset_of(data, 'auto', category or ('mono' if data == 'elpv' else None), seed).limited(100, 48, seed)
+        category = category or ('mono' if data == 'elpv' else None)
+        return dataset_of(data, 'auto', category, seed, strict).limited(100, 48, seed)
     if product not in PRODUCTS:
         raise ConfigError(f"--product {product!r} does not exist; allowed: {', '.join(PRODUCTS)}")
     folder = write_synthetic(out/f'synthetic_{product}_seed{seed}', product, n_train=80, n_good=16, n_defect=32,
@@ -185,15 +199,15 @@ def demo(
     data: Annotated[str, typer.Option(help="'synthetic', 'elpv' (real solar cells), or a folder")] = 'synthetic',
     product: Annotated[str, typer.Option(help='of the synthetic set')] = 'board',
     out: Annotated[Path, typer.Option(help='folder for the run and the results page')] = Path('dynad_demo'),
-    category: Category = None, seed: Seed = 0, set: Set = None
+    category: Category = None, seed: Seed = 0, set: Set = None, strict: Strict = False
 ):
     "Everything once, in a few minutes: fit, evaluate, and a results page with images."
     with known_mistakes():
         from dynad import evaluate as ev
         from dynad.detector import DynAD
         cfg, start = config_of('small', seed, set, DEMO), time.perf_counter()
-        dataset = demo_data(data, product, out, category, seed)
-        typer.echo(f'{dataset!r}')
+        dataset = demo_data(data, product, out, category, seed, strict)
+        if data != 'synthetic': typer.echo(f'{dataset!r}') # what is left of a larger one
         name = 'synthetic_' + product if data == 'synthetic' else Path(data).name
         method = DynAD(cfg).fit(dataset, out/f'run_{name}')
         e = ev.evaluate(method, dataset, n_boot=200, baselines=[ev.fitted_baseline(method, 'patchcore', dataset)])

@@ -392,7 +392,7 @@ def content_key(
         if isinstance(o, float) and o.is_integer(): return int(o)
         return o
     text = json.dumps(canonical(value), sort_keys=True, separators=(',', ':'), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
+    return hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:length]
 
 # %% ../nbs/00_config.ipynb #2dd33d2e
 def data_root() -> Path | None:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from . import __version__
 from .cache import ImageSet
-from .checks import Finding, data_warnings
+from .checks import data_warnings
+from .collector import Finding, printable
 from .data import AnomalyDataset, DataError, Sample, load_masks, with_mask_rule
 from .machine import peak_memory_mb
 from .method import Method, Prediction, method_named
@@ -204,7 +205,8 @@ def evaluate(
         result['baseline'] = {b.name: truth(b.predict_set(b.test_images(samples, dataset, progress))).metrics
                               for b in baselines}
     result |= {'peak_memory_mb': peak_memory_mb(), 'method': method.name, 'settings': c.model_dump(mode='json'),
-               'protocol': protocol(method, truth, found), 'versions': versions(), 'data': described(dataset)}
+               'protocol': protocol(method, truth, dataset.remark, found), 'versions': versions(),
+               'data': described(dataset)}
     explain_pixels(result, samples, truth)
     return Evaluation(result, samples, scored.scores, scored.per_image, masks, has_mask, method, images)
 
@@ -226,7 +228,9 @@ def versions() -> dict[str, str]:
 def described(dataset: AnomalyDataset) -> dict[str, Any]:
     "The data set in a result."
     return {'name': dataset.name, 'layout': dataset.layout, 'category': dataset.category,
-            'fingerprint': dataset.fingerprint, 'synthetic': (Path(dataset.root)/'synthetic.json').exists()}
+            'fingerprint': dataset.fingerprint, 'remark': dataset.remark,
+            'not_used': [printable(f.text) for f in dataset.findings if not f.mentioned],
+            'synthetic': (Path(dataset.root)/'synthetic.json').exists()}
 
 # %% ../nbs/17_evaluate.ipynb #c39e72f9
 ORIGIN = { # where the fixed settings of a preset come from
@@ -242,11 +246,16 @@ PRESET_NOTES = {'small': 'small preset: not the scale of the paper',
 MASK_RULES = {'half': 'above half of the range', 'nonzero': 'every value but 0',
               None: "above half of the range, or every value but 0 where the data set's layout paints so"}
 
-def protocol(method: Method, truth: MetricAccumulator, found: Sequence[Finding] = ()) -> dict[str, Any]:
+def protocol(
+    method: Method, truth: MetricAccumulator,
+    remark: str = '',              # of the data folder
+    found: Sequence[Finding] = () # of `data_findings`
+) -> dict[str, Any]:
     "What a reader must know to compare a figure."
     c, y = method.config, truth.labels.bool()
     at_test = c.fusion.calibration == 'test'
-    return {'preset': c.preset, 'note': PRESET_NOTES.get(c.preset, ''),
+    note = '; '.join(filter(None, (PRESET_NOTES.get(c.preset, ''), remark)))
+    return {'preset': c.preset, 'note': note,
             'training_images': len(method.training_set), 'held_out_images': len(method.held_out_set),
             'test_good': int((~y).sum()), 'test_defective': int(y.sum()),
             'image_level_only': int((y & ~truth.has_mask).sum()),

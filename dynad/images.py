@@ -10,42 +10,15 @@ from typing import Any, BinaryIO, Callable, Iterator
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from .config import DynadError
+from .collector import DataError, printable
 from .metadata import Metadata, read_exif, read_metadata, without_items, xmp_orientation
 
 # %% auto #0
-__all__ = ['EXTENSIONS', 'NOTES', 'SAID', 'DataError', 'register_heif', 'list_images', 'Notes', 'check_size', 'to_float',
-           'decode', 'read_image', 'marked_pixels', 'nearest', 'read_mask', 'image_size']
-
-# %% ../nbs/03_images.ipynb #1b90b233
-class DataError(DynadError, ValueError):
-    "Data that cannot be used; the message names the file, what is wrong and how to correct it."
-
-def register_heif() -> bool:
-    "Let Pillow read HEIC where pillow-heif is installed; whether it is."
-    try: from pillow_heif import register_heif_opener
-    except (ImportError, OSError): return False
-    register_heif_opener()
-    return True
-
-EXTENSIONS = {
-    '.png', '.jpg', '.jpeg', '.jpe', '.jfif', '.bmp', '.dib', '.tif', '.tiff', '.webp', '.gif',
-    '.ppm', '.pgm', '.pbm', '.pnm', '.jp2', '.tga'
-}
-if 'avif' in features.modules and features.check('avif'): EXTENSIONS |= {'.avif', '.avifs'} # Pillow 11.3 and later
-if register_heif(): EXTENSIONS |= {'.heic', '.heif', '.hif'}
-
-# %% ../nbs/03_images.ipynb #4a84c161
-def list_images(
-    folder: str | Path
-) -> list[Path]: # sorted
-    "All image files in a folder and its subfolders, by their extension; hidden files and folders are skipped."
-    folder = Path(folder)
-    hidden = lambda p: any(part.startswith('.') for part in p.relative_to(folder).parts)
-    return sorted(p for p in folder.rglob('*') if p.suffix.lower() in EXTENSIONS and p.is_file() and not hidden(p))
+__all__ = ['NOTES', 'SAID', 'Notes', 'check_size', 'to_float', 'decode', 'read_image', 'marked_pixels', 'nearest', 'read_mask',
+           'image_size']
 
 # %% ../nbs/03_images.ipynb #aa429865
 _CAUSES = ( # the first kind that fits
@@ -89,7 +62,7 @@ class Notes:
             files = sorted(p for p in found if again or (kind, p) not in SAID)
             if not files: continue
             more = f", as in {len(files) - 1} more file{'s'*(len(files) > 2)}" if len(files) > 1 else ''
-            yield kind, f'{files[0]}: {NOTES[kind]} ({found[files[0]]}{more})', tuple(files)
+            yield kind, f'{printable(files[0])}: {NOTES[kind]} ({found[files[0]]}{more})', tuple(files)
 
     def say(self) -> None:
         "Warn of what was not said before."

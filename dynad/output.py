@@ -10,9 +10,9 @@ from typing import Any, Sequence
 
 from tqdm.auto import tqdm
 
+from .collector import collect_places
 from .config import ConfigError
-from .data import DataError, read_image
-from .images import list_images
+from .data import read_image
 from .detector import DynAD
 from .method import Method, Prediction, open_run
 from .show import colorize, overlay, save_png
@@ -26,13 +26,7 @@ def images_of(
     places: Sequence[Path] # files and folders
 ) -> list[Path]:
     "The images to predict on. Raises DataError for a place that is not there, or when there is none."
-    out: list[Path] = []
-    for p in places:
-        if p.is_dir(): out += list_images(p)
-        elif p.exists(): out.append(p)
-        else: raise DataError(f'{p}: no such file or folder')
-    if not out: raise DataError(f"{', '.join(map(str, places))}: no image in there")
-    return out
+    return list(collect_places(places).files)
 
 # %% ../nbs/17c_output.ipynb #7054ecab
 def open_for_prediction(

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 
 from .data import AnomalyDataset
 from .store import TrainingStopped
-from .images import DataError, list_images
+from .collector import DataError, collect, count, list_images, summary_line
 from .inspection import Inspector, losses_figure, result_sheet, save_uploads, scores_html
 from .show import figure_png
 from .view import StateFile, View, button, labelled, soft
@@ -211,6 +211,7 @@ def _fit(self: OwnImages) -> None:
 @patch
 def _begun(self: OwnImages, dataset: AnomalyDataset) -> None:
     self.progress.value = 0
+    self.normal.text.value = soft(html.escape(dataset.line()))
     self.status.value = f'{len(dataset.train)} normal images: autoencoder and latents'
 
 @patch
@@ -251,9 +252,14 @@ def _to_inspect(self: OwnImages) -> list[Path]:
     if self.model.detector is None: return []
     if named is not None and not named.is_dir():
         raise DataError(f'{named}: no such folder; name a folder of images to inspect')
-    files = self.dropped if named is None else list_images(named)
-    if files: return files
-    raise DataError(f"{named or 'no image'}: nothing to inspect; drop images or name a folder that holds some")
+    if named is None and self.dropped: return self.dropped
+    listing = collect(named) if named else None
+    found = summary_line(count(len(listing.files), 'image'), listing.findings) if listing else 'no image'
+    if not listing or not listing.files:
+        raise DataError(f"{named or found}: nothing to inspect{f' ({found})' if named else ''}; "
+                        "drop images or name a folder that holds some")
+    self.new.text.value = soft(html.escape(found))
+    return list(listing.files)
 
 # %% ../nbs/18j_own_images.ipynb #33e80142
 @patch
