@@ -11,9 +11,10 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image, PngImagePlugin
 
+from dynad.collector import EXTENSIONS
 from dynad.config import ConfigError, DataSettings, content_key, make_config, with_overrides
 from dynad.data import DataError, Sample, load_images, load_masks, read_image, read_mask, with_mask_rule
-from dynad.images import EXTENSIONS, Notes, decode, image_size
+from dynad.images import Notes, decode, image_size
 from dynad.metadata import read_exif, read_metadata
 
 PIXELS = np.kron(np.random.default_rng(0).integers(0, 256, (6, 10, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8)) # 48 × 80
