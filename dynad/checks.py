@@ -104,7 +104,7 @@ class MaskFacts:
     marked: int                        # pixels
     box: tuple[int, int]               # height and width of the largest connected part of what is marked
     kept: bool                         # whether anything is left at the size of the input
-    keeps: int | None = None           # the `image_size` that would leave something; None: none up to 1024, or not asked
+    keeps: int | None = None           # the `image_size` that would leave something; None: none up to 1024, or kept
     levels: tuple[int, ...] = ()       # its values other than 0, where some of them count as normal
     dropped: tuple[int, ...] = ()      # those
     dropped_pixels: int = 0
@@ -322,4 +322,5 @@ ORDINARY = {'large images', 'mixed sizes', 'metadata', 'mask size'} # worth a wo
 
 def check_data(dataset: AnomalyDataset, settings: DataSettings) -> None:
     "For `--strict`: raises `DataError` for any finding that is not an ordinary one."
-    check_strict([replace(f, files=()) for f in data_findings(dataset, settings) if f.kind not in ORDINARY], dataset.root)
+    faults = [f for f in data_findings(dataset, settings) if f.kind not in ORDINARY]
+    check_strict([replace(f, files=()) for f in faults], dataset.root)
