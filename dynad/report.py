@@ -175,7 +175,8 @@ def tiles_of(result: dict[str, Any]) -> list[dict[str, str]]: # name, value, not
     out = []
     for k, head in zip(KEYS[:3], HEADS):
         m = metric_cell(result.get(k))
-        note = f"95 %: {m['low']} – {m['high']}" if m else undefined(result.get(k)).strip('— ()') or 'not defined'
+        why = undefined(result.get(k)).strip('— ()')
+        note = f"95 %: {m['low']} – {m['high']}" if m else f"not defined{f': {why}' if why else ' for these images'}"
         out.append(dict(name=head, value=m['value'] if m else '—', note=note))
     c, p = result['decision'], result['protocol']
     return [*out, dict(name='decided by the learned threshold', value=f"{c['true_positives']} of {p['test_defective']}",
