@@ -92,10 +92,11 @@ def image_set(
     samples: list[Sample],
     dataset: AnomalyDataset, # that they belong to
     size: int,               # side in pixels
-    progress: bool = False
+    progress: bool = False,
+    max_pixels: int | None = None # of one file, as for `load_images`
 ) -> ImageSet:
     "The images of some samples of a data set."
-    load = lambda: load_images(samples, size, progress=progress)
+    load = lambda: load_images(samples, size, progress, max_pixels)
     return ImageSet(store, images_key(samples, dataset.fingerprint, size), len(samples), load, progress)
 
 # %% ../nbs/14a_cache.ipynb #c807a744

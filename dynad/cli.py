@@ -132,10 +132,12 @@ def fit(
         cfg = config_of(preset, seed, set, {'trackers': [] if tracker == 'none' else [tracker]}, method=method)
         checked_place(data)
         check_folder(out, '--out ')
+        from dynad.checks import check_data
         from dynad.method import method_named
         from dynad.store import check_run
         check_run(out, '--out ')
         cls, dataset = method_named(method), dataset_of(data, layout, category, seed, strict)
+        if strict: check_data(dataset, cfg.data)
         start = time.perf_counter()
         cls(cfg).fit(dataset, out)
         echo(f'fitted in {(time.perf_counter() - start)/60:.1f} minutes: {out}')
@@ -216,9 +218,11 @@ def evaluate(
         checked_place(data)
         check_results(run, json_file, table, save_maps, report)
         from dynad import evaluate as ev
+        from dynad.checks import check_data
         from dynad.method import method_named
         for n in filter(None, baselines.split(',')): method_named(n)
         method, dataset = opened(run, data, layout, category, set, strict)
+        if strict: check_data(dataset, method.config.data)
         if save_maps: check_space(save_maps, 4*len(dataset.test)*cfg.data.image_size**2, f'{len(dataset.test)} maps')
         e = ev.evaluate(method, dataset, n_boot=n_boot, null_models=null_models,
                         baselines=baselines_of(method, baselines, dataset))

@@ -386,7 +386,8 @@ def predict(self: DynAD,
     warnings.warn("fusion.calibration = 'test' scales by the smallest and largest value of these very images: "
                   "maps and scores of another call are on another scale; "
                   "use 'train' to predict on single images", stacklevel=2)
-    x, size = checked_images(images, self.config.data.image_size), self.config.data.image_size
+    c = self.config.data
+    x, size = checked_images(images, c.image_size, c.max_pixels), c.image_size
     outputs = [walk(self.parts, x[b]) for b in batches(len(x), self.config.batch, 'images', True)]
     l = torch.cat([w.raw.latent for w in outputs])
     f = {j: torch.cat([w.raw.features[j] for w in outputs]) for j in outputs[0].raw.features}

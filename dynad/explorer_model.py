@@ -300,7 +300,8 @@ def _find_neighbours(self: ExplorerModel, i: int) -> bool:
     except DataError as e: self.no_neighbours = error_text(e)
     else:
         nearest = self.session.severity['neighbours'][i].tolist()
-        self.neighbours[i] = contact_sheet([read_image(samples[k].image, 56) for k in nearest])
+        most = self.session.model.config.data.max_pixels
+        self.neighbours[i] = contact_sheet([read_image(samples[k].image, 56, most) for k in nearest])
     self.changed('neighbours')
     return True
 

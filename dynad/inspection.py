@@ -36,7 +36,8 @@ __all__ = ['STAGES', 'LOSSES', 'save_uploads', 'upload_name', 'full_scale', 'hea
 # %% ../nbs/18i_inspection.ipynb #54928739
 def save_uploads(
     uploads: Any,       # value of an ipywidgets.FileUpload
-    folder: str | Path
+    folder: str | Path,
+    max_pixels: int | None = None # of one file, as for `read_image`
 ) -> list[Path]:
     """Write uploaded files, all of them or none. Raises DataError for one that is no image.
 
@@ -54,7 +55,7 @@ def save_uploads(
             path = folder/numbered(name, taken)
             tmp = all_or_none.enter_context(replacing(path))
             tmp.write_bytes(content)
-            try: read_image(tmp, 8)
+            try: read_image(tmp, 8, max_pixels)
             except DataError as e: raise DataError(str(e).replace(str(tmp), name) + none) from None
             taken[name_key(path.stem)], new[path] = path, content
             out.append(path)
@@ -99,7 +100,7 @@ def result_sheet(
         small = Image.fromarray(to_uint8(x)).resize((size, size), Image.Resampling.BILINEAR)
         return np.pad(np.asarray(small), ((0, 6), (0, 6), (0, 0)), constant_values=255)
     def row(i: int) -> np.ndarray:
-        x = read_image(files[i], detector.config.data.image_size)
+        x = read_image(files[i], detector.config.data.image_size, detector.config.data.max_pixels)
         heat = colorize(p.map[i], 0, full_scale(p, i, detector))
         return np.hstack([panel(v) for v in (x, heat_overlay(x, p, i, detector), heat, p.reconstruction[i])])
     return png_bytes(np.vstack([row(i) for i in rows]))
@@ -148,7 +149,7 @@ def write_results(
 
 def _write_maps(p: DynADPrediction, i: int, file: Path, stem: Path, detector: DynAD) -> None:
     "The three files of one image."
-    x = read_image(file, detector.config.data.image_size)
+    x = read_image(file, detector.config.data.image_size, detector.config.data.max_pixels)
     np.save(f'{stem}_map.npy', p.map[i, 0].numpy().astype(np.float32))
     save_png(colorize(p.map[i], 0, full_scale(p, i, detector)), Path(f'{stem}_map.png'))
     save_png(heat_overlay(x, p, i, detector), Path(f'{stem}_overlay.png'))
