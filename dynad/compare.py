@@ -36,14 +36,14 @@ __all__ = ['NOT_HERE', 'COLUMNS', 'COSTS', 'Task', 'resolved', 'packed', 'unpack
 
 # %% ../nbs/17f_compare.ipynb #0ffa7654
 NOT_HERE = { # name -> title, what it would take
-    'rd++': ('RD++', "projection layers and a self-supervised optimal-transport loss on top of rd4ad, and simplex noise "
-                     "in its images; a WideResNet-50 for figures comparable with print"),
+    'rd++': ('RD++', "projection layers and a self-supervised optimal-transport loss on top of rd4ad, and simplex "
+                     "noise in its images; a WideResNet-50 for figures comparable with print"),
     'uniad': ('UniAD', "a transformer with neighbour-masked attention on EfficientNet-B4 features (timm's weights), "
                        "trained for all categories at once"),
     'glad': ('GLAD', "Stable Diffusion's UNet and autoencoder, finetuned by category, and adaptive denoising steps; "
                      "those weights and a GPU"),
-    'deco-diff': ('DeCo-Diff', "a diffusion transformer that predicts deviations in KL-f8 latents; the weights of KL-f8 "
-                               "and a GPU"),
+    'deco-diff': ('DeCo-Diff', "a diffusion transformer that predicts deviations in KL-f8 latents; "
+                               "the weights of KL-f8 and a GPU"),
     'invad': ('InvAD', "a diffusion transformer on pretrained features, trained for all categories; its scoring rule, "
                        "inversion, is open to the UNet here")}
 
@@ -215,7 +215,8 @@ def tasks(self: Comparison) -> list[Task]:
         name = m.rpartition(':')[2]
         settings = {**self.overrides.get('', {}), **self.overrides.get(name, {})}
         what = dict(method=m, seed=seed, data=str(self.data), preset=self.preset, layout=self.layout,
-                    category=self.category, overrides=settings, n_boot=self.n_boot, rows=chosen_rows(self.dataset, self.images))
+                    category=self.category, overrides=settings, n_boot=self.n_boot,
+                    rows=chosen_rows(self.dataset, self.images))
         key = content_key(what | {'data': self.dataset.fingerprint, 'version': __version__}, 8)
         return Task(**what, folder=str(Path(self.out)/f'{name}-seed{seed}-{key}'))
     return [one(m, s) for s in self.seeds for m in self.methods]
@@ -272,13 +273,14 @@ def table_of(summary: list[dict[str, Any]]) -> pd.DataFrame:
 def difference(
     a: dict[str, Tensor], b: dict[str, Tensor], # predictions of two tasks with the same images
     labels: list[int],
-    n_boot: int = 200
+    n_boot: int = 200                           # 0: no interval
 ) -> dict[str, dict[str, float]]:               # metric -> value, low, high of a − b
     "The difference of two methods with one seed each."
     if len(set(labels)) < 2: return {}
-    found = paired_bootstrap(a['scores'], b['scores'], torch.tensor(labels), n_boot)
-    if 'neg_n' in a and 'neg_n' in b: found |= paired_bootstrap(unpacked(a), unpacked(b), n_boot=n_boot)
-    return {k: m.to_json() for k, m in found.items() if m.value is not None}
+    draws, interval = max(1, n_boot), {} if n_boot else {'low': None, 'high': None}
+    found = paired_bootstrap(a['scores'], b['scores'], torch.tensor(labels), draws)
+    if 'neg_n' in a and 'neg_n' in b: found |= paired_bootstrap(unpacked(a), unpacked(b), n_boot=draws)
+    return {k: m.to_json() | interval for k, m in found.items() if m.value is not None}
 
 @patch
 def differences(self: Comparison,
@@ -322,8 +324,8 @@ def state(self: Comparison, rows: list[dict[str, Any]], more: dict[str, Any] | N
     keep = ('method', 'title', 'seed', 'status', 'reason', 'traceback', 'folder', *KEYS, *COSTS, 'resumed',
             'fit_memory_mb', 'seconds_by_stage', 'decision', 'machine')
     return {'data': described(self.dataset) | {'place': str(self.data)}, 'preset': self.preset,
-            'seeds': list(self.seeds), 'methods': list(self.methods), 'overrides': self.overrides, 'n_boot': self.n_boot,
-            'finished': all(r['status'] != 'waiting' for r in rows), 'summary': summary_of(rows),
+            'seeds': list(self.seeds), 'methods': list(self.methods), 'overrides': self.overrides,
+            'n_boot': self.n_boot, 'finished': all(r['status'] != 'waiting' for r in rows), 'summary': summary_of(rows),
             'rows': [{k: r[k] for k in keep if k in r} for r in rows],
             'protocol': done[0]['protocol'] if done else None, 'versions': versions(), **(more or {})}
 
