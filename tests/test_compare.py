@@ -1,4 +1,4 @@
-"17f_compare: tasks in processes of their own, rows that fail, a comparison that is cut off and goes on, JSON, grid, page, command."
+"17g_compare: tasks in processes of their own, rows that fail, a comparison that is cut off and goes on, JSON, grid, page, command."
 import json, os, signal, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
