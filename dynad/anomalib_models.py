@@ -4,8 +4,8 @@
 
 # %% ../nbs/16h_anomalib_models.ipynb #78d70530
 from __future__ import annotations
-import random
-from contextlib import contextmanager
+import os, random
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ from .training import rows_of_step
 
 # %% auto #0
 __all__ = ['AnomalibError', 'UnavailableError', 'from_anomalib', 'isometry', 'NamedFeatures', 'AnomalibOptions', 'AnomalibMethod',
-           'seeded', 'own_state', 'TeacherStudent', 'STFPM', 'ReverseDistillation', 'FeatureList', 'FastFlow',
+           'seeded', 'quiet', 'own_state', 'TeacherStudent', 'STFPM', 'ReverseDistillation', 'FeatureList', 'FastFlow',
            'offline_cfa', 'CFA', 'DRAEMOptions', 'DRAEM', 'SuperSimpleNet', 'GANomalyOptions', 'GANomaly', 'fetching',
            'imagenet', 'UniNet', 'Dinomaly']
 
@@ -130,6 +130,11 @@ def seeded(seed: int) -> Iterator[None]:
             torch.manual_seed(seed); random.seed(seed); np.random.seed(seed % 2**32)
             yield
     finally: random.setstate(kept[0]); np.random.set_state(kept[1])
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    "Without what anomalib prints."
+    with open(os.devnull, 'w') as null, redirect_stdout(null), redirect_stderr(null): yield
 
 @patch
 def trained_network(self: AnomalibMethod, hooks: Hooks) -> nn.Module:
@@ -315,7 +320,7 @@ class CFA(AnomalibMethod):
     def prepare(self, net):
         images = self.training_set.images
         given = [SimpleNamespace(image=to_float(x).to(self.device)) for x in images.split(self.options.batch)]
-        with torch.no_grad(): net.initialize_centroid(given)
+        with torch.no_grad(), quiet(): net.initialize_centroid(given)
 
     def optimizers(self, net):
         return [torch.optim.AdamW(net.descriptor.parameters(), self.rate, weight_decay=5e-4, amsgrad=True)]
@@ -424,7 +429,8 @@ def fetching(
     cure: str   # what to put where
 ) -> Iterator[None]:
     "anomalib makes a model and fetches its weights. Raises UnavailableError where that fails."
-    try: yield
+    try:
+        with quiet(): yield
     except UnavailableError: raise
     except Exception as e: # of several libraries
         text = (str(e).splitlines() or [type(e).__name__])[0][:160]

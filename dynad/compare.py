@@ -323,7 +323,7 @@ def state(self: Comparison, rows: list[dict[str, Any]], more: dict[str, Any] | N
     done = [r for r in rows if r['status'] == 'done']
     keep = ('method', 'title', 'seed', 'status', 'reason', 'traceback', 'folder', *KEYS, *COSTS, 'resumed',
             'fit_memory_mb', 'seconds_by_stage', 'decision', 'machine')
-    return {'data': described(self.dataset) | {'place': str(self.data)}, 'preset': self.preset,
+    return {'data': described(self.dataset), 'preset': self.preset,
             'seeds': list(self.seeds), 'methods': list(self.methods), 'overrides': self.overrides,
             'n_boot': self.n_boot, 'finished': all(r['status'] != 'waiting' for r in rows), 'summary': summary_of(rows),
             'rows': [{k: r[k] for k in keep if k in r} for r in rows],
@@ -343,8 +343,8 @@ def compare(
 ) -> dict[str, Any]:                         # as compare.json
     "Run what is missing, and write table, differences and grid. A task that fails does not stop the others."
     todo, files = c.tasks(), [make_folder(c.out)/'compare.json', *([Path(json_file)] if json_file else [])]
-    rows = {(t.method, t.seed): {'method': t.method, 'title': title_of(t.method), 'seed': t.seed, 'folder': t.folder,
-                                 'status': 'waiting'} for t in todo}
+    rows = {(t.method, t.seed): {'method': t.method, 'title': title_of(t.method), 'seed': t.seed,
+                                 'folder': Path(t.folder).name, 'status': 'waiting'} for t in todo}
     def written(more=None):
         s = c.state(list(rows.values()), more)
         for f in files: atomic_write(f, json.dumps(s, indent=1, ensure_ascii=False, allow_nan=False))

@@ -151,7 +151,7 @@ def test_processes_of_their_own_and_one_that_dies(toys, boards, tmp_path):
     c = comparison(boards, tmp_path/'out', toy('dies', 'deviation'))
     result = C.compare(c, run=C.one_after_another, report=lambda line: None)
     assert [r['status'] for r in result['rows']] == ['failed', 'done']
-    assert 'ended with exit status 9' in result['rows'][0]['reason'] and (Path(result['rows'][0]['folder'])/'log.txt').exists()
+    assert 'ended with exit status 9' in result['rows'][0]['reason'] and (Path(c.out)/result['rows'][0]['folder']/'log.txt').exists()
     assert result['rows'][1]['peak_memory_mb'] > 100
 
 def test_killed_and_resumed(toys, boards, tmp_path, monkeypatch):
