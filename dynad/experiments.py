@@ -109,6 +109,7 @@ EXPERIMENTS = ( # in the order of the list and the book; minutes were measured o
     Experiment('attribution'),
     Experiment('severity', 'table'),
     Experiment('speed', 'timings', minutes=.5),
+    Experiment('compare', 'table', minutes=.8, trains=True),
     Experiment('parity', 'table', minutes=2., committed={'data': 'cookies', 'preset': 'small'}))
 
 # %% ../nbs/19_experiments.ipynb #736ade7a
