@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .cache import CachedWalk, ImageSet
 from .config import Config
-from .data import AnomalyDataset, Sample, images_key, load_masks, open_dataset, open_folder, split_normal
+from .data import (AnomalyDataset, Sample, images_key, load_masks, open_dataset, open_folder, split_normal,
+                        with_mask_rule)
 from .demo import NOTE
 from .detector import DynAD, calibration_of_set
 from .fusion import Calibration
@@ -107,11 +108,11 @@ def traced(
     t_hat: int,     # T̂
     eta: float,
     omega: float,
-    row: int = 0    # position of the image: it fixes the noise
+    key: int = 0    # of `noise_keys`: it fixes the noise
 ) -> Reconstruction:
     "Algorithm 1 for one image by the run's own sampler, with every step kept."
     options = sampler_settings(model.config) | dict(eta=eta, omega=omega)
-    noise = noise_for([row], tuple(z0.shape[1:]), model.config.seed).to(model.device)
+    noise = noise_for([key], tuple(z0.shape[1:]), model.config.seed).to(model.device)
     with torch.no_grad():
         z0 = z0.to(model.device)
         return reconstruct(model.parts.denoiser, z0, t_hat, model.parts.schedule, noise=noise, trajectory=True, **options)
@@ -136,13 +137,14 @@ class Session:
         self.run = Path(run) if not isinstance(run, DynAD) else run.training_set.store.root
         self.model = model = run if isinstance(run, DynAD) else DynAD.open(run, progress=False)
         self.dataset = _opened(data, model)
-        self.samples, self.size = self.dataset.test, model.config.data.image_size
+        c = model.config.data
+        self.samples, self.size = with_mask_rule(self.dataset.test, c.mask_rule), c.image_size
         if not self.samples:
             raise ValueError(f"{self.dataset.name}: no test image; put some under test/good and test/<defect>")
         self.test_set = model.test_images(self.samples, self.dataset)
         self.staged = model.cached_walk(self.test_set)  # under the run's own settings
         self.labels = torch.tensor([s.label for s in self.samples])
-        self.masks, self.has_mask = load_masks(self.samples, self.size)
+        self.masks, self.has_mask = load_masks(self.samples, self.size, model.config.data.max_pixels)
         self.quick_metrics = QuickMetrics(self.labels, self.masks, self.has_mask)
         self.map_caches: dict[tuple, MapCache] = {}  # by `Setting.maps_key`
         self.lock = threading.RLock()  # one thread at a time calls the model
