@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from dynad.fusion import smooth
 from dynad.metrics import image_metrics, pixel_metrics
-from dynad.patchcore import (PatchBank, PatchCoreError, PatchCoreOptions, distance_map, greedy_coreset, nearest, patch_features,
+from dynad.patchcore import (PatchBank, PatchCoreError, PatchCoreOptions, distance_map, greedy_coreset, k_centre, nearest, patch_features,
                              projected_dims, reweighted_score, sample_rows, sparse_projection)
 from pydantic import ValidationError
 
@@ -96,7 +96,8 @@ def test_coreset_covers_better_than_chance_and_is_seeded():
 @pytest.mark.parametrize('offset', [0., 1000.])
 def test_coreset_is_the_definition_of_k_centre(offset):
     x = torch.randn(400, 6, generator=torch.Generator().manual_seed(1)) + offset
-    i = greedy_coreset(x, 30, seed=5).tolist()
+    i = k_centre(x, 30, first=5).tolist()
+    assert i[0] == 5
     for n in range(1, 30):
         far = (x[:, None] - x[i[:n]]).norm(dim=2).amin(1)
         assert far[i[n]] >= far.max() - (1e-3 if offset else 1e-5)
@@ -344,11 +345,12 @@ def test_same_embedding_distances_and_score_as_anomalib(neighbours):
 
 
 @NEEDS_ANOMALIB
-def test_same_projection_and_first_patch_give_the_same_coreset_as_anomalib(monkeypatch):
+@pytest.mark.parametrize('d', [40, 400])    # fewer and more dimensions than the projection has
+def test_same_projection_and_first_patch_give_the_same_coreset_as_anomalib(d, monkeypatch):
     from anomalib.models.components import KCenterGreedy
-    x = torch.randn(600, 400, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(600, d, generator=torch.Generator().manual_seed(0))
     sampler = KCenterGreedy(x, .2)
     monkeypatch.setattr(torch, 'randint', lambda *args, **kwargs: torch.tensor([17]))             # the first patch
     want = sampler.select_coreset_idxs()
     monkeypatch.setattr('dynad.patchcore.sparse_projection', lambda *args: sampler.model.sparse_random_matrix.T)
-    assert greedy_coreset(x, 120).tolist() == want and projected_dims(600) == sampler.model.n_components < 400
+    assert greedy_coreset(x, 120).tolist() == want and projected_dims(600) == sampler.model.n_components
