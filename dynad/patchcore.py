@@ -243,6 +243,7 @@ def search(self: PatchBank,
     d, i = nearest(p.permute(0, 2, 3, 1).reshape(-1, C), self.bank.to(p.device), 1, self.backend)
     return p, d.view(B, h, w), i.view(B, h, w)
 
+# %% ../nbs/16a_patchcore.ipynb #4e92c04d
 @patch
 def distances(self: PatchBank,
     features: dict[int, Tensor] # φ of B images
@@ -273,6 +274,7 @@ def state_dict(self: PatchBank) -> dict[str, Tensor]:
                for k, v in self.options.model_dump().items() if v is not None}
     return options | dict(bank=self.bank, seed=torch.tensor(self.seed))
 
+# %% ../nbs/16a_patchcore.ipynb #7e54db7b
 @patch(cls_method=True)
 def from_state_dict(cls: PatchBank,
     state: dict[str, Tensor],  # of `state_dict`

@@ -113,6 +113,7 @@ def _bars(pulls: list[float], k: int, x: Callable, y: Callable) -> list[str]:
         f'opacity="{1 if j == k else .45}"><title>call {j + 1}: pull {v:.2f}</title></rect>')
     return [bar(j, v) for j, v in enumerate(pulls)]
 
+# %% ../nbs/18g_trajectory.ipynb #00fb853b
 def _lines(distance: dict[str, list[float]], x: Callable, y: Callable) -> list[str]:
     points = lambda d: ' '.join(f'{x(j):.1f},{y(v):.1f}' for j, v in enumerate(d))
     line = lambda name, d, color, dash: (
