@@ -18,8 +18,9 @@ from torch import Tensor
 from .show import COLORS, LUT, TEST, TRAIN
 
 # %% auto #0
-__all__ = ['KINDS', 'WIDTH', 'LEFT', 'TOP', 'BASE', 'template_text', 'render', 'css', 'error_html', 'gradient', 'color_bar',
-           'Svg', 'nice_top', 'Scale', 'bar_chart', 'extend_edges', 'histogram', 't_hat_chart', 'score_chart']
+__all__ = ['KINDS', 'WIDTH', 'LEFT', 'TOP', 'BASE', 'CHARACTER', 'template_text', 'render', 'css', 'error_html', 'gradient',
+           'color_bar', 'Svg', 'nice_top', 'Scale', 'text_span', 'without_overlap', 'bar_chart', 'extend_edges',
+           'short_number', 'histogram', 't_hat_chart', 'score_chart']
 
 # %% ../nbs/02b_charts.ipynb #75112cb2
 def template_text(
@@ -140,6 +141,28 @@ def _legend(names: Sequence[str], kinds: Sequence[str]) -> list[dict]:
         x += 15 + 6*len(name) + 16
     return out
 
+# %% ../nbs/02b_charts.ipynb #831f4d90
+CHARACTER = 6.2 # width of a character in SVG units
+
+def text_span(
+    x: float, text: str
+) -> tuple[float, float]: # its left and right end in SVG units
+    "The room of a text below the axis: centred at x, but moved inwards at the ends of the axis."
+    w = CHARACTER*len(text)
+    left = x if x < LEFT + 8 else x - w if x > WIDTH - 22 else x - w/2
+    return left, left + w
+
+# %% ../nbs/02b_charts.ipynb #06113e24
+def without_overlap(
+    texts: list[tuple[float, str]] # x in SVG units and text, from left to right
+) -> list[tuple[float, str]]:
+    "The texts that can be read: the first, the last unless it covers the first, and those between that touch no other."
+    fits = lambda a, b: text_span(*a)[1] + 4 <= text_span(*b)[0]
+    out = texts[:1]
+    for t in texts[1:-1]:
+        if fits(out[-1], t) and fits(t, texts[-1]): out.append(t)
+    return out + [t for t in texts[1:][-1:] if fits(out[-1], t)]
+
 # %% ../nbs/02b_charts.ipynb #2cbdf3e7
 def bar_chart(
     series: dict[str, Sequence[float]],      # name -> height per slot
@@ -158,7 +181,7 @@ def bar_chart(
     top = (high.sum(0) if layout == 'stack' else high).max(initial=0)
     scale = Scale(nice_top(top, counts=not percent), percent)
     names, keys = [*series, *([mark[1]] if mark and above else [])], [*kinds, '']
-    place = lambda texts: [(scale.x(u), t) for u, t in texts]
+    place = lambda texts: without_overlap([(scale.x(u), t) for u, t in texts])
     line = mark and dict(x=scale.x(mark[0]), text='' if above else mark[1], left=mark[0] < .65)
     return Svg(render('chart.html', c=dict(
         width=WIDTH, height=BASE + (52 if xlabel else 38), left=LEFT, base=BASE, opacity=.62 if layout == 'over' else 1,
@@ -203,6 +226,11 @@ def _bin_numbers(edges: np.ndarray, at) -> list[tuple[float, str]]:
     step = max(1, int(np.ceil(.04/max(at(edges[1]) - at(edges[0]), 1e-3))))
     return [(at((edges[i] + edges[i+1])/2), str(i + 1)) for i in range(0, len(edges) - 1, step)]
 
+# %% ../nbs/02b_charts.ipynb #acce7943
+def short_number(v: float) -> str:
+    "Four digits, without an exponent where whole numbers do."
+    return f'{v:.0f}' if 1e4 <= abs(v) < 1e7 else f'{v:.4g}'
+
 # %% ../nbs/02b_charts.ipynb #ea04c5a5
 def histogram(
     train: Tensor | Sequence[float],       # values of the training images
@@ -219,10 +247,9 @@ def histogram(
     wide = extend_edges(e, every.min(), every.max())
     at = lambda v: float((np.clip(v, wide[0], wide[-1]) - wide[0])/(wide[-1] - wide[0]))
     share = lambda v: np.histogram(v.clip(wide[0], wide[-1]), wide)[0]/max(1, len(v))
-    ends = [v for v in (e[0], e[-1], wide[-1]) if v == e[0] or at(v) - at(e[0]) > .12]
-    if ends[-1] != wide[-1] or at(wide[-1]) - at(e[-1]) < .12: ends = [e[0], wide[-1]]
+    ends = dict.fromkeys((e[0], e[-1], wide[-1]))
     return bar_chart({f'{n} ({len(v)})': share(v) for n, v in parts.items()}, np.array([at(v) for v in wide]),
-                     ('train', 'test'), [(at(v), f'{v:.4g}') for v in ends], _bin_numbers(e, at),
+                     ('train', 'test'), [(at(v), short_number(v)) for v in ends], _bin_numbers(e, at),
                      None if place is None else (at(place), 'this image'), xlabel, percent=True)
 
 # %% ../nbs/02b_charts.ipynb #ff73d935

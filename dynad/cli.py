@@ -196,7 +196,7 @@ def demo(
         typer.echo(f'{dataset!r}')
         name = 'synthetic_' + product if data == 'synthetic' else Path(data).name
         method = DynAD(cfg).fit(dataset, out/f'run_{name}')
-        e = ev.evaluate(method, dataset, n_boot=200, baselines=[ev.fitted_baseline(method, 'patchcore', dataset)])
+        e = ev.evaluate(method, dataset, baselines=[ev.fitted_baseline(method, 'patchcore', dataset)])
         ev.write_result(e.result, out/f'run_{name}'/'result.json')
         typer.echo(ev.metrics_table(e.result).iloc[:, :3].to_string())
         typer.echo(f"{'synthetic images, ' if data == 'synthetic' else ''}small preset with fewer steps: "

@@ -136,7 +136,7 @@ def decided(scored: Scored, labels: Tensor, method: Method) -> dict[str, Any]:
     "Counts and F1 at the method's own thresholds."
     hit, y, both = scored.scores > method.decision.image_threshold, labels.bool(), scored.overlap
     tp, fp, fn = int((hit & y).sum()), int((hit & ~y).sum()), int((~hit & y).sum())
-    return {'image_threshold': method.decision.image_threshold, 'threshold': method.decision.threshold,
+    return {'image_threshold': method.decision.image_threshold, 'threshold': method.decision.pixel_threshold,
             'true_positives': tp, 'false_positives': fp, 'false_negatives': fn,
             'i_f1': 2*tp/max(1, 2*tp + fp + fn), 'p_f1': 2*both[0]/max(1, both[1])}
 
@@ -194,7 +194,7 @@ def evaluate(
     method = method.for_test_set(images)
     for _ in method.predict_set(images): pass # so that the metrics are timed by themselves
     start, stages = time.perf_counter(), method.seconds(images)
-    scored = truth(method.predict_set(images), method.decision.threshold)
+    scored = truth(method.predict_set(images), method.decision.pixel_threshold)
     result = (scored.metrics | timing(stages, time.perf_counter() - start, len(samples))
               | {'decision': decided(scored, truth.labels, method)})
     if null_models: result['null_models'] = {k: truth(p).metrics for k, p in method.null_models(images).items()}

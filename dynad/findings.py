@@ -40,7 +40,7 @@ def enter(
 def enter_nulls(
     record: Record,
     model: DynAD, dataset: AnomalyDataset, subject: Subject,
-    n_boot: int = 200,
+    n_boot: int = 1000,
     metrics: tuple[str, ...] = MAIN,
     row: str | None = None              # None: each is a row; else the row in which each is a column; '': the subject's
 ) -> dict[str, dict[str, Any]]:         # as `null_rows`
@@ -57,7 +57,7 @@ def enter_difference(
     row: str | None, column: str,
     a: dict, b: dict,                   # of `measure`, on the same images
     metrics: tuple[str, ...] = MAIN,
-    n_boot: int = 200,
+    n_boot: int = 1000,
     **more
 ) -> dict[str, dict[str, float | None]]: # metric -> difference, low, high
     "a − b in points, with the interval of common resamples."
@@ -119,7 +119,7 @@ def oracle(
     model: DynAD, dataset: AnomalyDataset,
     grid: list[dict[str, Any]],  # inference settings; the model's own are always among them
     metric: str = 'pro',
-    n_boot: int = 200
+    n_boot: int = 1000
 ) -> tuple[dict[str, Any], dict[str, Any]]: # the settings chosen ({}: the fixed ones), and their measurement
     "The settings that are best on the test images."
     worth = lambda g: (measure(model.with_settings(g) if g else model, dataset, 0).get(metric) or {}).get('value') or 0.
@@ -140,7 +140,7 @@ def _enter_oracle(record, model, dataset, subject, fixed, metrics, n_boot, grid,
 def by_class(
     record: Record, found: list[Subject], preset: str, seeds: list[int],
     metrics: tuple[str, ...] = MAIN,
-    n_boot: int = 200,
+    n_boot: int = 1000,
     grid: list[dict[str, Any]] = (),  # for the oracle
     row: str | None = None            # None: each class its own row
 ) -> pd.DataFrame:                    # what the oracle chose

@@ -53,7 +53,7 @@ def full_scale(
     p: DynADPrediction, i: int, detector: DynAD
 ) -> float:
     "The value of the map that is shown brightest: twice the threshold for pixels, or the map's own maximum."
-    return max(2*detector.decision.threshold, float(p.map[i].max()), 1e-6)
+    return max(2*detector.decision.pixel_threshold, float(p.map[i].max()), 1e-6)
 
 def heat_overlay(
     x: Tensor,  # [3,H,W] in [0,1]

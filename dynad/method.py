@@ -60,7 +60,7 @@ def per_image(self: Prediction) -> dict[str, Tensor]: # name -> [B]
 class Decision:
     "Above these values an image, and a pixel, is called anomalous."
     image_threshold: float
-    threshold: float | None    # of the map's pixels; None: the method gives no map
+    pixel_threshold: float | None  # on the map; None: the method gives no map
 
     @classmethod
     def learned(cls,
@@ -73,7 +73,7 @@ class Decision:
 
     def applied(self, p: Prediction) -> Prediction:
         "The prediction with `mask` and `anomalous`."
-        mask = None if p.map is None else p.map > self.threshold
+        mask = None if p.map is None else p.map > self.pixel_threshold
         return replace(p, mask=mask, anomalous=p.score > self.image_threshold)
 
 # %% ../nbs/15_method.ipynb #fe8eb8ca

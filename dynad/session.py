@@ -24,11 +24,11 @@ from .fusion import Calibration
 from .images import DataError
 from .map_cache import MapCache, Setting, calibrated_parts
 from .quick_metrics import QuickMetrics
-from .reconstruction import Reconstruction, noise_for, pull, reconstruct, timesteps
+from .reconstruction import pull, timesteps
 from .walk import decode, sampler_settings
 
 # %% auto #0
-__all__ = ['fitted_dataset', 'MethodAt', 'decode_images', 'traced', 'Session']
+__all__ = ['fitted_dataset', 'MethodAt', 'decode_images', 'Session']
 
 # %% ../nbs/18_session.ipynb #124cac5c
 def fitted_dataset(
@@ -92,22 +92,6 @@ def decode_images(
     "Latents as images."
     x = torch.cat([decode(model.parts, b) for b in z.split(model.config.batch)])
     return (x.clamp(0, 1)*255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-
-# %% ../nbs/18_session.ipynb #42ad2544
-def traced(
-    model: DynAD,
-    z0: Tensor,     # [1,C,h,w] latent of the image
-    t_hat: int,     # T̂
-    eta: float,
-    omega: float,
-    row: int = 0    # position of the image: it fixes the noise
-) -> Reconstruction:
-    "Algorithm 1 for one image by the run's own sampler, with every step kept."
-    options = sampler_settings(model.config) | dict(eta=eta, omega=omega)
-    noise = noise_for([row], tuple(z0.shape[1:]), model.config.seed).to(model.device)
-    with torch.no_grad():
-        return reconstruct(model.parts.denoiser, z0.to(model.device), t_hat, model.parts.schedule,
-                           noise=noise, trajectory=True, **options)
 
 # %% ../nbs/18_session.ipynb #9b1e182f
 @patch

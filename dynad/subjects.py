@@ -199,7 +199,7 @@ def _measured(scores: Tensor, maps: Tensor | None, data: AnomalyDataset, config:
 def measure(
     model: Method,               # fitted
     dataset: AnomalyDataset,
-    n_boot: int = 200,           # bootstrap resamples over images
+    n_boot: int = 1000,          # bootstrap resamples over images
     t_hat: Tensor | None = None  # [N] instead of what the settings choose
 ) -> dict[str, Any]:             # metric -> value, low, high; and scores, labels, maps, masks, t_hat, …
     "Every metric on the test images, with the settings they were measured at and what a paired comparison needs."
@@ -219,7 +219,7 @@ NULLS = ('T̂ = 0', 'untrained denoiser', 'neighbour distance only')
 def null_rows(
     model: DynAD,
     dataset: AnomalyDataset,
-    n_boot: int = 200
+    n_boot: int = 1000
 ) -> dict[str, dict[str, Any]]: # NULLS -> as `measure`
     "The null models (SPEC §11), whose rows tell what the diffusion adds."
     walk = model.cached_walk(model.test_images(dataset.test, dataset))
@@ -244,7 +244,7 @@ def pixel_space(
 def paired(
     a: dict, b: dict,   # two results of `measure` on the same images
     metric: str,        # one of `evaluate.KEYS`
-    n_boot: int = 200,  # 0: no interval
+    n_boot: int = 1000,  # 0: no interval
     seed: int = 0
 ) -> dict[str, float | None]: # difference a − b, low, high
     "The difference of two methods with its interval under common resamples of the images."
@@ -270,7 +270,7 @@ def slim(
 def part(
     measured: dict[str, Any],  # of `measure`
     rows: Tensor,              # [N] bool, or [n] rows
-    n_boot: int = 200
+    n_boot: int = 1000
 ) -> dict[str, Any]:           # as `measure`
     "One measurement restricted to some images; only the metrics are computed again."
     fields = ('scores', 'labels', 'maps', 'masks', 'has_mask')
