@@ -223,7 +223,7 @@ def _finite(v: Tensor | Sequence[float], name: str) -> np.ndarray:
 
 def _bin_numbers(edges: np.ndarray, at) -> list[tuple[float, str]]:
     "Numbers of the training bins, as many as fit."
-    step = max(1, int(np.ceil(.04/max(at(edges[1]) - at(edges[0]), 1e-3))))
+    step = max(1, int(np.ceil(.05/max(at(edges[1]) - at(edges[0]), 1e-3))))
     return [(at((edges[i] + edges[i+1])/2), str(i + 1)) for i in range(0, len(edges) - 1, step)]
 
 # %% ../nbs/02b_charts.ipynb #acce7943

@@ -28,7 +28,8 @@ from .store import atomic_write, replacing
 # %% auto #0
 __all__ = ['KEYS', 'NAMES', 'EXACT', 'ORIGIN', 'PRESET_NOTES', 'MEASURED', 'as_json', 'all_metrics', 'MetricAccumulator',
            'Scored', 'HeldMaps', 'StreamedMaps', 'decided', 'Evaluation', 'evaluate', 'timing', 'versions', 'described',
-           'protocol', 'fitted_baseline', 'write_result', 'save_maps', 'save_table', 'metrics_table', 'method_title']
+           'protocol', 'fitted_baseline', 'write_result', 'save_maps', 'save_table', 'masks_note', 'metrics_table',
+           'method_title']
 
 # %% ../nbs/17_evaluate.ipynb #eb662a68
 KEYS = ('i_auroc', 'p_auroc', 'pro', 'i_ap', 'p_ap', 'i_f1_max', 'p_f1_max') # the metrics of every result
@@ -230,9 +231,11 @@ ORIGIN = { # where the fixed settings of a preset come from
     'small': "fixed preset; its T_max, λ and number of steps were chosen while looking at the test images of cookies, "
              "of magnetic tile and of synthetic boards: a first figure for other data, a tuned one for those three",
     'smoke': 'fixed preset for tests of the machinery',
-    'paper': 'as printed in the paper (η and γ within its printed ranges)',
-    'authors': "the public code's shipped settings, but for the sampler inside its adaptation; "
-               "the metrics are this project's (exact PRO, binary masks)"}
+    'paper': 'as printed in the paper (η and γ within its printed ranges); not printed, and chosen here: the moving '
+             'average of the weights, the batch of the adaptation, and the share of normal images that is held out',
+    'authors': "the public code's shipped settings, but for three differences: the sampler inside the adaptation, "
+               "the metrics (exact PRO, binary masks), and the normal images held out for the thresholds, on which "
+               "the public code trains as well"}
 PRESET_NOTES = {'small': 'small preset: not the scale of the paper',
                 'smoke': 'smoke preset: a test of the machinery, not a result'}
 
@@ -303,6 +306,18 @@ def save_table(
     with replacing(path) as tmp: e.table().to_parquet(tmp)
     return Path(path)
 
+# %% ../nbs/17_evaluate.ipynb #966e93e8
+def masks_note(
+    result: dict[str, Any] # from `evaluate`, or read from its JSON
+) -> str:                  # '' when every anomalous image counts at pixel level
+    "How many masks were lost to resizing, and how many anomalous images have none: they count at image level only."
+    p, size = result['protocol'], result['settings']['data']['image_size']
+    lost, only, n = p.get('masks_lost_to_resizing'), p['image_level_only'], p['test_defective']
+    if lost is None: return f'{only} of {n} anomalous images count at image level only' if only else ''
+    words = [f'{lost} of {n - only + lost} masks vanish at {size}²']*(lost > 0)
+    if only > lost: words.append(f'{only - lost} of {n} anomalous images have no mask')
+    return '; '.join(words)
+
 # %% ../nbs/17_evaluate.ipynb #f8fe432e
 def metrics_table(
     result: dict[str, Any] # from `evaluate`, or read from its JSON
@@ -313,7 +328,8 @@ def metrics_table(
             **{f'baseline: {k}': v for k, v in result.get('baseline', {}).items()}}
     interval = lambda m: '' if m['low'] is None else f" [{m['low']:.3f}, {m['high']:.3f}]"
     show = lambda m: '—' if not m or m['value'] is None else f"{m['value']:.3f}{interval(m)}"
-    return pd.DataFrame({NAMES[k]: {n: show(r.get(k)) for n, r in rows.items()} for k in KEYS})
+    table = pd.DataFrame({NAMES[k]: {n: show(r.get(k)) for n, r in rows.items()} for k in KEYS})
+    return table.rename_axis(masks_note(result))
 
 def method_title(result: dict[str, Any]) -> str:
     "The method of a result, as tables name it."
