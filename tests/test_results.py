@@ -38,7 +38,8 @@ def test_both_spaces_have_as_much_to_learn_with(name):
 
 def test_the_figures_in_the_text_are_those_of_the_records():
     c, m = (read(f'spaces-{n}') for n in ('cookies', 'magnetic_tile'))
-    [text] = [x.source for x in nbformat.read(NBS/'21_results.ipynb', 4).cells if x.cell_type == 'markdown' and 'localise better than pixels' in x.source]
+    shown = [o['data'].get('text/markdown', '') for x in nbformat.read(NBS/'21_results.ipynb', 4).cells for o in x.get('outputs', ()) if 'data' in o]
+    [text] = [t for t in shown if 'localise better than pixels' in t]
     points = lambda r, what, k: value(r['comparison'], what, 'latents, tiny − pixels', f'Δ {k}, points')
     of = lambda space, k, column='Ours', key='ours': f"{value(c['comparison'], space, column, k, key):.1f}"
     change = lambda r, space: f"{value(r['comparison'], f'{space}: largest quarter of the defects', 'Ours', 'change inside ÷ outside the defects'):.2f}"
