@@ -329,7 +329,7 @@ def metrics_table(
     interval = lambda m: '' if m['low'] is None else f" [{m['low']:.3f}, {m['high']:.3f}]"
     show = lambda m: '—' if not m or m['value'] is None else f"{m['value']:.3f}{interval(m)}"
     table = pd.DataFrame({NAMES[k]: {n: show(r.get(k)) for n, r in rows.items()} for k in KEYS})
-    return table.rename_axis(masks_note(result))
+    return table.rename_axis(masks_note(result) or None)
 
 def method_title(result: dict[str, Any]) -> str:
     "The method of a result, as tables name it."

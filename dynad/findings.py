@@ -242,7 +242,8 @@ def read_results(
     folder: str | Path
 ) -> dict[str, list[dict[str, Any]]]: # set -> its results, by rising seed
     "The results in the files SET_seedN.json of a folder."
-    found = [(m[1], int(m[2]), f) for f in Path(folder).glob('*.json') if (m := re.fullmatch(r'(.+)_seed(\d+)', f.stem))]
+    named = ((re.fullmatch(r'(.+)_seed(\d+)', f.stem), f) for f in Path(folder).glob('*.json'))
+    found = [(m[1], int(m[2]), f) for m, f in named if m]
     out: dict[str, list] = {}
     for name, _, f in sorted(found): out.setdefault(name, []).append(json.loads(f.read_text(encoding='utf-8')))
     return out
@@ -282,7 +283,7 @@ def results_table(
              | {'seeds': f"{len(found)} ({', '.join(str(r['protocol']['seed']) for r, _ in found)})",
                 'version': ', '.join(dict.fromkeys(row.get('version', r['versions']['dynad']) for r, row in found))}
              for name, found in by_row.items()}
-    return pd.DataFrame(table).T.rename_axis(masks_note(results[0]))
+    return pd.DataFrame(table).T.rename_axis(masks_note(results[0]) or None)
 
 # %% ../nbs/19f_findings.ipynb #41506b08
 def mean_pair(
