@@ -15,10 +15,11 @@ from tqdm.auto import tqdm
 
 from .images import DataError
 from .layouts import find_layout
+from .paths import expanded, move
 from .store import atomic_write, file_sha256
 
 # %% auto #0
-__all__ = ['one_maker', 'fetch', 'unpack']
+__all__ = ['one_maker', 'check_sum', 'check_url', 'fetch', 'unpack']
 
 # %% ../nbs/03c_archives.ipynb #a7fbf41e
 _CHUNK, _TRIES, _WAIT = 1 << 20, 5, 1. # bytes read at once; attempts without a new byte; seconds before the second one
@@ -48,7 +49,7 @@ def _total(answer, have: int) -> int | None:
 def _received(url: str, part: Path, note: Path) -> tuple[int, dict]: # bytes in `part`; what `note` says of them
     "The bytes that earlier calls have received from this address."
     have = part.stat().st_size if part.exists() else 0
-    known = json.loads(note.read_text()) if have and note.exists() else {}
+    known = json.loads(note.read_text(encoding='utf-8')) if have and note.exists() else {}
     return (have, known) if known.get('url') == url else (0, {})
 
 # %% ../nbs/03c_archives.ipynb #977551b4
@@ -139,7 +140,7 @@ def one_maker(
 def _accept(url: str, part: Path, note: Path, path: Path, sha256: str) -> None:
     "Give a whole file its final name if its checksum is right; else delete it and raise `DataError`."
     digest, n = file_sha256(part), part.stat().st_size
-    if digest == sha256.lower(): os.replace(part, path)
+    if digest == sha256.lower(): move(part, path)
     else: part.unlink()
     note.unlink(missing_ok=True)
     if digest != sha256.lower():
@@ -147,6 +148,17 @@ def _accept(url: str, part: Path, note: Path, path: Path, sha256: str) -> None:
                         f"{sha256.lower()}; it was deleted: fetch it again, or from another place")
 
 # %% ../nbs/03c_archives.ipynb #3e4b84c5
+def check_sum(sha256: str) -> str:
+    "The checksum itself. Raises `DataError` for a text that is none."
+    if len(sha256) == 64 and not set(sha256.lower()) - set('0123456789abcdef'): return sha256
+    raise DataError(f"sha256 = {sha256!r}: expected 64 hexadecimal digits")
+
+def check_url(url: str) -> str:
+    "The address itself. Raises `DataError` for one that is not http or https."
+    if url.lower().startswith(('http://', 'https://')): return url
+    raise DataError(f"{url!r}: not an address that can be fetched; give http(s)://… or an archive on this machine")
+
+# %% ../nbs/03c_archives.ipynb #b2ba1f90
 def fetch(
     url: str,                # http or https
     path: str | Path,        # the final place
@@ -155,12 +167,9 @@ def fetch(
     progress: bool = True
 ) -> Path:
     "Download a file, resumed where an earlier call was cut off. Raises `DataError`; received bytes stay in PATH.part."
-    if not url.lower().startswith(('http://', 'https://')):
-        raise DataError(f"{url!r}: not an address that can be fetched; "
-                        f"give http(s)://… or an archive on this machine")
-    if len(sha256) != 64 or set(sha256.lower()) - set('0123456789abcdef'):
-        raise DataError(f"sha256 = {sha256!r}: expected 64 hexadecimal digits")
-    path = Path(path)
+    check_url(url)
+    check_sum(sha256)
+    path = expanded(path)
     part, note = (path.with_name(path.name + s) for s in ('.part', '.part.json'))
     path.parent.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=size, desc=path.name, unit='B', unit_scale=True, disable=not progress, delay=1, leave=False)
@@ -276,6 +285,6 @@ def unpack(
             inner = _skip_outer(work)
             if not any(inner.iterdir()): raise DataError(f"{archive}: holds no file")
             os.chmod(inner, 0o755)
-            os.replace(inner, folder)
+            move(inner, folder)
     finally: shutil.rmtree(work, ignore_errors=True)
     return folder

@@ -25,6 +25,7 @@ from .fusion import Calibration, anomaly_map, feature_map, score, upsample
 from .latents import load_latents
 from .launch import processes, run_collectively
 from .method import Decision, Hooks, Method, Prediction, checked_images, register
+from .paths import expanded
 from .reconstruction import overshoots
 from .store import (REPAIR_HINT, StoreError, atomic_write, load_json, load_state, load_tensors, save_tensors,
                          state_hash)
@@ -295,6 +296,13 @@ def predict_set(self: DynAD,
 DynAD.reconstructs = True
 
 @patch
+def disk_space(self: DynAD, n: int) -> int:
+    "Bytes, about, that a fit on n images writes: of each weight four numbers in a checkpoint, old and new, and the result."
+    c, s = self.config, self.config.denoiser
+    with torch.device('meta'): unet = make_unet(s, 4, 64*s.patch*2**len(s.widths)) # its weights take no memory
+    return 4*9*sum(p.numel() for p in unet.parameters()) + 4*n*c.data.image_size**2
+
+@patch
 def reconstructions(self: DynAD, images: ImageSet, rows: list[int]) -> Tensor: # [len(rows),3,H,W] in [0,1]
     "x̂_0 of some images of a set."
     return self.cached_walk(images).reconstructions(rows=rows)
@@ -407,7 +415,7 @@ def null_models(self: DynAD,
 @patch
 def save_pretrained(self: DynAD, folder: str | Path) -> Path:
     "Write the method without its run."
-    folder, p = Path(folder), self.parts
+    folder, p = expanded(folder), self.parts
     folder.mkdir(parents=True, exist_ok=True)
     p.autoencoder.save_pretrained(folder/'autoencoder')
     save_denoiser(p.denoiser, folder/'unet')
@@ -430,7 +438,7 @@ def possible_t_hat(method: DynAD) -> Tensor:
 @patch(cls_method=True)
 def from_pretrained(cls: DynAD, folder: str | Path) -> DynAD:
     "What `save_pretrained` wrote. Raises ConfigError or StoreError that names the file."
-    folder = Path(folder)
+    folder = expanded(folder)
     self = cls(load_config(folder/'config.json'))
     load_autoencoder(self, folder)
     load_unet(self, folder)

@@ -19,10 +19,13 @@ from torch import Tensor
 
 from . import __version__
 from .cache import ImageSet
+from .collector import printable
 from .data import AnomalyDataset, DataError, Sample, load_masks
+from .exports import export_to
 from .machine import peak_memory_mb
 from .method import Method, Prediction, method_named
 from .metrics import Metric, StreamingPixelMetrics, image_metrics, pixel_metrics
+from .paths import expanded, printable
 from .store import atomic_write, replacing
 
 # %% auto #0
@@ -171,7 +174,7 @@ class Evaluation:
 @patch
 def table(self: Evaluation) -> pd.DataFrame:
     "One row per image."
-    columns = {'image': [s.name for s in self.samples],
+    columns = {'image': [printable(s.name) for s in self.samples],
                'label': [s.label for s in self.samples], 'defect': [s.defect for s in self.samples],
                'score': self.scores.tolist(), **{k: v.tolist() for k, v in self.per_image.items()},
                'mask_pixels': self.masks.flatten(1).sum(1).tolist(), 'has_mask': self.has_mask.tolist()}
@@ -203,7 +206,7 @@ def evaluate(
         result['baseline'] = {b.name: truth(b.predict_set(b.test_images(samples, dataset, progress))).metrics
                               for b in baselines}
     result |= {'peak_memory_mb': peak_memory_mb(), 'method': method.name, 'settings': c.model_dump(mode='json'),
-               'protocol': protocol(method, truth), 'versions': versions(), 'data': described(dataset)}
+               'protocol': protocol(method, truth, dataset.remark), 'versions': versions(), 'data': described(dataset)}
     return Evaluation(result, samples, scored.scores, scored.per_image, masks, has_mask, method, images)
 
 # %% ../nbs/17_evaluate.ipynb #ce68f32e
@@ -224,7 +227,9 @@ def versions() -> dict[str, str]:
 def described(dataset: AnomalyDataset) -> dict[str, Any]:
     "The data set in a result."
     return {'name': dataset.name, 'layout': dataset.layout, 'category': dataset.category,
-            'fingerprint': dataset.fingerprint, 'synthetic': (Path(dataset.root)/'synthetic.json').exists()}
+            'fingerprint': dataset.fingerprint, 'remark': dataset.remark,
+            'not_used': [printable(f.text) for f in dataset.findings if not f.mentioned],
+            'synthetic': (Path(dataset.root)/'synthetic.json').exists()}
 
 # %% ../nbs/17_evaluate.ipynb #c39e72f9
 ORIGIN = { # where the fixed settings of a preset come from
@@ -239,11 +244,15 @@ ORIGIN = { # where the fixed settings of a preset come from
 PRESET_NOTES = {'small': 'small preset: not the scale of the paper',
                 'smoke': 'smoke preset: a test of the machinery, not a result'}
 
-def protocol(method: Method, truth: MetricAccumulator) -> dict[str, Any]:
+def protocol(
+    method: Method, truth: MetricAccumulator,
+    remark: str = '' # of the data folder
+) -> dict[str, Any]:
     "What a reader must know to compare a figure."
     c, y = method.config, truth.labels.bool()
     at_test = c.fusion.calibration == 'test'
-    return {'preset': c.preset, 'note': PRESET_NOTES.get(c.preset, ''),
+    note = '; '.join(filter(None, (PRESET_NOTES.get(c.preset, ''), remark)))
+    return {'preset': c.preset, 'note': note,
             'training_images': len(method.training_set), 'held_out_images': len(method.held_out_set),
             'test_good': int((~y).sum()), 'test_defective': int(y.sum()),
             'image_level_only': int((y & ~truth.has_mask).sum()),
@@ -285,18 +294,20 @@ def save_maps(
     folder: str | Path
 ) -> Path:
     "Raw float32 maps [H,W] as .npy, and an index.csv of image, label, score, the method's numbers, mask and map."
-    folder, rows = Path(folder), []
-    for batch, p in e.predictions():
-        for i, a in zip(batch, p.map):
-            s = e.samples[i]
-            name = f"{i:05d}_{hashlib.sha1(s.name.encode()).hexdigest()[:8]}.npy"
-            with replacing(folder/name) as tmp:
-                with open(tmp, 'wb') as f: np.save(f, a[0].numpy().astype(np.float32))
-            rows.append({'image': s.name, 'label': s.label, 'score': float(e.scores[i]),
-                         **{k: v[i].item() for k, v in e.per_image.items()},
-                         'mask': str(s.mask) if s.mask else '', 'map': name})
-    atomic_write(folder/'index.csv', pd.DataFrame(rows).to_csv(index=False))
-    return folder
+    with export_to(folder) as work:
+        rows = [row for batch, p in e.predictions() for row in _saved(e, batch, p, work)]
+        atomic_write(work/'index.csv', pd.DataFrame(rows).to_csv(index=False))
+    return expanded(folder)
+
+def _saved(e: Evaluation, batch: list[int], p: Prediction, work: Path) -> Iterator[dict[str, Any]]:
+    "Save the maps of a batch; their rows of the index."
+    for i, a in zip(batch, p.map):
+        s = e.samples[i]
+        name = f"{i:05d}_{hashlib.sha1(printable(s.name).encode()).hexdigest()[:8]}.npy"
+        np.save(work/name, a[0].numpy().astype(np.float32))
+        yield {'image': printable(s.name), 'label': s.label, 'score': float(e.scores[i]),
+               **{k: v[i].item() for k, v in e.per_image.items()},
+               'mask': printable(s.mask) if s.mask else '', 'map': name}
 
 def save_table(
     e: Evaluation,
@@ -304,7 +315,7 @@ def save_table(
 ) -> Path:
     "One row per image, as Parquet, atomically."
     with replacing(path) as tmp: e.table().to_parquet(tmp)
-    return Path(path)
+    return expanded(path)
 
 # %% ../nbs/17_evaluate.ipynb #966e93e8
 def masks_note(

@@ -12,28 +12,10 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from .config import DynadError
+from .collector import DataError
 
 # %% auto #0
-__all__ = ['EXTENSIONS', 'DataError', 'list_images', 'check_size', 'to_float', 'read_image', 'read_mask', 'image_size']
-
-# %% ../nbs/03_images.ipynb #1b90b233
-class DataError(DynadError, ValueError):
-    "Data that cannot be used; the message names the file, what is wrong and how to correct it."
-
-EXTENSIONS = {
-    '.png', '.jpg', '.jpeg', '.jpe', '.jfif', '.bmp', '.dib', '.tif', '.tiff', '.webp', '.gif',
-    '.ppm', '.pgm', '.pbm', '.pnm', '.jp2', '.tga'
-}
-
-# %% ../nbs/03_images.ipynb #4a84c161
-def list_images(
-    folder: str | Path
-) -> list[Path]: # sorted
-    "All image files in a folder and its subfolders, by their extension; hidden files and folders are skipped."
-    folder = Path(folder)
-    hidden = lambda p: any(part.startswith('.') for part in p.relative_to(folder).parts)
-    return sorted(p for p in folder.rglob('*') if p.suffix.lower() in EXTENSIONS and p.is_file() and not hidden(p))
+__all__ = ['check_size', 'to_float', 'read_image', 'read_mask', 'image_size']
 
 # %% ../nbs/03_images.ipynb #aa429865
 _CAUSES = ( # the first kind that fits

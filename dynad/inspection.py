@@ -4,7 +4,7 @@
 
 # %% ../nbs/18i_inspection.ipynb #21a3dce3
 from __future__ import annotations
-import csv, html, io
+import html
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Callable
@@ -17,36 +17,59 @@ from torch import Tensor
 from .cautions import cautions_html, find_cautions, held_out_images, unlike
 from .config import Config, ConfigError, make_config
 from .data import AnomalyDataset, open_folder, split_normal
+from .exports import export_to
 from .detector import DynAD, DynADPrediction
-from .images import EXTENSIONS, DataError, read_image
+from .collector import EXTENSIONS, DataError
+from .images import read_image
+from .output import result_stems, rows_csv
+from .paths import expanded, file_name, name_key, numbered, printable
 from .session import fitted_dataset
 from .show import Figure, colorize, overlay, png_bytes, save_png, smoothed, to_uint8
 from .store import StoreError, atomic_write, load_tensors, replacing
 from .view import soft
 
 # %% auto #0
-__all__ = ['STAGES', 'LOSSES', 'save_uploads', 'full_scale', 'heat_overlay', 'result_sheet', 'scores_html', 'write_results',
-           'FitProgress', 'losses_figure', 'Inspector']
+__all__ = ['STAGES', 'LOSSES', 'save_uploads', 'upload_name', 'full_scale', 'heat_overlay', 'result_sheet', 'scores_html',
+           'write_results', 'FitProgress', 'losses_figure', 'Inspector']
 
 # %% ../nbs/18i_inspection.ipynb #54928739
 def save_uploads(
     uploads: Any,       # value of an ipywidgets.FileUpload
     folder: str | Path
 ) -> list[Path]:
-    "Write uploaded files, all of them or none. Raises DataError for one that is no image."
-    out, n = [], len(uploads)
+    """Write uploaded files, all of them or none. Raises DataError for one that is no image.
+
+    One with the name of another image is numbered, `image (2).jpg`; the same image twice is kept once."""
+    out, n, folder = [], len(uploads), expanded(folder)
+    taken = {name_key(p.stem): p for p in folder.iterdir()} if folder.is_dir() else {}
+    new: dict[Path, bytes] = {}
     none = f'; none of the {n} dropped files was kept, drop the others again without it' if n > 1 else ''
     with ExitStack() as all_or_none:
         for u in uploads:
-            name = Path(str(u['name']).replace('\\', '/')).name
+            name, content = upload_name(str(u['name'])), bytes(u['content'])
             if Path(name).suffix.lower() not in EXTENSIONS:
                 raise DataError(f"{name}: not an image ({', '.join(sorted(EXTENSIONS))}){none}")
-            tmp = all_or_none.enter_context(replacing(Path(folder)/name))
-            tmp.write_bytes(bytes(u['content']))
+            if same := _same_upload(name, content, taken, new): out.append(same); continue
+            path = folder/numbered(name, taken)
+            tmp = all_or_none.enter_context(replacing(path))
+            tmp.write_bytes(content)
             try: read_image(tmp, 8)
             except DataError as e: raise DataError(str(e).replace(str(tmp), name) + none) from None
-            out.append(Path(folder)/name)
-    return out
+            taken[name_key(path.stem)], new[path] = path, content
+            out.append(path)
+    return list(dict.fromkeys(out))
+
+def _same_upload(name: str, content: bytes, taken: dict[str, Path], new: dict[Path, bytes]) -> Path | None:
+    "The file of that name, numbered or not, that holds the same bytes."
+    stem, n = Path(name).stem, 1
+    while p := taken.get(name_key(stem if n == 1 else f'{stem} ({n})')):
+        if new.get(p) == content or p not in new and p.is_file() and p.read_bytes() == content: return p
+        n += 1
+
+def upload_name(name: str) -> str:
+    "The name of a file that a browser sent, without folders, as every system takes it."
+    name = Path(name.replace('\\', '/')).name
+    return file_name(Path(name).stem) + printable(Path(name).suffix)
 
 # %% ../nbs/18i_inspection.ipynb #7dae1871
 def full_scale(
@@ -90,7 +113,7 @@ def scores_html(
     def line(k: int, i: int) -> str:
         decision = '<b>anomalous</b>' if p.anomalous[i] else 'normal'
         note = '⚠ unlike the training images' if strange[i] else ''
-        cells = k + 1, html.escape(files[i].name), f'{p.score[i]:.2f}', decision, int(p.t_hat[i]), note
+        cells = k + 1, html.escape(printable(files[i].name)), f'{p.score[i]:.2f}', decision, int(p.t_hat[i]), note
         return f'<tr>{"".join(f"<td>{c}</td>" for c in cells)}</tr>'
     columns = '', 'image', 'score', f'above {detector.decision.image_threshold:.2f}', 'T̂', ''
     head = ''.join(f'<th>{c}</th>' for c in columns)
@@ -113,20 +136,22 @@ def write_results(
     p: DynADPrediction, files: list[Path], folder: str | Path, detector: DynAD
 ) -> Path:  # scores.csv
     "Per image the raw map (.npy, float32), the map and the overlay as PNG; and scores.csv."
-    folder, strange, rows = Path(folder), unlike(p.distance, detector), []
-    for i, f in enumerate(files):
-        stem = f'{i:0{len(str(len(files)))}d}_{f.stem}'
-        x = read_image(f, detector.config.data.image_size)
-        with replacing(folder/f'{stem}_map.npy') as tmp:
-            with open(tmp, 'wb') as out: np.save(out, p.map[i, 0].numpy().astype(np.float32))
-        save_png(colorize(p.map[i], 0, full_scale(p, i, detector)), folder/f'{stem}_map.png')
-        save_png(heat_overlay(x, p, i, detector), folder/f'{stem}_overlay.png')
-        rows.append({'image': str(f), 'score': float(p.score[i]), 'threshold': detector.decision.image_threshold,
-                     'anomalous': bool(p.anomalous[i]), 't_hat': int(p.t_hat[i]), 'distance': float(p.distance[i]),
-                     'unlike_training': bool(strange[i]), 'marked_pixels': int(p.mask[i].sum()), 'files': stem})
-    text = io.StringIO()
-    w = csv.DictWriter(text, rows[0]); w.writeheader(); w.writerows(rows)
-    return atomic_write(folder/'scores.csv', text.getvalue())
+    strange, stems = unlike(p.distance, detector), result_stems(files)
+    with export_to(folder) as work:
+        for i, stem in enumerate(stems): _write_maps(p, i, files[i], work/stem, detector)
+        rows = [{'image': printable(f), 'score': float(p.score[i]), 'threshold': detector.decision.image_threshold,
+                 'anomalous': bool(p.anomalous[i]), 't_hat': int(p.t_hat[i]), 'distance': float(p.distance[i]),
+                 'unlike_training': bool(strange[i]), 'marked_pixels': int(p.mask[i].sum()), 'files': stems[i]}
+                for i, f in enumerate(files)]
+        atomic_write(work/'scores.csv', rows_csv(rows))
+    return expanded(folder)/'scores.csv'
+
+def _write_maps(p: DynADPrediction, i: int, file: Path, stem: Path, detector: DynAD) -> None:
+    "The three files of one image."
+    x = read_image(file, detector.config.data.image_size)
+    np.save(f'{stem}_map.npy', p.map[i, 0].numpy().astype(np.float32))
+    save_png(colorize(p.map[i], 0, full_scale(p, i, detector)), Path(f'{stem}_map.png'))
+    save_png(heat_overlay(x, p, i, detector), Path(f'{stem}_overlay.png'))
 
 # %% ../nbs/18i_inspection.ipynb #f066fc06
 STAGES = {'autoencoder': 'the autoencoder', 'denoiser': 'the denoiser', 'phi': 'φ'}  # what a fit trains, in this order

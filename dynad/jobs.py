@@ -14,6 +14,7 @@ from filelock import FileLock
 
 import dynad
 from .config import content_key
+from .paths import move
 from .runner import (
     PROFILES, Job, RunnerError, check_notebook, data_folders, data_stamps, environment, gpu_count, job_parts, plan,
     read_json, swap_folder, why_not)
@@ -190,7 +191,7 @@ def _run_locked(job: Job, made: dict[str, Any], start: float) -> Outcome:
     "Run one notebook; nobody else runs it at the same time."
     final = Path(job.out)
     folder, old = final.parent, final.with_name(f'.{final.name}.old')
-    if not final.exists() and old.exists(): os.replace(old, final)
+    if not final.exists() and old.exists(): move(old, final)
     if job.done:
         shutil.rmtree(job.failed, ignore_errors=True)
         return Outcome(job.name, 'already done', job.note.get('minutes', 0.))

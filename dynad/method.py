@@ -18,12 +18,13 @@ from torch import Tensor
 
 from . import __version__
 from .cache import Cached, ImageSet, batches, image_set
-from .config import (Config, ConfigError, DynadError, Settings, content_key, dump_config, load_config, make_config,
-                          with_overrides)
+from .config import (Config, ConfigError, DynadError, Settings, content_key, did_you_mean, dump_config, load_config,
+                          make_config, with_overrides)
 from .data import AnomalyDataset, read_image, split_normal, to_float
 from .fusion import quantile
 from .launch import check_trackers, processes
-from .store import REPAIR_HINT, Store, StoreError, atomic_write, load_json
+from .paths import check_space, expanded
+from .store import REPAIR_HINT, Store, StoreError, atomic_write, check_run, load_json
 
 # %% auto #0
 __all__ = ['METHODS', 'FORMAT', 'Prediction', 'Decision', 'register', 'method_named', 'import_methods', 'Hooks', 'NoOptions',
@@ -87,7 +88,9 @@ def register(cls: type[Method]) -> type[Method]:
 def method_named(name: str) -> type[Method]:
     "The class of a method. Raises ConfigError that lists the methods there are."
     if name not in METHODS: import_methods()
-    if name not in METHODS: raise ConfigError(f"method = {name!r} is not known; there are {', '.join(sorted(METHODS))}")
+    if name not in METHODS:
+        raise ConfigError(f"method = {name!r} is not known{did_you_mean(name, METHODS)}; "
+                          f"there are {', '.join(sorted(METHODS))}")
     return METHODS[name]
 
 # %% ../nbs/15_method.ipynb #3a74cea6
@@ -191,6 +194,7 @@ def predict_set(self: Method,
 
 # %% ../nbs/15_method.ipynb #ddbee6de
 Method.prediction_class = Prediction         # what `predict_batch` returns
+Method.disk_space = lambda self, n: 4*n*self.config.data.image_size**2 # bytes, about, that a fit on n images writes
 Method.reconstructs = False                  # whether there is a `reconstructions(images, rows)`, for reports
 Method.bins = lambda self: None              # distances of the training images and bin edges, of a method that has them
 Method.null_models = lambda self, images: {} # name -> predictions of a set that tell what parts of the method add
@@ -221,6 +225,8 @@ def fit(self: Method,
     c = self.config
     training, held_out = split_normal(dataset, c.data, c.seed)
     check_trackers(c.trackers)
+    run_dir = check_run(run_dir)
+    if not (run_dir/'run.json').exists(): check_space(run_dir, self.disk_space(len(training)), 'the files of this fit')
     state, store = processes(c.device), Store(run_dir)
     hooks = Hooks(progress and state.is_main_process, callback, should_stop)
     new = not (store.root/'run.json').exists() # a finished run stays whole until another fit has ended
@@ -257,7 +263,7 @@ def run_info(method: Method, dataset: AnomalyDataset, training: list, held_out: 
     return {'format': FORMAT, 'version': __version__, 'method': method.name, 'data': data,
             'fit': [s.name for s in training], 'held_out': [s.name for s in held_out],
             'keys': {'fit': method.training_set.key, 'held_out': method.held_out_set.key},
-            'stages': {k: str(p.relative_to(root)) for k, p in method.stages.items()},
+            'stages': {k: p.relative_to(root).as_posix() for k, p in method.stages.items()},
             'trained': content_key(trained_settings(method, method.config))}
 
 # %% ../nbs/15_method.ipynb #1741c395
@@ -289,7 +295,7 @@ def open(cls: Method,
     """A finished run, with other inference settings if wanted.
 
     Raises ConfigError when one needs a new fit, StoreError when the run is not finished."""
-    root = Path(run_dir)
+    root = expanded(run_dir)
     base = load_config(root/'config.json')
     info, config = load_info(root), with_overrides(base, overrides or {})
     own = cls if getattr(cls, 'name', None) else method_named(info['method'])

@@ -13,8 +13,9 @@ from fastcore.basics import patch
 
 from .data import AnomalyDataset
 from .store import TrainingStopped
-from .images import DataError, list_images
+from .collector import DataError, collect, count, list_images, summary_line
 from .inspection import Inspector, losses_figure, result_sheet, save_uploads, scores_html
+from .paths import expanded, printable
 from .show import figure_png
 from .view import StateFile, View, button, labelled, soft
 
@@ -29,19 +30,27 @@ class ImageSource:
                                    layout=W.Layout(width='auto', max_width='260px'))
         self.folder = labelled(W.Text, 'or a folder', 110, value=folder, placeholder=tip,
                                layout=dict(max_width='560px'))
-        self.text = W.HTML()
+        self.text, self.note = W.HTML(), '' # what is said of the names of the last drop
         self.ui = W.VBox([self.upload, self.folder, self.text])
 
     @property
     def named(self) -> Path | None:
         "The folder that is named."
-        return Path(self.folder.value.strip()).expanduser() if self.folder.value.strip() else None
+        return expanded(self.folder.value.strip()) if self.folder.value.strip() else None
 
     def keep(self, uploads: Any, folder: Path) -> list[Path]:
         "Save what was dropped; it takes the place of a folder that is named."
         files = save_uploads(uploads, folder)
         self.folder.value = ''
+        self.note = _uploads_note(uploads, files)
         return files
+
+def _uploads_note(uploads: Any, files: list[Path]) -> str:
+    "What is said of names and copies, e.g. ', 7 of them under numbered names'."
+    sent = {str(u['name']) for u in uploads}
+    renamed, copies = sum(f.name not in sent for f in files), len(uploads) - len(files)
+    return (f', {renamed} of them under another name ({html.escape(next(f.name for f in files if f.name not in sent))})'
+            if renamed else '') + (f', {copies} dropped twice' if copies else '')
 
 # %% ../nbs/18j_own_images.ipynb #01c34608
 STATE = 'own_images.json'  # in the folder
@@ -58,6 +67,7 @@ class OwnImages(View):
         overrides: dict[str, Any] | None = None  # settings on top of the preset
     ):
         super().__init__()
+        folder = expanded(folder)
         self.model, self.state_file = Inspector(folder, overrides), StateFile(Path(folder)/STATE)
         kept = self.state_file.read(_strings)[0]
         given = dict(normal=normal, new=new, preset=preset)
@@ -153,7 +163,7 @@ def _count(self: OwnImages) -> None:
     place = self.model.folder/'good'
     n = len(list_images(place)) if place.is_dir() else 0
     self.normal.text.value = soft(
-        f'{n} dropped so far, kept in {html.escape(self.model.folder.name)}/good. Many images: name a folder, '
+        f'{n} dropped so far{self.normal.note}, kept in {html.escape(self.model.folder.name)}/good. Many images: name a folder, '
         'a drop of more than some 10 MB at once may be refused by the server.')
 
 @patch
@@ -169,8 +179,8 @@ def _new_dropped(self: OwnImages, change: dict) -> None:
     if not change['new']: return
     self.say('')
     self.dropped = self.new.keep(change['new'], self.model.folder/'new')
-    names = ', '.join(p.name for p in self.dropped[:6]) + (' …' if len(self.dropped) > 6 else '')
-    self.new.text.value = soft(f'{len(self.dropped)} images dropped: {html.escape(names)}')
+    names = ', '.join(printable(p.name) for p in self.dropped[:6]) + (' …' if len(self.dropped) > 6 else '')
+    self.new.text.value = soft(f'{len(self.dropped)} images dropped{self.new.note}: {html.escape(names)}')
     if self.model.detector is not None: self.inspect()
 
 # %% ../nbs/18j_own_images.ipynb #94c48358
@@ -211,6 +221,7 @@ def _fit(self: OwnImages) -> None:
 @patch
 def _begun(self: OwnImages, dataset: AnomalyDataset) -> None:
     self.progress.value = 0
+    self.normal.text.value = soft(html.escape(dataset.line()))
     self.status.value = f'{len(dataset.train)} normal images: autoencoder and latents'
 
 @patch
@@ -251,9 +262,14 @@ def _to_inspect(self: OwnImages) -> list[Path]:
     if self.model.detector is None: return []
     if named is not None and not named.is_dir():
         raise DataError(f'{named}: no such folder; name a folder of images to inspect')
-    files = self.dropped if named is None else list_images(named)
-    if files: return files
-    raise DataError(f"{named or 'no image'}: nothing to inspect; drop images or name a folder that holds some")
+    if named is None and self.dropped: return self.dropped
+    listing = collect(named) if named else None
+    found = summary_line(count(len(listing.files), 'image'), listing.findings) if listing else 'no image'
+    if not listing or not listing.files:
+        raise DataError(f"{named or found}: nothing to inspect{f' ({found})' if named else ''}; "
+                        "drop images or name a folder that holds some")
+    self.new.text.value = soft(html.escape(found))
+    return list(listing.files)
 
 # %% ../nbs/18j_own_images.ipynb #33e80142
 @patch
@@ -273,7 +289,7 @@ def export(self: OwnImages) -> Path | None:
     "Write maps, overlays and scores below the folder."
     try: path = self.model.export()
     except Exception as e: return self.failed(e)
-    self.status.value = f'written: {html.escape(str(path.parent))}'
+    self.status.value = f'written: {html.escape(printable(path.parent))}'
     return path
 
 @patch

@@ -16,6 +16,7 @@ from torch import Tensor
 from .charts import css, gradient, histogram, render, score_chart, t_hat_chart
 from .config import DynadError
 from .data import Sample
+from .paths import check_folder, move, printable
 from .evaluate import KEYS, method_title, write_result
 from .show import MARKED, TRUTH, colorize, marked, save_png
 from .store import atomic_write
@@ -25,7 +26,7 @@ if TYPE_CHECKING: from dynad.evaluate import Evaluation
 # %% auto #0
 __all__ = ['HEADS', 'NOTES', 'DECISIONS', 'TITLES', 'OURS', 'ReportData', 'report_data', 'choose', 'scale_of_maps', 'scales_of',
            'images_of', 'charts_of', 'metric_cell', 'metric_rows', 'tiles_of', 'chips_of', 'walk_text', 'value_text',
-           'sections_of', 'write_gallery', 'ReportError', 'is_report', 'page_html', 'write_report']
+           'sections_of', 'write_gallery', 'ReportError', 'is_report', 'check_report', 'page_html', 'write_report']
 
 # %% ../nbs/17a_report.ipynb #0e3241ae
 @dataclass(frozen=True)
@@ -262,7 +263,7 @@ def write_gallery(
     def entry(i):
         hit, label = bool(d.scores[i] > threshold), int(y[i])
         s, t_hat = d.samples[i], None if d.t_hat is None else int(d.t_hat[i])
-        return dict(name=s.name, label=label, kind=s.defect if label else 'normal', wrong=hit != label, t_hat=t_hat,
+        return dict(name=printable(s.name), label=label, kind=s.defect if label else 'normal', wrong=hit != label, t_hat=t_hat,
                     score=f'{float(d.scores[i]):.3f}', decision=DECISIONS[hit, bool(label)],
                     figures=_figures(shown[i], i, folder))
     return [dict(title=TITLES[k], images=[entry(i) for i in rows]) for k, rows in chosen.items() if rows]
@@ -280,14 +281,16 @@ def is_report(folder: Path) -> bool:
     return {p.name for p in folder.iterdir()} <= OURS and all(p.suffix == '.png' for p in (folder/'images').glob('*'))
 
 # %% ../nbs/17a_report.ipynb #51757e6b
-def _place(folder: str | Path) -> Path:
-    "The real place of a new report. Raises ReportError when something else is there."
-    place = Path(folder).resolve()
-    if place.exists() and not place.is_dir(): raise ReportError(f"{folder}: is a file; name a folder for the report")
+def check_report(
+    folder: str | Path,
+    what: str = ''     # the option, for the error, e.g. '--report '
+) -> Path:
+    "The real place of a new report. Raises ReportError when something else is there, PathError when it cannot be written."
+    place = check_folder(folder, what).resolve()
     if place.is_dir() and any(place.iterdir()) and not is_report(place):
         other = sorted(p.name for p in place.iterdir() if p.name not in OURS)
         example = f' ({other[0]})' if other else ''
-        raise ReportError(f"{folder}: is not empty and holds something else than a report{example}; "
+        raise ReportError(f"{what}{printable(folder)}: is not empty and holds something else than a report{example}; "
                           "choose a new folder, or empty this one yourself")
     return place
 
@@ -299,10 +302,10 @@ def _replace(new: Path, place: Path) -> None:
     old = None
     if place.exists():
         old = Path(tempfile.mkdtemp(dir=place.parent, prefix=f'.{place.name}.old.'))
-        os.replace(place, old/'report')
-    try: os.replace(new, place)
+        move(place, old/'report')
+    try: move(new, place)
     except OSError:
-        if old: os.replace(old/'report', place)
+        if old: move(old/'report', place)
         raise
     finally:
         if old: shutil.rmtree(old, ignore_errors=True)
@@ -329,7 +332,7 @@ def write_report(
     n: int = 12                # images in the gallery
 ) -> Path:                     # its index.html
     "The results page with its images, atomically. Raises ReportError when `folder` holds anything but a report."
-    place = _place(folder)
+    place = check_report(folder)
     d = evaluation if isinstance(evaluation, ReportData) else report_data(evaluation)
     title = title or ' · '.join(filter(None, (d.result['data']['name'], d.result['data'].get('category'))))
     place.parent.mkdir(parents=True, exist_ok=True)

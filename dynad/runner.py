@@ -9,22 +9,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, Sequence
 
+import yaml
 from fastcore.basics import patch
 
 import dynad
 from . import __version__
-from .config import ConfigError, content_key, data_root, weights_root
+from .config import WORDS, ConfigError, content_key, data_root, did_you_mean, parse_pairs, parse_value, weights_root
+from .paths import check_folder, expanded, move, printable
 from dynad.experiments import (
     SETS, TARGETS, Experiment, RunnerError, all_names, check_notebook, find_experiment, notebook_code, notebook_title,
     read_notebook)
 
 # %% auto #0
-__all__ = ['PROFILES', 'SMALL_DATA', 'TRAINING', 'TIMEOUT', 'LONGEST', 'Profile', 'variants', 'find_target', 'parse_parameters',
-           'syntax_key', 'modules_used', 'source_hash', 'notebook_hash', 'folder_stamp', 'read_json', 'swap_folder',
-           'Job', 'job_parts', 'with_key', 'papers_folder', 'gpu_count', 'data_folders', 'environment', 'why_not',
-           'data_stamps', 'with_cost', 'plan', 'listing', 'outdated', 'committed_stamp', 'outdated_outputs']
+__all__ = ['PROFILES', 'SMALL_DATA', 'TRAINING', 'TIMEOUT', 'LONGEST', 'Profile', 'variants', 'find_target', 'parameter_value',
+           'read_yaml', 'parse_parameters', 'syntax_key', 'modules_used', 'source_hash', 'notebook_hash',
+           'folder_stamp', 'read_json', 'swap_folder', 'Job', 'job_parts', 'with_key', 'papers_folder', 'gpu_count',
+           'data_folders', 'environment', 'why_not', 'data_stamps', 'with_cost', 'plan', 'refuse_parameters', 'listing',
+           'outdated', 'committed_stamp', 'outdated_outputs']
 
 # %% ../nbs/19c_runner.ipynb #83f0836a
 @dataclass(frozen=True)
@@ -72,18 +75,49 @@ def find_target(
                       "or a notebook file of your own (.ipynb)")
 
 # %% ../nbs/19c_runner.ipynb #ed6490ce
+def parameter_value(
+    text: str # e.g. '50', '12e3', 'True', 'None', 'cookies', '[0, 1]'
+) -> Any:
+    "A value of `-p`: True, False, None, a number or a list where it reads as one, else the text."
+    if text in WORDS: return WORDS[text]
+    for kind in (int, float):
+        try: return kind(text)
+        except ValueError: pass
+    return parse_value(text) if text[:1] in ('[', '{') else text
+
+# %% ../nbs/19c_runner.ipynb #192eeb6e
+class _Plain(yaml.SafeLoader):
+    "YAML without dates: 2026-01-31 stays text, as in papermill."
+
+_Plain.yaml_implicit_resolvers = {k: [r for r in v if r[0] != 'tag:yaml.org,2002:timestamp']
+                                  for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+
+def read_yaml(text: str, what: str) -> dict[str, Any]:
+    "Parameters from YAML or JSON. Raises RunnerError for a text that is no `name: value`."
+    try: found = yaml.load(text, _Plain)
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        raise RunnerError(f"{what}: cannot be read as YAML ({' '.join(str(e).split())[:120]}); "
+                          "write e.g. -y 'seeds: [0, 1]'") from None
+    if isinstance(found, dict) and all(isinstance(k, str) for k in found): return found
+    raise RunnerError(f"{what}: holds no names with values; write e.g. -y 'seeds: [0, 1]'")
+
+# %% ../nbs/19c_runner.ipynb #f92d0432
 def parse_parameters(
-    pairs: list[str] # e.g. ['n_boot=50', 'data=cookies', 'seeds=[0,1]']
+    pairs: Sequence[str] = (), # -p, e.g. ['n_boot=50', 'data=cookies', 'seeds=[0,1]']
+    raw: Sequence[str] = (),   # -r, e.g. ['part_no=007']
+    texts: Sequence[str] = (), # -y, e.g. ['seeds: [0, 1]']
+    files: Sequence[str | Path] = () # -f, YAML or JSON
 ) -> dict[str, Any]:
-    "`key=value` pairs of `-p`: JSON where it parses as such, else text. Raises RunnerError."
-    out = {}
-    for pair in pairs:
-        key, sep, value = pair.partition('=')
-        if not sep or not key.strip():
-            raise RunnerError(f"-p {pair!r}: expected a name and a value, e.g. -p n_boot 50")
-        try: out[key.strip()] = json.loads(value)
-        except json.JSONDecodeError: out[key.strip()] = value
-    return out
+    "The parameters of a command line. Raises RunnerError or ConfigError."
+    out: dict[str, Any] = {}
+    for f in map(expanded, files):
+        try: text = f.read_text(encoding='utf-8')
+        except (OSError, ValueError) as e:
+            raise RunnerError(f"-f {printable(f)}: cannot be read ({getattr(e, 'strerror', None) or e}); "
+                              "name a YAML or JSON file") from None
+        out |= read_yaml(text, f'-f {printable(f)}')
+    for t in texts: out |= read_yaml(t, f'-y {t!r}')
+    return out | parse_pairs(pairs, '-p', 'n_boot=50', parameter_value) | parse_pairs(raw, '-r', 'part_no=007', str)
 
 # %% ../nbs/19c_runner.ipynb #9b0b1be3
 def _imported(code: str) -> set[str] | None:
@@ -182,8 +216,8 @@ def swap_folder(new: Path, final: Path) -> None:
     "Put a finished folder in its place; a kill in between leaves either the old or the new one whole."
     old = final.with_name(f'.{final.name}.old')
     shutil.rmtree(old, ignore_errors=True)
-    if final.exists(): os.replace(final, old)
-    os.replace(new, final)
+    if final.exists(): move(final, old)
+    move(new, final)
     shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/19c_runner.ipynb #fdacb1ae
@@ -405,8 +439,8 @@ def plan(
     "What would run. Raises RunnerError for an unknown name or profile; a job that cannot run carries the reason."
     from dynad.lesson import runs_folder
     if profile not in PROFILES:
-        raise RunnerError(f"profile = {profile!r} does not exist; allowed: {', '.join(PROFILES)}")
-    given, base = dict(parameters or {}), Path(root) if root else runs_folder()
+        raise RunnerError(f"profile = {profile!r} does not exist{did_you_mean(profile, PROFILES)}; allowed: {', '.join(PROFILES)}")
+    given, base = dict(parameters or {}), check_folder(root, '--out ') if root else runs_folder()
     if 'out' in given: raise RunnerError("-p out: the runner sets this one; use --out for another folder")
     if 'data' in given: given['data'] = _from_here(given['data'])
     jobs = []
@@ -416,15 +450,28 @@ def plan(
             jobs.append(_job(e, path, e.name + suffix, profile, ps, out, timeout, elsewhere))
     return jobs
 
+def refuse_parameters(
+    jobs: list[Job],
+    given: dict[str, Any] # parameters asked for by the user
+) -> None:
+    "Raises RunnerError for a parameter that none of the notebooks takes: it is misspelt, or of another kind."
+    def refusal(job: Job, name: str) -> RunnerError | None:
+        try: check_notebook(job.notebook, {name: given[name]})
+        except RunnerError as e: return e
+    there = [j for j in jobs if Path(j.notebook).is_file()]
+    for name in given:
+        found = [refusal(j, name) for j in there]
+        if found and all(found): raise found[0]
+
 # %% ../nbs/19c_runner.ipynb #13e9a018
 def _job(e: Experiment, path: Path, name: str, profile: str, parameters: dict, out: Path, timeout, elsewhere) -> Job:
-    from dynad.subjects import pool
+    from dynad.subjects import pool_place
     missing = ('—', f'{path}: no such notebook')
     there = path.is_file()
     data, reason = why_not(path, parameters, PROFILES[profile], e.wanted, elsewhere) if there else missing
     stamps = data_stamps(parameters, e.wanted)
     job = Job(name, e.name, notebook_title(path) if there else e.name, profile, str(path), parameters, str(out),
-              str(pool().resolve()), data, None, False, reason, wanted=e.wanted, roots=data_folders(),
+              str(pool_place().resolve()), data, None, False, reason, wanted=e.wanted, roots=data_folders(),
               elsewhere=elsewhere, home=dynad.__file__, stamps=stamps,
               timeout=timeout or TIMEOUT.get(str(parameters['preset']), LONGEST))
     return with_cost(with_key(job) if there else job, e, len(stamps['data']))

@@ -24,17 +24,22 @@ from .fusion import score
 from .lesson import runs_folder
 from .method import Method, Prediction, method_named
 from .metrics import StreamingPixelMetrics, paired_bootstrap
+from .paths import expanded
+from .store import make_folder
 from .synthetic import PRODUCTS, write_synthetic
 
 # %% auto #0
-__all__ = ['OPENED', 'NULLS', 'pool', 'Subject', 'find_set', 'subjects', 'fitted', 'measure', 'null_rows', 'pixel_space',
-           'paired', 'slim', 'part', 'area_groups']
+__all__ = ['OPENED', 'NULLS', 'pool_place', 'pool', 'Subject', 'find_set', 'subjects', 'fitted', 'measure', 'null_rows',
+           'pixel_space', 'paired', 'slim', 'part', 'area_groups']
 
 # %% ../nbs/19a_subjects.ipynb #8419dc36
+def pool_place() -> Path:
+    "Where all experiments keep their runs, whether it exists or not: `DYNAD_POOL`, or `nbs/_runs/pool`."
+    return expanded(os.environ['DYNAD_POOL']) if os.environ.get('DYNAD_POOL') else runs_folder()/'pool'
+
 def pool() -> Path:
-    "Where all experiments keep their runs: the folder named by `DYNAD_POOL`, or `nbs/_runs/pool`."
-    p = Path(os.environ['DYNAD_POOL']) if os.environ.get('DYNAD_POOL') else runs_folder()/'pool'
-    p.mkdir(parents=True, exist_ok=True)
+    "The same folder, made where it was missing: one run directory that also holds the synthetic images."
+    make_folder((p := pool_place())/'stages')
     return p
 
 # %% ../nbs/19a_subjects.ipynb #0c21ab34

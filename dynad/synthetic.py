@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .config import DynadError
 from .board import board
+from .paths import move
 from .products import gear, weave
 from .scene import Canvas, Defect
 
@@ -171,7 +172,7 @@ class _SetSettings:
 def _check_existing(root: Path, settings: _SetSettings) -> None:
     "Raises `SyntheticError` unless a folder holds the whole set with these settings."
     try:
-        note = json.loads((root/'synthetic.json').read_text())
+        note = json.loads((root/'synthetic.json').read_text(encoding='utf-8'))
         there = note['settings']
         names = [name for r in note['images'] for name in (r['image'], r['mask']) if name]
     except (OSError, ValueError, KeyError, TypeError):
@@ -225,7 +226,7 @@ def _finish(work: Path, root: Path, settings: _SetSettings) -> None:
     os.chmod(work, 0o755)
     try:
         if root.exists(): root.rmdir()
-        os.replace(work, root)
+        move(work, root)
     except OSError:
         if not (root/'synthetic.json').is_file(): raise
         _check_existing(root, settings)
@@ -252,7 +253,7 @@ def write_synthetic(
         rows = _write_normal(work, settings) + _write_anomalous(work, settings)
         note = 'synthetic images, drawn by dynad.synthetic'
         text = dict(note=note, settings=asdict(settings), changed=CHANGED, images=rows)
-        (work/'synthetic.json').write_text(json.dumps(text, indent=1))
+        (work/'synthetic.json').write_text(json.dumps(text, indent=1), encoding='utf-8')
         _finish(work, root, settings)
     finally: shutil.rmtree(work, ignore_errors=True)
     return root
