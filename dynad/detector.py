@@ -425,7 +425,7 @@ def save_pretrained(self: DynAD, folder: str | Path) -> Path:
     save_tensors(folder/'dic.safetensors', p.dic.state())
     levels = (self.calibrated(torch.cat([self.held_out.t_hat, possible_t_hat(self)])).levels
               if self.fixed_calibration is None else self.fixed_calibration.levels)
-    decision = {'threshold': self.decision.threshold, 'image_threshold': self.decision.image_threshold}
+    decision = {'threshold': self.decision.pixel_threshold, 'image_threshold': self.decision.image_threshold}
     atomic_write(folder/'calibration.json', json.dumps({'levels': levels, **decision}, indent=1))
     atomic_write(folder/'config.json', dump_config(self.config))
     return folder
