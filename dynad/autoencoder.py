@@ -9,22 +9,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
-import numpy as np, torch, torch.nn.functional as F
-from PIL import Image, ImageDraw
+import torch, torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .config import FeatureSettings, LatentSettings
 from .features import load_features
 from .latents import FILES, Autoencoder, LatentError, TinyAE, psnr
+from .procedural import procedural_images
 from .store import atomic_write, load_json, load_tensors, save_tensors, state_hash
-from .synthetic import PRODUCTS, nominal
-from .training import CHECKPOINT, EMA, Training, TrainingError, TrainLog, train, warmup_cosine
+from .training import CHECKPOINT, EMA, Training, TrainLog, train, warmup_cosine
 
 # %% auto #0
 __all__ = ['FINETUNE_CHECKPOINT', 'first_feature_maps', 'reconstruction_loss', 'step_generator', 'draw_rows', 'random_shift',
-           'trainable', 'finetuning', 'finetune', 'spectral_noise', 'periodic', 'dead_leaves', 'surface', 'blur',
-           'procedural_image', 'procedural_images', 'augment', 'pretraining', 'pretrain_tiny']
+           'trainable', 'finetuning', 'finetune', 'augment', 'pretraining', 'pretrain_tiny']
 
 # %% ../nbs/08b_autoencoder.ipynb #be76bda3
 def first_feature_maps(
@@ -145,142 +142,6 @@ def finetune(
         log = train(training, path, None, progress, callback, should_stop)
     ae.standardise(images)
     return log.losses
-
-# %% ../nbs/08b_autoencoder.ipynb #1c115a8e
-def spectral_noise(
-    rng: np.random.Generator,
-    size: int,
-    beta: float,              # exponent of the amplitude, 0 = white
-    stretch: float = 1.       # >1: fibres
-) -> np.ndarray:              # [size,size], mean 0, variance 1
-    "Gaussian noise whose amplitude falls as 1/f^beta, in a random direction when stretched."
-    fy, fx = np.meshgrid(np.fft.fftfreq(size), np.fft.rfftfreq(size), indexing='ij')
-    a = rng.uniform(0, np.pi)
-    u = (fx * np.cos(a) + fy * np.sin(a)) * stretch
-    v = (-fx * np.sin(a) + fy * np.cos(a)) / stretch
-    f = np.sqrt(u * u + v * v); f[0, 0] = np.inf
-    white = np.fft.rfft2(rng.standard_normal((size, size)))
-    noise = np.fft.irfft2(white / np.maximum(f, 1 / size) ** beta, s=(size, size))
-    return ((noise - noise.mean()) / (noise.std() + 1e-9)).astype(np.float32)
-
-# %% ../nbs/08b_autoencoder.ipynb #a4d960bd
-def periodic(
-    rng: np.random.Generator,
-    size: int
-) -> np.ndarray:              # [size,size] in about [-1,1]
-    "A grating, weave, dots or tiles of random pitch and direction."
-    y, x = np.mgrid[:size, :size].astype(np.float32)
-    a, pitch = rng.uniform(0, np.pi), rng.uniform(3.5, 24)
-    u = (x * np.cos(a) + y * np.sin(a)) * 2 * np.pi / pitch
-    v = (-x * np.sin(a) + y * np.cos(a)) * 2 * np.pi / (pitch * rng.uniform(.6, 1.7))
-    bend = rng.uniform(0, .8) * spectral_noise(rng, size, 2.)
-    kind = rng.integers(4)
-    g = (np.sin(u + bend), np.sin(u) * np.sin(v + bend),
-         np.maximum(np.sin(u + bend), np.sin(v)), np.sin(u) + np.sin(v) - 1)[kind]
-    return np.tanh(g * rng.uniform(.7, 6)).astype(np.float32)
-
-# %% ../nbs/08b_autoencoder.ipynb #8a62f7b2
-def _labels(rng: np.random.Generator, size: int) -> tuple[np.ndarray, int]:
-    "[size,size] label of the leaf on top, and how many there are."
-    canvas = Image.new('I', (size, size), 0)
-    draw, n = ImageDraw.Draw(canvas), int(rng.choice([4, 12, 40, 120], p=[.3, .3, .25, .15]))
-    smallest, largest = size * .02, size * rng.uniform(.2, .7)
-    r = smallest * (largest / smallest) ** rng.random(n) # p(r) ~ 1/r between the two ends: each octave has as many
-    kinds, at = rng.integers(0, 4, n), rng.uniform(-.1, 1.1, (n, 2)) * size
-    for i in range(n):
-        (x, y), s = at[i], r[i]
-        a = rng.uniform(0, 2 * np.pi)
-        if kinds[i] == 0: draw.ellipse((x - s, y - s, x + s, y + s), fill=i + 1); continue
-        if kinds[i] == 1: corner, s2 = np.array([.25, .75, 1.25, 1.75]) * np.pi + a, s
-        elif kinds[i] == 2: corner, s2 = np.array([.1, .9, 1.1, 1.9]) * np.pi + a, s * 1.6 # a bar
-        else: # any polygon
-            corner, s2 = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(3, 9))), s * rng.uniform(.5, 1.3)
-        draw.polygon(list(zip((x + s2 * np.cos(corner)).tolist(), (y + s2 * np.sin(corner)).tolist())), fill=i + 1)
-    return np.asarray(canvas), n + 1
-
-# %% ../nbs/08b_autoencoder.ipynb #d369fa37
-def _colours(rng: np.random.Generator, n: int) -> np.ndarray:
-    "[n,3] colours that belong together: mostly brightness, some hue; a third of the images are grey."
-    base = rng.uniform(.15, .85, 3) * .5 + rng.uniform(.15, .85) * .5
-    light = rng.normal(0, rng.uniform(.08, .35), (n, 1))
-    hue = rng.normal(0, rng.choice([0., .06, .2], p=[.33, .4, .27]), (n, 3))
-    if not hue.any(): base = np.full(3, base.mean())
-    return np.clip(base + light + hue, 0, 1).astype(np.float32)
-
-# %% ../nbs/08b_autoencoder.ipynb #ffa5497a
-def dead_leaves(
-    rng: np.random.Generator,
-    size: int
-) -> np.ndarray:              # [size,size,3] in [0,1]
-    "Overlapping leaves with grain, pattern and shading of their own."
-    big = 2 * size
-    label, n = _labels(rng, big)
-    image = _colours(rng, n)[label]
-    grains = [spectral_noise(rng, big, rng.uniform(.2, 2.2), rng.choice([1., 1., 3.])) for _ in range(3)]
-    grains += [periodic(rng, big)]
-    strength = rng.exponential(.06, (n, 4)).astype(np.float32) * (rng.random((n, 4)) < (.6, .4, .3, .35))
-    strength = strength * rng.uniform(0, 1.5)
-    slope = rng.normal(0, .12, (n, 2)).astype(np.float32)
-    y, x = np.mgrid[:big, :big].astype(np.float32) / big - .5
-    value = slope[label, 0] * x + slope[label, 1] * y + sum(strength[label, k] * g for k, g in enumerate(grains))
-    tint = 1 + rng.normal(0, .15, (n, 3)).astype(np.float32)
-    image = image + value[..., None] * tint[label]
-    return image.reshape(size, 2, size, 2, 3).mean((1, 3))
-
-# %% ../nbs/08b_autoencoder.ipynb #913f19c3
-def surface(
-    rng: np.random.Generator,
-    size: int
-) -> np.ndarray:              # [size,size,3] in [0,1]
-    "One material over the whole image: grain, weave, or both, in two colours."
-    g = spectral_noise(rng, size, rng.uniform(.3, 2.4), rng.choice([1., 1., 2., 5.]))
-    if rng.random() < .6: g = periodic(rng, size) + rng.uniform(0, .8) * g
-    if rng.random() < .2: g = np.sign(g - rng.normal(0, .7)) + .1 * spectral_noise(rng, size, 1.)
-    a, b = _colours(rng, 2)
-    w = .5 + rng.uniform(.1, .5) * g[..., None]
-    return a * w + b * (1 - w)
-
-# %% ../nbs/08b_autoencoder.ipynb #3415b8f7
-def blur(
-    image: np.ndarray, # [H,W,3]
-    sigma: float       # pixels
-) -> np.ndarray:
-    "Gaussian blur; the image is taken as periodic."
-    h, w = image.shape[:2]
-    f2 = np.fft.fftfreq(h)[:, None] ** 2 + np.fft.rfftfreq(w)[None] ** 2
-    kernel = np.exp(-2 * (np.pi * sigma) ** 2 * f2)[..., None]
-    return np.fft.irfft2(np.fft.rfft2(image, axes=(0, 1)) * kernel, s=(h, w), axes=(0, 1))
-
-# %% ../nbs/08b_autoencoder.ipynb #e5810b57
-def procedural_image(
-    rng: np.random.Generator,
-    size: int
-) -> np.ndarray:              # uint8 [size,size,3]
-    "One procedural image with light, focus and sensor noise."
-    p = (dead_leaves if rng.random() < .68 else surface)(rng, size)
-    if rng.random() < .35: p = blur(p, rng.uniform(.4, 2.))
-    if rng.random() < .5: p = p * (1 + rng.uniform(0, .25) * spectral_noise(rng, size, 3.)[..., None])
-    p = (p - p.mean()) * rng.uniform(.6, 1.4) + p.mean() + rng.normal(0, .08)
-    if rng.random() < .5: p = p + rng.normal(0, rng.exponential(.012), p.shape)
-    return (np.clip(p, 0, 1) * 255 + .5).astype(np.uint8)
-
-# %% ../nbs/08b_autoencoder.ipynb #10339830
-def procedural_images(
-    n: int,
-    size: int = 96,
-    seed: int = 0,
-    synthetic: float = .06,  # share taken from the synthetic products
-    progress: bool = False
-) -> Tensor:                 # [n,3,size,size] uint8
-    "Procedural images; image i depends on seed and i alone."
-    out = np.empty((n, size, size, 3), np.uint8)
-    for i in tqdm(range(n), desc='drawing', disable=not progress, mininterval=5):
-        rng = np.random.default_rng([seed, i])
-        if rng.random() >= synthetic: out[i] = procedural_image(rng, size); continue
-        whole = nominal(PRODUCTS[rng.integers(len(PRODUCTS))], rng, int(rng.choice([size, 2 * size])))
-        top, left = rng.integers(0, len(whole) - size + 1, 2)
-        out[i] = whole[top:top+size, left:left+size]
-    return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
 
 # %% ../nbs/08b_autoencoder.ipynb #32645211
 def augment(

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from .config import DataSettings
 from .images import EXTENSIONS, DataError, check_size, image_size, read_image, read_mask, to_float
 from .layouts import LAYOUTS, Sample, elpv_root, find_layout
-from .show import Picture, grid, overlay
+from .show import Figure, grid, overlay
 from .store import content_key, file_sha256
 
 # %% auto #0
@@ -309,7 +309,7 @@ def contact_sheet(
     n: int = 24,     # images shown, evenly spread over the samples
     ncols: int = 8,
     inches: float = 1.15
-) -> Picture:
+) -> Figure:
     "Images under their kind of defect, masks outlined in blue."
     samples = list(samples)
     if not samples: raise DataError("contact_sheet: no sample was given")

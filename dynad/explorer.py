@@ -19,8 +19,9 @@ from .explorer_model import ExplorerModel, setting_text
 from .explorer_parts import (
     PANELS, Controls, CopyCell, ExplorerPanels, Gallery, Surroundings,
     brightest_html, facts_html, image_html, metrics_html, severity_html)
-from .live import Still
-from .session import MapCache, Session, Setting
+from .map_cache import MapCache, Setting
+from .session import Session
+from .show import SmallImage
 from .view import Quiet, StateFile, View, button, heading, note_html, row, set_stale, soft
 
 # %% auto #0
@@ -232,6 +233,6 @@ def _draw_maps(self: Explorer, cache: MapCache) -> None:
 
 # %% ../nbs/18e_explorer.ipynb #3954fb88
 @patch
-def snapshot(self: Explorer, size: int = 150, names: Sequence[str] = tuple(PANELS)) -> Still:
+def snapshot(self: Explorer, size: int = 150, names: Sequence[str] = tuple(PANELS)) -> SmallImage:
     "The panels as one image, for a page without widgets."
     return self.panels.snapshot(size, names)

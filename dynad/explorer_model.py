@@ -16,8 +16,10 @@ from torch import Tensor
 
 from .config import Config, ConfigError
 from .images import DataError, read_image
-from .live import png, told
-from .session import MapCache, Session, Setting
+from .live import error_text
+from .map_cache import MapCache, Setting
+from .session import Session
+from .show import png_bytes
 from .view import Jobs
 
 # %% auto #0
@@ -294,7 +296,7 @@ def _reconstruct(self: ExplorerModel, i: int, s: Setting, t_hats: list[int]) -> 
 def _find_neighbours(self: ExplorerModel, i: int) -> bool:
     if i in self.neighbours or self.no_neighbours or not self.jobs.wanted(('neighbours', i)): return False
     try: samples = self.session.training_samples
-    except DataError as e: self.no_neighbours = told(e)
+    except DataError as e: self.no_neighbours = error_text(e)
     else:
         nearest = self.session.severity['neighbours'][i].tolist()
         self.neighbours[i] = contact_sheet([read_image(samples[k].image, 56) for k in nearest])
@@ -310,7 +312,7 @@ def contact_sheet(
     h, w = images[0].shape[1:]
     fill = lambda part: [*part, *[torch.ones(3, h, w)]*(columns - len(part))]
     rows = [torch.cat(fill(images[a:a+columns]), 2) for a in range(0, len(images), columns)]
-    return png((torch.cat(rows, 1)*255).byte().permute(1, 2, 0).contiguous().numpy())
+    return png_bytes((torch.cat(rows, 1)*255).byte().permute(1, 2, 0).contiguous().numpy())
 
 # %% ../nbs/18c_explorer_model.ipynb #55a8726b
 REST = .3  # seconds without a change, after which the data set is measured

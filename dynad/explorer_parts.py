@@ -12,9 +12,10 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 
+from .charts import color_bar, histogram
 from .explorer_model import Blend, ExplorerModel
-from .live import BLANK, BLUE, MARK, heated, histogram_svg, painted, png, scale_html, shade
-from .session import Setting
+from .map_cache import Setting
+from .show import BLANK, BLUE, MARK, paint_heat, paint_mask, png_bytes, shade
 from .view import ImagePanels, Quiet, button, labelled, row, set_stale, severity_buttons, soft
 
 # %% auto #0
@@ -114,8 +115,8 @@ def draw_known(self: ExplorerPanels) -> None:
     b, i = self.model.session, self.model.image
     truth = b.truth(i)
     filled = truth if truth is not None else np.zeros((b.size, b.size), bool)
-    self.put('input', i, lambda: png(b.image(i)))
-    self.put('truth', i, lambda: png(painted(self.grey, filled, BLUE)))
+    self.put('input', i, lambda: png_bytes(b.image(i)))
+    self.put('truth', i, lambda: png_bytes(paint_mask(self.grey, filled, BLUE)))
     missing = '' if truth is not None else ' ' + soft('no mask: counts at image level only')
     self.caption('truth', f'<b>ground truth</b> filled in blue{missing}')
 
@@ -134,11 +135,11 @@ def draw_maps(self: ExplorerPanels, b: Blend, t_hat: int) -> None:
     s, i = self.model.setting, self.model.image
     at, heat, mask = (i, s.maps_key, s.sigma), shade(b.anomaly, b.anomaly_top), b.anomaly > b.threshold
     drawn = *at, s.lam, b.threshold
-    self.put('l_map', at, lambda: png(shade(b.latent, b.top[0])))
-    self.put('f_map', at, lambda: png(shade(b.feature, b.top[1])))
-    self.put('A_map', (*at, s.lam), lambda: png(heat))
-    self.put('mask', drawn, lambda: png(painted(self.grey, mask, MARK, self.model.session.truth(i))))
-    self.put('overlay', drawn, lambda: png(heated(self.grey, heat, mask)))
+    self.put('l_map', at, lambda: png_bytes(shade(b.latent, b.top[0])))
+    self.put('f_map', at, lambda: png_bytes(shade(b.feature, b.top[1])))
+    self.put('A_map', (*at, s.lam), lambda: png_bytes(heat))
+    self.put('mask', drawn, lambda: png_bytes(paint_mask(self.grey, mask, MARK, self.model.session.truth(i))))
+    self.put('overlay', drawn, lambda: png_bytes(paint_heat(self.grey, heat, mask)))
     for name, text in map_captions(b, s, t_hat, mask).items(): self.caption(name, text)
 
 # %% ../nbs/18d_explorer_parts.ipynb #3804c05c
@@ -146,12 +147,12 @@ def map_captions(b: Blend, s: Setting, t_hat: int, mask: np.ndarray) -> dict[str
     "The captions of the maps, HTML: what is shown, and its colour bar."
     about = '≈ ' if s.threshold is None and not b.exact else ''
     return {
-        'l_map': f'<b>l_map</b> change of the latent, T̂ = {t_hat}{scale_html(b.top[0], UNIT)}',
-        'f_map': f'<b>f_map</b> change of the features φ, T̂ = {t_hat}{scale_html(b.top[1], UNIT)}',
-        'A_map': f'<b>A_map</b> = {s.lam:.2f}·l + {1 - s.lam:.2f}·f, σ = {s.sigma:g}{scale_html(b.anomaly_top, UNIT)}',
+        'l_map': f'<b>l_map</b> change of the latent, T̂ = {t_hat}{color_bar(b.top[0], UNIT)}',
+        'f_map': f'<b>f_map</b> change of the features φ, T̂ = {t_hat}{color_bar(b.top[1], UNIT)}',
+        'A_map': f'<b>A_map</b> = {s.lam:.2f}·l + {1 - s.lam:.2f}·f, σ = {s.sigma:g}{color_bar(b.anomaly_top, UNIT)}',
         'mask': '<b>predicted mask</b> (truth: blue line) '
                 f'A_map &gt; {about}{b.threshold:.2f}, {mask.mean():.1%} of the pixels',
-        'overlay': f'<b>overlay</b> white contour: predicted mask{scale_html(b.anomaly_top, "A_map", "inferno")}'}
+        'overlay': f'<b>overlay</b> white contour: predicted mask{color_bar(b.anomaly_top, "A_map", "inferno")}'}
 
 # %% ../nbs/18d_explorer_parts.ipynb #5c6d3be3
 @patch
@@ -163,10 +164,10 @@ def draw_reconstruction(self: ExplorerPanels, t_hat: int) -> None:
     if known is None: return
     x, x0 = known
     apart, at = lambda a, b: np.abs(a.astype(np.float32) - b).mean(2)/255, (i, s.eta, s.omega, t_hat)
-    self.put('reconstruction', at, lambda: png(x))
-    self.put('ae_error', i, lambda: png(shade(apart(self.model.session.image(i), x0), .25)))
-    self.put('change', at, lambda: png(shade(apart(x0, x), .25)))
-    for k in ('ae_error', 'change'): self.caption(k, f'<b>{PARTS[k]}</b>{scale_html(.25, "share of full range")}')
+    self.put('reconstruction', at, lambda: png_bytes(x))
+    self.put('ae_error', i, lambda: png_bytes(shade(apart(self.model.session.image(i), x0), .25)))
+    self.put('change', at, lambda: png_bytes(shade(apart(x0, x), .25)))
+    for k in ('ae_error', 'change'): self.caption(k, f'<b>{PARTS[k]}</b>{color_bar(.25, "share of full range")}')
 
 # %% ../nbs/18d_explorer_parts.ipynb #24bd2c78
 @patch
@@ -174,9 +175,9 @@ def draw_features(self: ExplorerPanels, maps: list, top: float) -> None:
     "The layers of f_map [N,h_j,w_j], each from its lowest place."
     i, layers = self.model.image, self.model.session.config.fusion.layers
     for k, m, j in zip(('f_2', 'f_3'), maps, layers):
-        self.put(k, (i, self.model.setting.maps_key), lambda: png(shade((m[i] - m[i].min()).numpy(), top)))
+        self.put(k, (i, self.model.setting.maps_key), lambda: png_bytes(shade((m[i] - m[i].min()).numpy(), top)))
         text = f'<b>feature difference</b>, layer {j} of φ ({m.shape[1]} × {m.shape[2]}), from its lowest place'
-        self.caption(k, text + scale_html(top, 'as f_map'))
+        self.caption(k, text + color_bar(top, 'as f_map'))
 
 # %% ../nbs/18d_explorer_parts.ipynb #e4b17749
 def image_html(model: ExplorerModel) -> str:
@@ -267,7 +268,7 @@ class Surroundings:
         i = model.image
         if self.shown.get('histogram') != i:
             d, (train, edges) = model.session.severity['distance'].numpy(), model.session.training_distances
-            self.histogram.value, self.shown['histogram'] = histogram_svg(train, d, edges, d[i]), i
+            self.histogram.value, self.shown['histogram'] = histogram(train, d, edges, d[i]), i
         self.draw_neighbours(model)
         method, eta = model.session.at(model.setting), model.setting.eta
         clamped = method.model.config.reconstruction.clamp_pull

@@ -18,10 +18,9 @@ from .cautions import cautions_html, find_cautions, held_out_images, unlike
 from .config import Config, ConfigError, make_config
 from .data import AnomalyDataset, open_folder, split_normal
 from .detector import DynAD, DynADPrediction
-from .live import png
 from .images import EXTENSIONS, DataError, read_image
 from .session import fitted_dataset
-from .show import Picture, colorize, overlay, save_png, smoothed, to_uint8
+from .show import Figure, colorize, overlay, png_bytes, save_png, smoothed, to_uint8
 from .store import StoreError, atomic_write, load_tensors, replacing
 from .view import soft
 
@@ -79,7 +78,7 @@ def result_sheet(
         x = read_image(files[i], detector.config.data.image_size)
         heat = colorize(p.map[i], 0, full_scale(p, i, detector))
         return np.hstack([panel(v) for v in (x, heat_overlay(x, p, i, detector), heat, p.reconstruction[i])])
-    return png(np.vstack([row(i) for i in rows]))
+    return png_bytes(np.vstack([row(i) for i in rows]))
 
 # %% ../nbs/18i_inspection.ipynb #b69df8fc
 def scores_html(
@@ -173,11 +172,11 @@ class FitProgress:
 # %% ../nbs/18i_inspection.ipynb #aa3731d1
 def losses_figure(
     losses: dict[str, list[float]]  # by stage
-) -> Picture | None:
+) -> Figure | None:
     "One curve per stage; None when there is nothing to draw."
     shown = {k: v for k, v in losses.items() if len(v) > 1}
     if not shown: return None
-    fig = Picture(figsize=(3*len(shown), 2.1), dpi=100)
+    fig = Figure(figsize=(3*len(shown), 2.1), dpi=100)
     for ax, (k, v) in zip(np.atleast_1d(fig.subplots(1, len(shown))), shown.items()):
         ax.plot(v, color='#0072B2', lw=.6, alpha=.35); ax.plot(smoothed(v, .9), color='#0072B2', lw=1.6)
         ax.set_yscale('log'); ax.set_title(STAGES.get(k, k), fontsize=9)

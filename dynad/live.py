@@ -12,13 +12,11 @@ from weakref import WeakSet
 
 from fastcore.basics import patch
 
-from .charts import color_bar, css, error_html, histogram
+from .charts import css
 from .config import DynadError
-from .show import BLANK, BLUE, LUT, MARK, SmallImage, outline, paint_heat, paint_mask, png_bytes, shade
 
 # %% auto #0
-__all__ = ['CSS', 'Still', 'painted', 'heated', 'png', 'told', 'histogram_svg', 'scale_html', 'Background', 'error_text',
-           'guarded']
+__all__ = ['CSS', 'Background', 'error_text', 'guarded']
 
 # %% ../nbs/18a_live.ipynb #a6df57e4
 _open_threads: WeakSet[Background] = WeakSet()
@@ -105,7 +103,3 @@ def guarded(f: Callable) -> Callable:
 
 # %% ../nbs/18a_live.ipynb #a6bc2b11
 CSS = f'<style>\n{css("widgets.css")}\n</style>' # the value of an HTML widget, once in each view
-
-# %% ../nbs/18a_live.ipynb #e3bb1de7
-Still, painted, heated, png, told = SmallImage, paint_mask, paint_heat, png_bytes, error_text
-histogram_svg, scale_html = histogram, color_bar

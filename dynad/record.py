@@ -11,22 +11,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
-from matplotlib.lines import Line2D
 
 from .config import Config, content_key
-from .data import AnomalyDataset
 from .detector import DynAD
 from .evaluate import KEYS, versions
-from .experiments import MAIN, METRICS, SETS, TABLE_SET, find_experiment, plain_name, printed_value
+from .experiments import METRICS, SETS, TABLE_SET, find_experiment, plain_name, printed_value
 from .lesson import project_root, runs_folder
 from .machine import machine
-from .show import Picture
 from .store import atomic_write, replacing
-from .subjects import OPENED, Subject, fitted, measure, null_rows, paired
+from .subjects import OPENED, Subject
 
 # %% auto #0
-__all__ = ['COLOURS', 'machine_words', 'Record', 'compared', 'text_cell', 'comparison_table', 'enter', 'enter_nulls',
-           'enter_difference', 'verdict', 'provenance', 'conclude', 'Lines', 'said', 'oracle', 'by_class', 'dots']
+__all__ = ['machine_words', 'Record', 'compared', 'text_cell', 'comparison_table']
 
 # %% ../nbs/19b_record.ipynb #b20d8fa0
 def machine_words(h: dict[str, Any]) -> str:
@@ -117,7 +113,7 @@ def add(self: Record,
 # %% ../nbs/19b_record.ipynb #10456f63
 @patch
 def figure(self: Record,
-    fig: Any, # a matplotlib figure or `show.Picture`
+    fig: Any, # a matplotlib figure or `show.Figure`
     name: str # of the files, without extension
 ) -> Any:     # the figure itself
     "Keep a figure as PNG and PDF."
@@ -338,216 +334,3 @@ def save(self: Record) -> Path:
                finished=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
     text = json.dumps(out, indent=1, ensure_ascii=False, allow_nan=False)
     return atomic_write(self.out/f'{self.target}.json', text)
-
-# %% ../nbs/19b_record.ipynb #44245d92
-def enter(
-    record: Record,
-    row: str | None, column: str,       # as for `Record.add`
-    measured: dict[str, Any],           # of `measure`
-    metrics: tuple[str, ...] = MAIN,
-    **more                              # subject, oracle, null
-) -> None:
-    "The metrics of one measurement, with the settings it was made at."
-    more['model'] = measured.get('config') or more.get('model')
-    for k in (k for k in metrics if measured.get(k)):
-        value, low, high = (measured[k][e] for e in ('value', 'low', 'high'))
-        record.add(row, column, k, value, low, high, n=measured['n'], seed=measured['seed'], **more)
-
-# %% ../nbs/19b_record.ipynb #d7b88ed0
-def enter_nulls(
-    record: Record,
-    model: DynAD, dataset: AnomalyDataset, subject: Subject,
-    n_boot: int = 200,
-    metrics: tuple[str, ...] = MAIN,
-    row: str | None = None              # None: each is a row; else the row in which each is a column; '': the subject's
-) -> dict[str, dict[str, Any]]:         # as `null_rows`
-    "The null models (SPEC §11)."
-    found = null_rows(model, dataset, n_boot)
-    for name, m in found.items():
-        place = (name, 'Ours') if row is None else (row or None, name)
-        enter(record, *place, m, metrics, subject=subject, null=True)
-    return found
-
-# %% ../nbs/19b_record.ipynb #fe5171d4
-def enter_difference(
-    record: Record,
-    row: str | None, column: str,
-    a: dict, b: dict,                   # of `measure`, on the same images
-    metrics: tuple[str, ...] = MAIN,
-    n_boot: int = 200,
-    **more
-) -> dict[str, dict[str, float | None]]: # metric -> difference, low, high
-    "a − b in points, with the interval of common resamples."
-    out = {k: paired(a, b, k, n_boot, a['seed']) for k in metrics if a.get(k) and b.get(k)}
-    more |= {'model': a.get('config'), 'against': b.get('config')}
-    for k, d in out.items():
-        points = (None if d[e] is None else 100*d[e] for e in ('difference', 'low', 'high'))
-        record.add(row, column, f'Δ {METRICS[k]}, points', *points, a['n'], a['seed'], **more)
-    return out
-
-# %% ../nbs/19b_record.ipynb #909794ea
-def verdict(
-    claim: str,                                 # 'DIC above static 100 %, PRO'
-    differences: list[dict[str, float | None]]  # of `paired`, one per data set and seed
-) -> str:
-    "Whether a direction holds: it is settled only where the interval excludes 0."
-    bare = [x['difference'] for x in differences if x['difference'] is not None]
-    d = [x for x in differences if x['difference'] is not None and x['low'] is not None]
-    if not bare: return f"{claim}: not defined on these images."
-    if not d: return f"{claim}: not judged without an interval ({100*np.mean(bare):+.1f} points)."
-    up, down = sum(x['low'] > 0 for x in d), sum(x['high'] < 0 for x in d)
-    digits = 1 if max(abs(x[e]) for x in d for e in ('low', 'high')) >= .005 else 3
-    point = lambda v: f"{100*v:+.{digits}f}"
-    if len(d) == 1:
-        word = 'holds' if up else 'does not hold, the reverse does' if down else 'not settled, the interval holds 0'
-        return f"{claim}: {word} ({point(d[0]['difference'])} points [{point(d[0]['low'])}, {point(d[0]['high'])}])."
-    mean = point(np.mean([x['difference'] for x in d]))
-    return (f"{claim}: holds in {up}, the reverse in {down}, not settled in {len(d) - up - down} of {len(d)} runs "
-            f"(mean {mean} points).")
-
-# %% ../nbs/19b_record.ipynb #5b429703
-def provenance(record: Record) -> str:
-    "Data, preset and seeds in a few words, for titles: stand-in data say so."
-    p, names, seeds = record.parameters, [s.label for s in record.subjects], record.parameters.get('seeds', [])
-    preset = f"{p.get('preset', '')} preset{', a test of the machinery' if p.get('preset') == 'smoke' else ''}"
-    more = f' and {len(names) - 3} more' if len(names) > 3 else ''
-    return f"{', '.join(names[:3])}{more}; {preset}; seed{'s'*(len(seeds) > 1)} {', '.join(map(str, seeds))}"
-
-# %% ../nbs/19b_record.ipynb #4526d2ae
-def conclude(
-    record: Record,
-    claim: str, differences: list[dict[str, float | None]] # as for `verdict`
-) -> str:
-    "The verdict as a note of the record; it names its data and preset."
-    record.note(text := f"{verdict(claim, differences).rstrip('.')}; on {provenance(record)}.")
-    return text
-
-# %% ../nbs/19b_record.ipynb #e26d8410
-class Lines(list):
-    "Sentences, shown as a list."
-    def _repr_markdown_(self): return '\n'.join(f'- {x}' for x in self)
-
-def said(record: Record) -> Lines:
-    "The notes of a record, as a list to show."
-    return Lines(record.notes)
-
-# %% ../nbs/19b_record.ipynb #70e045c6
-def oracle(
-    model: DynAD, dataset: AnomalyDataset,
-    grid: list[dict[str, Any]],  # inference settings; the model's own are always among them
-    metric: str = 'pro',
-    n_boot: int = 200
-) -> tuple[dict[str, Any], dict[str, Any]]: # the settings chosen ({}: the fixed ones), and their measurement
-    "The settings that are best on the test images."
-    worth = lambda g: (measure(model.with_settings(g) if g else model, dataset, 0).get(metric) or {}).get('value') or 0.
-    best = max([{}, *grid], key=worth)
-    return best, measure(model.with_settings(best) if best else model, dataset, n_boot)
-
-# %% ../nbs/19b_record.ipynb #a9dc8859
-def _enter_oracle(record, model, dataset, subject, fixed, metrics, n_boot, grid, row) -> dict[str, Any]:
-    "The oracle as rows, and what it chose."
-    by = 'pro' if fixed.get('pro') else 'i_auroc'
-    chosen, best = oracle(model, dataset, list(grid), by, n_boot)
-    enter(record, row, 'Ours', best, metrics, subject=subject, oracle=True)
-    words = ', '.join(f"{k.split('.')[1]} = {v}" for k, v in chosen.items()) or 'the fixed settings'
-    gaps = {f'gap, {METRICS[k]}': best[k]['value'] - fixed[k]['value'] for k in metrics if fixed.get(k)}
-    return {'data': subject.label, 'seed': fixed['seed'], 'chosen': words, 'chosen by': METRICS[by], **gaps}
-
-# %% ../nbs/19b_record.ipynb #36dd309b
-def by_class(
-    record: Record, found: list[Subject], preset: str, seeds: list[int],
-    metrics: tuple[str, ...] = MAIN,
-    n_boot: int = 200,
-    grid: list[dict[str, Any]] = (),  # for the oracle
-    row: str | None = None            # None: each class its own row
-) -> pd.DataFrame:                    # what the oracle chose
-    "Fixed settings, null models and oracle of every class and seed (Tables 1, 2, 3, 7, 8)."
-    chosen, against = [], {}
-    for s, seed in ((s, seed) for s in found for seed in seeds):
-        model, data = fitted(s, preset, seed)
-        fixed, place = measure(model, data, n_boot), row if s.real else None
-        enter(record, place, 'Ours', fixed, metrics, subject=s)
-        for name, m in enter_nulls(record, model, data, s, n_boot, metrics, row=place or '').items():
-            for k in (x for x in metrics if m.get(x)):
-                claim = f'Ours above {name}, {METRICS[k]}'
-                against.setdefault(claim, []).append(paired(fixed, m, k, n_boot, seed))
-        if grid: chosen.append(_enter_oracle(record, model, data, s, fixed, metrics, n_boot, grid, place))
-    for claim, differences in against.items(): conclude(record, claim, differences)
-    return pd.DataFrame(chosen)
-
-# %% ../nbs/19b_record.ipynb #6cf40bf1
-COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9')
-
-def _dot_rows(record: Record, metrics: tuple[str, ...], nulls: bool) -> pd.DataFrame:
-    "Rows to draw and, in the column `place`, the line on which each is drawn."
-    df = pd.DataFrame(record.rows)
-    df = df[df.metric.isin(metrics) & (df.null <= nulls) & df.value.notna()]
-    if df.empty: raise ValueError(f"dots: the record {record.target} holds none of {', '.join(metrics)}")
-    many = df.groupby('row').subject.transform('nunique') > 1
-    return df.assign(place=df.row.where(~(many & df.subject.notna()), df.row + ' · ' + df.subject.fillna('')))
-
-# %% ../nbs/19b_record.ipynb #e2fbd0d9
-class _Dots:
-    "Lines, columns, colours and markers of `dots`."
-    def __init__(self, df: pd.DataFrame):
-        methods = list(dict.fromkeys(df[~df.null].column))
-        self.places, self.columns = list(dict.fromkeys(df.place)), list(dict.fromkeys([*methods, *df[df.null].column]))
-        self.inside = {p: [c for c in self.columns if c in set(df[df.place == p].column)] for p in self.places}
-        self.shades = dict(zip(methods, COLOURS*4))
-        self.marks = dict(zip([c for c in self.columns if c not in self.shades], 'v^<>sPX'*3))
-
-    def height(self) -> float:
-        "Of the figure, in inches."
-        return 1. + .04*len(self.columns) + .16*sum(max(1.4, len(c)) for c in self.inside.values())
-
-    def draw(self, ax, r: dict[str, Any], scale: float) -> None:
-        "One row of a record."
-        inside = self.inside[r['place']]
-        within = .68*((inside.index(r['column']) + .5)/len(inside) - .5)
-        y = self.places.index(r['place']) + within + .09*r['oracle']
-        c, fmt = '.55' if r['null'] else self.shades[r['column']], self.marks.get(r['column'], 'o')
-        down, up = ([max(0, scale*d)] for d in (r['value'] - (r['low'] or 0), (r['high'] or 0) - r['value']))
-        err = None if pd.isna(r['low']) else [down, up]
-        ax.errorbar(scale*r['value'], y, xerr=err, fmt='D' if r['oracle'] else fmt, ms=4, color=c,
-                    mfc='white' if r['oracle'] else c, lw=1, capsize=2)
-
-    def key(self, df: pd.DataFrame) -> list[Line2D]:
-        "Entries of the legend."
-        mark = lambda m, c, label, **more: Line2D([], [], ls='', marker=m, color=c, ms=4, label=label, **more)
-        out = [mark(self.marks.get(c, 'o'), self.shades.get(c, '.55'), c) for c in self.columns]
-        if len(out) == 1: out = []
-        if df.oracle.any(): out.append(mark('D', '.3', 'oracle: chosen on the test images', mfc='white'))
-        if df.null.any() and not self.marks: out.append(mark('o', '.55', 'null model'))
-        return out
-
-# %% ../nbs/19b_record.ipynb #38008a89
-def _style(ax, metric: str) -> None:
-    if metric.startswith('Δ'): ax.axvline(0, color='.7', lw=.8, zorder=0)
-    ax.set_xlabel(METRICS.get(metric, metric) + (' (%)' if metric in KEYS else ''), fontsize=8)
-    ax.tick_params(labelsize=8)
-    ax.grid(axis='x', color='.9', lw=.6)
-    ax.set_axisbelow(True)
-    for side in ('top', 'right'): ax.spines[side].set_visible(False)
-
-# %% ../nbs/19b_record.ipynb #3700967d
-def dots(
-    record: Record,
-    metrics: tuple[str, ...] = MAIN,
-    nulls: bool = True,         # draw the null models, in grey
-    width: float = 9.           # inches
-) -> Picture:
-    "Every row of the record as a dot with its interval, a panel per metric; oracles are hollow."
-    df = _dot_rows(record, metrics, nulls)
-    plot = _Dots(df)
-    fig = Picture(figsize=(width, plot.height()), dpi=75)
-    axes = np.atleast_1d(fig.subplots(1, len(metrics), sharey=True))
-    for ax, k in zip(axes, metrics):
-        for r in df[df.metric == k].to_dict('records'): plot.draw(ax, r, 100 if k in KEYS else 1)
-        _style(ax, k)
-    axes[0].set_yticks(range(len(plot.places)), plot.places)
-    axes[0].set_ylim(len(plot.places) - .5, -.5)
-    only = f'{plot.columns[0]}; ' if len(plot.columns) == 1 and plot.columns != ['Ours'] else ''
-    fig.suptitle(only + provenance(record), fontsize=8, x=.01, ha='left')
-    if key := plot.key(df): fig.legend(handles=key, fontsize=7, frameon=False, loc='outside lower center', ncols=4)
-    fig.set_layout_engine('constrained')
-    return fig

@@ -5,206 +5,30 @@
 # %% ../nbs/18_session.ipynb #d3591bc3
 from __future__ import annotations
 import threading
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
-from torchvision.transforms.v2.functional import gaussian_blur
 
 from .cache import CachedWalk, ImageSet
 from .config import Config
 from .data import AnomalyDataset, Sample, images_key, load_masks, open_dataset, open_folder, split_normal
 from .demo import NOTE
 from .detector import DynAD, calibration_of_set
-from .fusion import Calibration, quantile
+from .fusion import Calibration
 from .images import DataError
+from .map_cache import MapCache, Setting, calibrated_parts
 from .quick_metrics import QuickMetrics
 from .reconstruction import Reconstruction, noise_for, pull, reconstruct, timesteps
 from .walk import decode, sampler_settings
 
 # %% auto #0
-__all__ = ['GRID_PIXELS', 'blur_matrix', 'upsample_and_smooth', 'Setting', 'calibrated_parts', 'MapCache', 'fitted_dataset',
-           'MethodAt', 'decode_images', 'traced', 'Session']
-
-# %% ../nbs/18_session.ipynb #9bf6a7c6
-@lru_cache(512)
-def blur_matrix(
-    h: int,       # side of the raw map
-    size: int,    # side of the image in pixels
-    sigma: float  # Gaussian σ in pixels at 256²
-) -> Tensor:      # [size,h]
-    "M = G·U: `upsample` and then `smooth` along one axis."
-    U = F.interpolate(torch.eye(h)[None], size=size, mode='linear', align_corners=True)[0].T
-    s = sigma*size/256
-    if s <= 0: return U.contiguous()
-    k = min(2*int(4*s + .5) + 1, 2*(size - 1) + 1)
-    return gaussian_blur(torch.eye(size)[None], [1, k], [s, s])[0] @ U
-
-# %% ../nbs/18_session.ipynb #42162b13
-def upsample_and_smooth(
-    m: Tensor,    # [N,h,w] raw map
-    size: int,    # side of the image in pixels
-    sigma: float  # Gaussian σ in pixels at 256²
-) -> Tensor:      # [N,size,size]
-    "The raw map upsampled and smoothed."
-    return blur_matrix(m.shape[1], size, sigma) @ m @ blur_matrix(m.shape[2], size, sigma).T
-
-# %% ../nbs/18_session.ipynb #af6c30dc
-@dataclass(frozen=True)
-class Setting:
-    "What the sliders of a view are set to."
-    t_max: int                      # T_max
-    severity: str = 'dynamic'       # 'dynamic': T̂ by DIC; 'static': T̂ = T_max for all
-    lam: float = .85                # λ
-    sigma: float = 4.               # σ in pixels at 256²
-    eta: float = 0.                 # η
-    omega: float = 0.               # ω
-    threshold: float | None = None  # on A_map; None: learned on held-out normal images
-
-    def __post_init__(self):
-        if self.severity not in ('dynamic', 'static'):
-            raise ValueError(f"severity = {self.severity!r}; allowed: dynamic, static")
-
-# %% ../nbs/18_session.ipynb #44f0849f
-@patch(cls_method=True)
-def of(cls: Setting, config: Config) -> Setting:
-    "The settings that a detector was opened with."
-    r, f = config.reconstruction, config.fusion
-    t = r.static_t if r.severity == 'static' and r.static_t else r.t_max
-    return cls(t, r.severity, f.lam, f.sigma, r.eta, r.omega)
-
-# %% ../nbs/18_session.ipynb #453cc964
-@patch(as_prop=True)
-def overrides(self: Setting) -> dict[str, Any]:
-    "Dotted settings for `DynAD.open`; the threshold is no setting of a run."
-    return {'reconstruction.t_max': self.t_max,
-            'reconstruction.severity': self.severity,
-            'reconstruction.static_t': None,
-            'reconstruction.eta': self.eta,
-            'reconstruction.omega': self.omega,
-            'fusion.lam': self.lam,
-            'fusion.sigma': self.sigma}
-
-# %% ../nbs/18_session.ipynb #869542b5
-@patch(as_prop=True)
-def maps_key(self: Setting) -> tuple[int, str, float, float]:
-    "What the raw maps depend on: settings with the same key share one `MapCache`."
-    return self.t_max, self.severity, self.eta, self.omega
-
-# %% ../nbs/18_session.ipynb #212a763f
-def calibrated_parts(
-    l: Tensor,                # [N,1,h,w] raw l_map
-    f: dict[int, Tensor],     # layer -> [N,1,h_j,w_j] raw f_map
-    t_hat: Tensor,            # [N] T̂
-    calibration: Calibration
-) -> list[Tensor]:            # l_map [N,h,w], then the layers of f_map [N,h_j,w_j]
-    "Calibrated raw maps; the layers of f_map are such that their enlarged sum is the calibrated f_map."
-    first, *others = f
-    lc, fc = calibration(l, f[first], t_hat)
-    shift = calibration(l, torch.zeros_like(f[first]), t_hat)[1]
-    rest = [calibration(l, f[j], t_hat)[1] - shift[:, :, :1, :1] for j in others]
-    return [x[:, 0].contiguous() for x in (lc, fc, *rest)]
-
-# %% ../nbs/18_session.ipynb #4cd109c9
-@dataclass
-class MapCache:
-    "Calibrated raw maps of every image at one `Setting.maps_key`, ready to be blended."
-    t_hat: Tensor             # [N] T̂
-    maps: list[Tensor]        # calibrated raw maps [N,h,w]: l_map, then f_map's layers
-    held_out: list[Tensor]    # the same of the held-out normal images
-    size: int                 # side of the images in pixels
-    quantile: float           # of held-out pixels, for the threshold
-    top: tuple[float, float] = (1., 1.)  # l_map and f_map that are shown in the brightest colour
-    _exact: dict = field(default_factory=dict, init=False, repr=False)   # (λ, σ) -> thresholds
-    _coarse: dict = field(default_factory=dict, init=False, repr=False)  # σ -> l_map, f_map on the grid; the last one
-
-    def __post_init__(self): self.top = _brightest(self.maps[:1]), _brightest(self.maps[1:])
-
-# %% ../nbs/18_session.ipynb #c693e6c7
-def _brightest(parts: list[Tensor]) -> float:
-    same_size = [F.interpolate(p[:, None], size=parts[0].shape[1:]) for p in parts]
-    return max(1., float(np.quantile(sum(same_size).numpy(), .998)))
-
-# %% ../nbs/18_session.ipynb #27546dd9
-@patch
-def pair(self: MapCache,
-    rows: Any,     # which images
-    sigma: float
-) -> tuple[Tensor, Tensor]:  # l_map, f_map, each [n,size,size], smoothed
-    "The two maps that λ blends."
-    l, *f = (m[rows] for m in self.maps)
-    return upsample_and_smooth(l, self.size, sigma), sum(upsample_and_smooth(x, self.size, sigma) for x in f)
-
-# %% ../nbs/18_session.ipynb #c694466a
-@patch
-def held_out_maps(self: MapCache,
-    lam: float,
-    sigma: float,
-    alive: Callable[[], bool] = lambda: True  # False: the answer is no longer wanted
-) -> np.ndarray | None:                       # [N,size,size] float32; None when no longer alive
-    "A_map of every held-out normal image."
-    l, *f = self.held_out
-    A = np.empty((len(l), self.size, self.size), np.float32)
-    for a in range(0, len(l), 32):
-        if not alive(): return None
-        b = slice(a, a + 32)
-        fm = sum(upsample_and_smooth(x[b], self.size, sigma) for x in f)
-        torch.lerp(fm, upsample_and_smooth(l[b], self.size, sigma), lam, out=torch.from_numpy(A[b]))
-    return A
-
-# %% ../nbs/18_session.ipynb #c81654b5
-@patch
-def thresholds(self: MapCache,
-    lam: float,
-    sigma: float,
-    alive: Callable[[], bool] = lambda: True
-) -> tuple[float, float] | None:  # for pixels, for images; None when no longer alive
-    "Learned on every pixel of the held-out normal images, as `DynAD` does."
-    if (lam, sigma) in self._exact: return self._exact[lam, sigma]
-    A = self.held_out_maps(lam, sigma, alive)
-    if A is None or not alive(): return None
-    scores = A.max((1, 2)).astype(np.float64)
-    if len(self._exact) > 999: self._exact.clear()
-    self._exact[lam, sigma] = quantile(A, self.quantile, overwrite_input=True), quantile(scores, self.quantile)
-    return self._exact[lam, sigma]
-
-# %% ../nbs/18_session.ipynb #e9e5a4d2
-GRID_PIXELS = 200_000  # of the held-out maps, from which the thresholds are estimated
-
-@patch(as_prop=True)
-def step(self: MapCache) -> int:
-    "Distance in pixels between the grid points of `estimate`."
-    return max(1, int(np.ceil(self.size*(len(self.held_out[0])/GRID_PIXELS)**.5)))
-
-# %% ../nbs/18_session.ipynb #fe3dcc3e
-@patch
-def _on_grid(self: MapCache, sigma: float) -> tuple[Tensor, Tensor]:
-    "l_map and f_map of the held-out images at the grid points."
-    if (known := self._coarse.get(sigma)) is None:
-        rows = lambda m: blur_matrix(m.shape[1], self.size, sigma)[self.step//2::self.step]
-        l, *f = (rows(m) @ m @ rows(m.mT).T for m in self.held_out)
-        known = l, sum(f)
-        self._coarse = {sigma: known}
-    return known
-
-# %% ../nbs/18_session.ipynb #a24eef65
-@patch
-def estimate(self: MapCache,
-    lam: float,
-    sigma: float
-) -> tuple[float, float, bool]:  # for pixels, for images, whether they are exact
-    "The thresholds at once: exact when they are known, otherwise from a regular grid of pixels with exact values."
-    if known := self._exact.get((lam, sigma)): return *known, True
-    l, f = self._on_grid(sigma)
-    A = torch.lerp(f, l, lam).flatten(1).numpy()
-    image_threshold = quantile(A.max(1), self.quantile)
-    return quantile(A, self.quantile, overwrite_input=True), image_threshold, False
+__all__ = ['fitted_dataset', 'MethodAt', 'decode_images', 'traced', 'Session']
 
 # %% ../nbs/18_session.ipynb #124cac5c
 def fitted_dataset(

@@ -20,7 +20,7 @@ from torch import Tensor
 from .store import atomic_write, replacing
 
 # %% auto #0
-__all__ = ['LUT', 'BLANK', 'drawing_lock', 'TRUTH', 'PREDICTED', 'MARKED', 'MARK', 'BLUE', 'COLORS', 'TRAIN', 'TEST', 'Picture',
+__all__ = ['LUT', 'BLANK', 'drawing_lock', 'TRUTH', 'PREDICTED', 'MARKED', 'MARK', 'BLUE', 'COLORS', 'TRAIN', 'TEST',
            'palette_png', 'png_bytes', 'SmallImage', 'Figure', 'figure_png', 'to_uint8', 'save_png', 'colorize', 'grid',
            'mask_border', 'overlay', 'marked', 'shade', 'outline', 'paint_mask', 'paint_heat', 'panel', 'smoothed',
            'curve']
@@ -382,6 +382,3 @@ def curve(
     if any(curves): ax.legend(fontsize=8, frameon=False)
     fig.tight_layout()
     return fig
-
-# %% ../nbs/02_show.ipynb #4819d66f
-Picture = Figure

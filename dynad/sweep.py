@@ -20,9 +20,9 @@ from .config import ConfigError
 from .detector import DynAD
 from .explorer import Explorer
 from .explorer_model import t_max_grid
-from .live import BLANK
-from .session import Session, Setting
-from .show import Picture, figure_png
+from .map_cache import Setting
+from .session import Session
+from .show import BLANK, Figure, figure_png
 from .view import Jobs, StateFile, View, button, labelled, note_html, row, severity_buttons, soft
 
 # %% auto #0
@@ -214,9 +214,9 @@ def curves_figure(
     table: pd.DataFrame,  # of one λ
     lam: float,
     own: int              # the run's own T_max
-) -> Picture:
+) -> Figure:
     "One curve over T_max per metric."
-    fig, n = Picture(figsize=(9.6, 2.5), dpi=100), table.run.nunique()
+    fig, n = Figure(figsize=(9.6, 2.5), dpi=100), table.run.nunique()
     for ax, (f, name) in zip(fig.subplots(1, 3), FIGURES.items()):
         draw_curve(ax, table, f, own)
         ax.set_title(f'{name} at λ = {lam:g}', fontsize=9)

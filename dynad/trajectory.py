@@ -19,9 +19,10 @@ from torch import Tensor
 from .demo import demo_run
 from .detector import DynAD
 from .diffusion import q_sample
-from .live import Still, png
+from .map_cache import Setting
 from .reconstruction import noise_for, pull
-from .session import Session, Setting, decode_images, traced
+from .session import Session, decode_images, traced
+from .show import SmallImage, png_bytes
 from .view import ImagePanels, Jobs, StateFile, View, heading, labelled, note_html, row, set_stale
 
 # %% auto #0
@@ -305,7 +306,7 @@ def _computed(self: Trajectory) -> None:
     self.play.max, self.step.value, self._first_step = n, max(0, min(step, n)), None
     m.ready = m.selected
     x = self.session.samples[i]
-    self.panels.put(('input', 0.), i, lambda: png(self.session.image(i)))
+    self.panels.put(('input', 0.), i, lambda: png_bytes(self.session.image(i)))
     self.panels.caption(('input', 0.), f'<b>input</b> {html.escape(x.name)}, {html.escape(x.defect)}')
     set_stale(False, self.back_panels, self.out_panels)
     self.show()
@@ -333,7 +334,7 @@ def _show_call(self: Trajectory, w: float, k: int) -> None:
     where = 'end' if end else f'call {k + 1}, t = {s.t[k] + 1}'
     for kind, text in KINDS.items():
         pulled = '' if end or kind == 'z_t' else f'; pull {s.pulls[k]:.2f}'
-        self.panels.put((kind, w), (ready, k), lambda: png(getattr(s, kind)[k]))
+        self.panels.put((kind, w), (ready, k), lambda: png_bytes(getattr(s, kind)[k]))
         self.panels.caption((kind, w), f'<b>{text[end]}</b>, {where}<br>{PAIRS[w]}{pulled}')
 
 # %% ../nbs/18g_trajectory.ipynb #1fd63227
@@ -341,14 +342,14 @@ def _show_call(self: Trajectory, w: float, k: int) -> None:
 def _show_diffused(self: Trajectory, w: float) -> None:
     m, t = self.model, self.out.value
     left = float(self.session.model.parts.schedule.abar[t].sqrt())
-    self.panels.put(('out', w), (m.ready, t), lambda: png(m.diffused[w][m.ts.index(t)]))
+    self.panels.put(('out', w), (m.ready, t), lambda: png_bytes(m.diffused[w][m.ts.index(t)]))
     self.panels.caption(('out', w), f'<b>z_t decoded</b>, t = {t + 1}, √ᾱ = {left:.3f}<br>{PAIRS[w]}')
 
 # %% ../nbs/18g_trajectory.ipynb #0f106c93
 def film(
     steps: dict[float, Steps],  # by ω, as in `TrajectoryModel`
     size: int = 110
-) -> Still:
+) -> SmallImage:
     "All steps at every ω as one image, for a page without widgets."
     rows = [(s, kind) for s in steps.values() for kind in KINDS]
     t = next(iter(steps.values())).t
@@ -361,4 +362,4 @@ def film(
         draw.text((2, at(0, r)[1] + 6), f'omega = {s.omega:g}\n{name}', fill=(40, 40, 40))
         for k, x in enumerate(getattr(s, kind)):
             out.paste(Image.fromarray(x).resize((size, size), Image.Resampling.BILINEAR), at(k, r))
-    return Still(out)
+    return SmallImage(out)

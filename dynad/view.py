@@ -13,8 +13,10 @@ import ipywidgets as W
 from fastcore.basics import patch
 from PIL import Image, ImageDraw
 
-from .live import BLANK, CSS, Background, Still, error_html, told
+from .charts import error_html
+from .live import CSS, Background, error_text
 from .session import Session
+from .show import BLANK, SmallImage
 from .store import atomic_write
 
 # %% auto #0
@@ -35,7 +37,7 @@ class StateFile:
             raw = json.loads(self.path.read_text(encoding='utf-8'))
             if not isinstance(raw, dict): raise TypeError('no JSON object')
             return parse(raw), ''
-        except (OSError, ValueError, TypeError, KeyError) as e: return {}, f'{self.path}: cannot be used ({told(e)})'
+        except (OSError, ValueError, TypeError, KeyError) as e: return {}, f'{self.path}: cannot be used ({error_text(e)})'
 
     def write(self, state: dict[str, Any]) -> None:
         "Replace the file."
@@ -165,7 +167,7 @@ class ImagePanels:
         "Fade some images."
         set_stale(stale, *(self.images[k] for k in names))
 
-    def snapshot(self, size: int, names: Sequence[Hashable]) -> Still:
+    def snapshot(self, size: int, names: Sequence[Hashable]) -> SmallImage:
         "Some of the images as one, for a page without widgets."
         return image_row({str(k): Image.open(io.BytesIO(self.images[k].value)) for k in names}, size)
 
@@ -173,13 +175,13 @@ class ImagePanels:
 def image_row(
     images: dict[str, Image.Image],
     size: int
-) -> Still:
+) -> SmallImage:
     "Images beside each other with their names above."
     out = Image.new('RGB', (len(images)*(size + 6), size + 16), 'white')
     for k, (name, image) in enumerate(images.items()):
         ImageDraw.Draw(out).text((k*(size + 6), 2), name, fill=(40, 40, 40))
         out.paste(image.convert('RGB').resize((size, size), Image.Resampling.BILINEAR), (k*(size + 6), 16))
-    return Still(out)
+    return SmallImage(out)
 
 # %% ../nbs/18b_view.ipynb #07adc618
 class View:
@@ -218,7 +220,7 @@ def say(self: View, text: str) -> None:
 @patch
 def failed(self: View, e: Exception) -> None:
     "Show an error in the view."
-    self.say(told(e))
+    self.say(error_text(e))
 
 # %% ../nbs/18b_view.ipynb #6ba22e92
 @patch

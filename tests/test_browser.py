@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from browser import APPS, BYTES, FLAGS, WATCH, View, chromium, demo, server, with_parameters
-from dynad.session import Session, Setting
+from dynad.map_cache import Setting
+from dynad.session import Session
 
 playwright = pytest.importorskip('playwright.sync_api', reason='playwright is not installed')
 if chromium() is None: pytest.skip('no chromium on this machine', allow_module_level=True)

@@ -18,9 +18,10 @@ import pytest
 import torch
 from PIL import Image
 
-import dynad.download as module
+import dynad.archives as module
+from dynad.archives import fetch, unpack
 from dynad.data import DataError, load_images, load_masks, open_dataset
-from dynad.download import PUBLISHED, SOURCES, compare_counts, download, fetch, missing, unpack
+from dynad.download import PUBLISHED, SOURCES, compare_counts, download, missing
 from dynad.layouts import LAYOUTS, Sample
 from dynad.images import read_mask
 

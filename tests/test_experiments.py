@@ -8,8 +8,9 @@ from PIL import Image
 
 from dynad.config import ConfigError
 from dynad.download import PUBLISHED
-import dynad.record, dynad.subjects
-from dynad.record import Record, by_class, compared, enter, enter_difference, verdict
+import dynad.findings, dynad.subjects
+from dynad.findings import by_class, enter, enter_difference, verdict
+from dynad.record import Record, compared
 from dynad.subjects import (
     NULLS, OPENED, find_set, fitted, measure, null_rows, paired, slim, subjects)
 from dynad.show import curve
@@ -258,9 +259,9 @@ def test_a_figure_without_numbers_still_names_its_data(board, tmp_path):
 
 def test_every_row_carries_the_detector_that_it_was_measured_with(run, board, tmp_path, monkeypatch):
     "The oracle's settings are those that it chose."
-    monkeypatch.setattr(dynad.record, 'fitted', lambda s, preset, seed, overrides=None: run)
+    monkeypatch.setattr(dynad.findings, 'fitted', lambda s, preset, seed, overrides=None: run)
     real = measure
-    monkeypatch.setattr(dynad.record, 'measure', lambda model, *a, **k: (m := real(model, *a, **k)) | ({'pro': m['pro'] | {'value': .99}} if model.config.fusion.lam == .75 and model.config.reconstruction.t_max == 80 else {}))
+    monkeypatch.setattr(dynad.findings, 'measure', lambda model, *a, **k: (m := real(model, *a, **k)) | ({'pro': m['pro'] | {'value': .99}} if model.config.fusion.lam == .75 and model.config.reconstruction.t_max == 80 else {}))
     r = Record('table1', tmp_path, PARAMETERS)
     choices = by_class(r, [board], 'smoke', [0], ('i_auroc', 'pro'), 20, [{'reconstruction.t_max': 80, 'fusion.lam': .75}])
     assert choices.chosen.tolist() == ['t_max = 80, lam = 0.75'] and {x['oracle'] for x in r.rows} == {True, False}

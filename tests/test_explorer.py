@@ -13,23 +13,24 @@ from PIL import Image
 
 from browser import APPS
 from dynad import trajectory
-from dynad.demo import demo_run
-from dynad.explorer_model import t_max_grid
-from dynad.fusion import quantile
-from dynad.quick_metrics import QuickMetrics
-from dynad.walk import decode, reconstruct_latents
-from dynad.session import Session, Setting, upsample_and_smooth
 from dynad.config import ConfigError, make_config
+from dynad.demo import demo_run
 from dynad.detector import DynAD
-from dynad.fusion import score, smooth, upsample
-from dynad.live import Background, outline, png, shade
-from dynad.metrics import image_metrics, pixel_metrics
+from dynad.explorer import STATE, Explorer
+from dynad.explorer_model import t_max_grid
+from dynad.explorer_parts import pull_html
+from dynad.fusion import quantile, score, smooth, upsample
 from dynad.images import DataError
+from dynad.live import Background
+from dynad.map_cache import Setting, upsample_and_smooth
+from dynad.metrics import image_metrics, pixel_metrics
+from dynad.quick_metrics import QuickMetrics
+from dynad.session import Session
+from dynad.show import outline, png_bytes, shade
 from dynad.sweep import Sweep, best_settings
 from dynad.synthetic import write_synthetic
 from dynad.trajectory import Trajectory, reconstruct_steps
-from dynad.explorer import STATE, Explorer
-from dynad.explorer_parts import pull_html
+from dynad.walk import decode, reconstruct_latents
 
 GRID = (80, 160, 320)
 
@@ -91,7 +92,7 @@ def test_drawing():
     m = np.zeros((9, 9), bool); m[2:7, 2:7] = True
     assert outline(m).sum() == 16 and not outline(m)[4, 4] and outline(np.ones((4, 4), bool)).sum() == 12
     assert shade(np.array([[-1., 0., 2., 9.]]), 2.).tolist() == [[0, 0, 255, 255]]
-    assert size(png(np.zeros((5, 7), np.uint8))) == (7, 5) == size(png(np.zeros((5, 7, 3), np.uint8)))
+    assert size(png_bytes(np.zeros((5, 7), np.uint8))) == (7, 5) == size(png_bytes(np.zeros((5, 7, 3), np.uint8)))
 
 def test_background_shows_its_errors_and_goes_on():
     said, done = [], []

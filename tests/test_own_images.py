@@ -12,7 +12,7 @@ from dynad.method import Decision
 from dynad.cautions import cautions_html, find_cautions, held_out_images, unlike
 from dynad.inspection import FitProgress, save_uploads
 from dynad.own_images import OwnImages
-from dynad.session import open_folder
+from dynad.data import open_folder
 from dynad.images import DataError
 
 FAST = {'latents.finetune_steps': 2, 'denoiser.steps': 24, 'denoiser.checkpoint_every': 4, 'adaptation.gamma': 0}
