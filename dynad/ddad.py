@@ -31,7 +31,7 @@ from .walk import Parts, decode, encode
 # %% auto #0
 __all__ = ['Rebuild', 'DDADOptions', 'matching_steps', 'stochastic_step', 'ddad_timesteps', 'ddad_reconstruct', 'pixel_distance',
            'feature_distance', 'ddad_map', 'ddad_loss', 'adaptation_pairs', 'adaptation_training', 'ddad_config',
-           'DDAD', 'rebuilt_latents', 'distances', 'fit_adapted_phi', 'fit_maxima', 'maxima_of']
+           'DDAD', 'train_ddad', 'rebuilt_latents', 'distances', 'fit_adapted_phi', 'fit_maxima', 'maxima_of']
 
 # %% ../nbs/16f_ddad.ipynb #ac9e2c75
 class DDADOptions(Settings):
@@ -184,6 +184,7 @@ def ddad_config(config: Config) -> Config:
     rates = {'denoiser.lr': 3e-4, 'denoiser.weight_decay': .05} if config.preset in ('paper', 'authors') else {}
     return with_overrides(config, {'diffusion.beta_start': o.beta_start, 'diffusion.beta_end': o.beta_end} | rates)
 
+# %% ../nbs/16f_ddad.ipynb #e9fece49
 @register
 class DDAD(Method):
     "Anomaly detection with conditioned denoising diffusion models (Mousakhan, Brox and Tayyub, 2023)."
@@ -203,18 +204,7 @@ class DDAD(Method):
         "The training images."
         return CachedWalk(self.parts, self.training_set)
 
-    def train(self, hooks):
-        phi0, stages, state = phi_of(self.config).to(self.device), {}, processes(self.config.device)
-        with state.main_process_first():
-            stages['autoencoder'] = fit_autoencoder(self, phi0, hooks)
-            load_autoencoder(self, stages['autoencoder'])
-            self.training.z0
-        stages['denoiser'] = DynAD.fit_denoiser(self, hooks)
-        load_unet(self, stages['denoiser'])
-        with state.main_process_first():
-            stages['phi'] = fit_adapted_phi(self, phi0, hooks)
-            load_phi(self, stages['phi'])
-            return stages | {'maxima': fit_maxima(self)}
+    def train(self, hooks): return train_ddad(self, hooks)
 
     def load(self, stages):
         if missing := {'autoencoder', 'denoiser', 'phi', 'maxima'} - stages.keys():
@@ -231,6 +221,21 @@ class DDAD(Method):
         return Prediction(score(A), A)
 
 DDAD.reconstructs = True
+
+# %% ../nbs/16f_ddad.ipynb #ca873391
+def train_ddad(method: DDAD, hooks: Hooks) -> dict[str, Path]:
+    "All trainings, in the order in which they need each other; returns the stages by name."
+    phi0, stages, state = phi_of(method.config).to(method.device), {}, processes(method.config.device)
+    with state.main_process_first():
+        stages['autoencoder'] = fit_autoencoder(method, phi0, hooks)
+        load_autoencoder(method, stages['autoencoder'])
+        method.training.z0
+    stages['denoiser'] = DynAD.fit_denoiser(method, hooks)
+    load_unet(method, stages['denoiser'])
+    with state.main_process_first():
+        stages['phi'] = fit_adapted_phi(method, phi0, hooks)
+        load_phi(method, stages['phi'])
+        return stages | {'maxima': fit_maxima(method)}
 
 # %% ../nbs/16f_ddad.ipynb #5df83666
 @torch.no_grad()

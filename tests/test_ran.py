@@ -1,4 +1,4 @@
-"16i_learned_variance, 16i_gradient_denoising, 16j_ran: formulas against other implementations, descent, the method, one network for several categories."
+"07b_learned_variance, 09a_gradient_denoising, 16i_ran_network, 16j_ran: formulas against other implementations, descent, the method, one network for several categories."
 import math
 
 import pytest
@@ -16,7 +16,9 @@ from dynad.gradient_denoising import (FeatureGaussian, GaussianError, gradient_d
 from dynad.learned_variance import (discrete_nll, gaussian_kl, learned_log_variance, make_posterior, respaced, reverse_step,
                                     step_kl, vlb)
 from dynad.method import open_run
-from dynad.ran import RAN, RAN_DIFFUSION, RANError, RANMaps, RANNet, RANOptions, chain_of, combine, fit_unified, resolved, rotated
+from dynad.ran import RAN, fit_unified
+from dynad.ran_network import (RAN_DIFFUSION, RANError, RANMaps, RANNet, RANOptions, chain_of, combine, resolved,
+                               rotated)
 from dynad.store import StoreError
 from dynad.synthetic import write_synthetic
 
