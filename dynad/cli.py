@@ -312,7 +312,7 @@ def demo(
         dataset = demo_data(data, product, out, category, seed, strict)
         if data != 'synthetic': echo(f'{dataset!r}') # what is left of a larger one
         method = DynAD(cfg).fit(dataset, out/f'run_{name}')
-        e = ev.evaluate(method, dataset, n_boot=200, baselines=[ev.fitted_baseline(method, 'patchcore', dataset)])
+        e = ev.evaluate(method, dataset, baselines=[ev.fitted_baseline(method, 'patchcore', dataset)])
         ev.write_result(e.result, out/f'run_{name}'/'result.json')
         echo(ev.metrics_table(e.result).iloc[:, :3].to_string())
         echo(f"{'synthetic images, ' if data == 'synthetic' else ''}small preset with fewer steps: "

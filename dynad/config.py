@@ -242,9 +242,9 @@ class Config(Settings):
 # %% ../nbs/00_config.ipynb #54bfe4b1
 PRESETS: dict[str, dict] = {
     'paper': {},
-    'authors': dict(latents=dict(latent_sampling='sample'), dic=dict(self_match='include'),
+    'authors': dict(latents=dict(latent_sampling='sample'), dic=dict(self_match='include'), denoiser=dict(ema=0.),
                     reconstruction=dict(eta=4., indices='authors', static_sampler='authors'),
-                    adaptation=dict(eta=4., loss='flat'), fusion=dict(calibration='test')),
+                    adaptation=dict(eta=4., loss='flat', batch=30), fusion=dict(calibration='test')),
     'small': dict(
         data=dict(image_size=128), features=dict(backbone='efficientnet_lite0', enlarge=2),
         latents=dict(kind='tiny', finetune_steps=240),

@@ -459,7 +459,9 @@ def save_pretrained(self: DynAD, folder: str | Path) -> Path:
                                                     for n, t in b.state().items()})
     scale = self.fixed_calibration
     if scale is None: scale = self.calibrated(torch.cat([self.held_out.t_hat, possible_t_hat(self)]))
-    atomic_write(folder/'calibration.json', json.dumps(asdict(scale) | asdict(self.decision), indent=1))
+    decision = asdict(self.decision)
+    decision['threshold'] = decision.pop('pixel_threshold') # the name of before
+    atomic_write(folder/'calibration.json', json.dumps(asdict(scale) | decision, indent=1))
     atomic_write(folder/'config.json', dump_config(self.config))
     return folder
 

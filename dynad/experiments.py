@@ -107,6 +107,8 @@ EXPERIMENTS = ( # in the order of the list and the book; minutes were measured o
     Experiment('spaces', 'table', minutes=1.6, small=24., trains=True),
     Experiment('sensitivity', 'table', minutes=.5),
     Experiment('attribution'),
+    Experiment('scorers', 'table', minutes=.8, trains=True),
+    Experiment('ran', 'table', ('mvtec',), minutes=.8, trains=True),
     Experiment('severity', 'table'),
     Experiment('small_preset', 'table', minutes=1.5),
     Experiment('speed', 'timings', minutes=.5),
@@ -231,7 +233,8 @@ def _declared(path: str | Path) -> list[tuple[str, str, str]]: # name, default, 
     cell = next((c for c in read_notebook(path) if 'parameters' in c.tags), None)
     if cell is None:
         raise RunnerError(f"{path}: no cell is tagged `parameters`, so that papermill would silently run the "
-                          "notebook's own defaults; tag the cell with the parameters (JupyterLab: property inspector, Cell Tags)")
+                          "notebook's own defaults; tag the cell with the parameters "
+                          "(JupyterLab: property inspector, Cell Tags)")
     try: body = ast.parse(cell.source).body
     except SyntaxError as e:
         raise RunnerError(f"{path}: the cell tagged `parameters` is not Python ({e.msg}, line {e.lineno}); "

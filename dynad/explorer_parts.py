@@ -79,6 +79,7 @@ def follow(self: Controls, threshold: float) -> None:
         if threshold > self.threshold.max: self.threshold.max = float(np.ceil(2*threshold))
         self.threshold.value = self.learned_value = round(max(threshold, 0.), 2)
 
+# %% ../nbs/18d_explorer_parts.ipynb #9515c49b
 @patch
 def threshold_moved(self: Controls, value: float) -> bool:
     "Whether a new value of the threshold is a move by hand; it is not learned any more, then."

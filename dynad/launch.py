@@ -70,6 +70,7 @@ def _installed(package: str) -> bool:
     try: return bool(importlib.metadata.version(package))
     except importlib.metadata.PackageNotFoundError: return False
 
+# %% ../nbs/07a_launch.ipynb #2c84c46c
 def check_trackers(names: tuple[str, ...]) -> None:
     "Raises `ConfigError` for a tracker that is unknown or not installed."
     for n in names:

@@ -104,7 +104,7 @@ def write_one(method: Method, p: Prediction, i: int, file: Path, stem: str, out:
     x = read_image(file, c.image_size, c.max_pixels)
     drawn = {}
     if p.map is not None:
-        drawn = {'map': colorize(p.map[i], 0, max(2*d.threshold, float(p.map[i].max()), 1e-6)),
+        drawn = {'map': colorize(p.map[i], 0, max(2*d.pixel_threshold, float(p.map[i].max()), 1e-6)),
                  'overlay': overlay(x, map=p.map[i], mask=p.mask[i])}
     if getattr(p, 'reconstruction', None) is not None: drawn['reconstruction'] = p.reconstruction[i]
     for kind, image in drawn.items(): save_png(image, out/f'{stem}_{kind}.png')

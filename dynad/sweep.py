@@ -329,6 +329,7 @@ def fill(self: Sweep) -> Sweep:
     self.worker.poke()
     return self
 
+# %% ../nbs/18f_sweep.ipynb #c21514e4
 @patch
 def _halt(self: Sweep) -> None:
     self.model.wanted = False
@@ -342,6 +343,7 @@ def failed(self: Sweep, e: Exception) -> None:
     self.report('')
     View.failed(self, e)
 
+# %% ../nbs/18f_sweep.ipynb #c2285d7e
 @patch
 def _changed(self: Sweep, what: str) -> None:
     "Called by the thread when cells are measured, or when nothing is left to do."

@@ -109,7 +109,7 @@ def test_no_denoiser_is_called_for_what_is_stored(smoke, boards, overrides):
     assert other.parts.denoiser.calls == 0 and model.parts.denoiser.calls == before
     B, _, _ = set_maps(model, boards)
     if 'fusion.threshold_quantile' not in overrides: assert not torch.allclose(A, B)
-    else: assert other.decision.threshold < model.decision.threshold
+    else: assert other.decision.pixel_threshold < model.decision.pixel_threshold
 
 
 def test_eta_and_omega_do_not_train_again(smoke, boards):

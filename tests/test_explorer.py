@@ -59,7 +59,7 @@ def test_the_session_gives_what_the_detector_gives(session, severity, t_max, lam
     m = DynAD.open(session.run, s.overrides, progress=False)
     A = m.all_maps(m.cached_walk(m.test_images(session.samples, session.dataset)))[0]
     torch.testing.assert_close(torch.from_numpy(session.anomaly_maps(s)), A[:, 0], atol=2e-4, rtol=1e-3)
-    assert cache.thresholds(lam, sigma) == pytest.approx((m.decision.threshold, m.decision.image_threshold), rel=1e-4)
+    assert cache.thresholds(lam, sigma) == pytest.approx((m.decision.pixel_threshold, m.decision.image_threshold), rel=1e-4)
     got, exact = session.metrics(s)[0], pixel_metrics(A, session.masks, session.has_mask, n_boot=0)
     assert got['i_auroc'] == pytest.approx(image_metrics(score(A), session.labels, n_boot=0)['i_auroc'].value)
     assert [got['p_auroc'], got['pro']] == pytest.approx([exact['p_auroc'].value, exact['pro'].value], abs=2e-4)

@@ -114,7 +114,7 @@ def test_a_session_shows_what_the_detector_gives(model, data, change):
     own = torch.cat([p.map for _, p in same.predict_set(session.test_set)])[:, 0].numpy()
     assert np.abs(session.anomaly_maps(setting) - own).max() < 1e-3
     assert cache.thresholds(setting.lam, setting.sigma) == pytest.approx(
-        (same.decision.threshold, same.decision.image_threshold), abs=1e-3)
+        (same.decision.pixel_threshold, same.decision.image_threshold), abs=1e-3)
     scores = np.concatenate([p.score for _, p in same.predict_set(session.test_set)])
     assert session.metrics(setting)[1] == pytest.approx(scores, abs=1e-3)
 
