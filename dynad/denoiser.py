@@ -65,6 +65,7 @@ def latent_size(self: Denoiser) -> int:
     "Side of the latents that it was built for."
     return self.unet.config.sample_size*self.patch
 
+# %% ../nbs/08a_denoiser.ipynb #66d63489
 @patch(as_prop=True)
 def weights_hash(self: Denoiser) -> str:
     "sha256 of the weights."
@@ -83,6 +84,7 @@ def _check_levels(settings: DenoiserSettings, latent_size: int) -> None:
                             f"but its side is {side}{f' (in patches of {p})' if p > 1 else ''}, no multiple of {unit}: "
                             f"use fewer widths, or a larger data.image_size")
 
+# %% ../nbs/08a_denoiser.ipynb #cbb1bdbc
 def _check_attention(settings: DenoiserSettings) -> None:
     w, levels = settings.widths, len(settings.widths)
     if extra := [a for a in settings.attention if not 0 <= a < levels]:
@@ -202,6 +204,7 @@ def _check_latents(unet: Denoiser, latents: Tensor) -> None:
         raise DenoiserError(f"latents hold NaN or infinity in {len(bad)} of {len(latents)} rows, first {bad[0]}: "
                             f"check that image and the autoencoder")
 
+# %% ../nbs/08a_denoiser.ipynb #d574b57d
 def _identity(
     unet: Denoiser, latents: Tensor, schedule: Schedule, settings: DenoiserSettings, seed: int, precision: str
 ) -> dict[str, Any]:
