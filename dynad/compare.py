@@ -4,7 +4,7 @@
 
 # %% ../nbs/17g_compare.ipynb #ecc1a98b
 from __future__ import annotations
-import importlib, json, os, subprocess, sys, time, traceback
+import importlib, json, subprocess, sys, time, traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
@@ -24,7 +24,7 @@ from .evaluate import KEYS, NAMES, Evaluation, described, evaluate, versions
 from .machine import machine, peak_memory_mb
 from .method import METHODS, Method, method_named
 from .metrics import StreamingPixelMetrics, paired_bootstrap
-from .show import Figure, TRUTH, colorize, figure_png, marked, panel
+from .show import Figure, TRUTH, figure_png, marked, panel
 from .store import atomic_write, load_json, load_tensors, make_folder, save_tensors
 from .training import TrainingError
 
