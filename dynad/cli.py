@@ -4,7 +4,7 @@
 
 # %% ../nbs/20_cli.ipynb #425193e4
 from __future__ import annotations
-import json, time
+import errno, json, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Iterator, Optional
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Iterator, Optional
 import typer
 
 from . import __version__
+from .paths import (PathError, check_file, check_folder, check_space, echo, echo_json, expanded, lenient_streams,
+                         printable)
 
 if TYPE_CHECKING:
     from dynad.config import Config
@@ -20,13 +22,34 @@ if TYPE_CHECKING:
     from dynad.method import Method
 
 # %% auto #0
-__all__ = ['app', 'Layout', 'Category', 'Seed', 'Set', 'Preset', 'DEMO', 'PROFILE', 'SCHEDULER', 'TIMEOUT', 'known_mistakes',
-           'config_of', 'checked_place', 'dataset_of', 'fit', 'opened', 'baselines_of', 'evaluate', 'write_page',
+__all__ = ['app', 'OF_THE_SYSTEM', 'Folder', 'File', 'DataSet', 'Layout', 'Category', 'Seed', 'Set', 'Strict', 'Preset', 'DEMO',
+           'VALUE', 'RAW', 'VALUE_HELP', 'RAW_HELP', 'YAML_HELP', 'Values', 'Texts', 'Yaml', 'YamlFiles', 'PROFILE',
+           'SCHEDULER', 'TIMEOUT', 'OneLine', 'known_mistakes', 'config_of', 'checked_place', 'dataset_of', 'place',
+           'data_place', 'fit', 'opened', 'baselines_of', 'check_results', 'check_apart', 'evaluate', 'write_page',
            'predict', 'demo_data', 'demo', 'NameValue', 'cost', 'print_plan', 'print_outcomes', 'reproduce', 'download',
            'bench', 'seeds_of', 'settings_of', 'compare', 'runner_of', 'doctor']
 
 # %% ../nbs/20_cli.ipynb #bdfad273
-app = typer.Typer(add_completion=False, no_args_is_help=True,
+class OneLine(typer.core.TyperGroup):
+    "Commands whose mistakes end in one line, on any console."
+    def main(self, *args, standalone_mode: bool = True, **kwargs):
+        if not standalone_mode: return super().main(*args, standalone_mode=False, **kwargs)
+        lenient_streams()
+        try: code = super().main(*args, standalone_mode=False, **kwargs)
+        except typer.BadParameter.__bases__[0] as e: code = self.tell(e) # any error of usage
+        except typer.Abort: code = 1
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def tell(self, e) -> int:
+        "What is wrong with a command line."
+        if type(e).__name__ == 'NoArgsIsHelpError': print(e.ctx.get_help())
+        else:
+            command = f' {e.ctx.info_name}' if e.ctx and e.ctx.parent else ''
+            echo(f"dynad: {printable(' '.join(e.format_message().split()))} (options: dynad{command} --help)", err=True)
+        return e.exit_code
+
+# %% ../nbs/20_cli.ipynb #ad64b619
+app = typer.Typer(cls=OneLine, add_completion=False, no_args_is_help=True,
                   help='Dynamic addition of noise in a diffusion model for anomaly detection.')
 
 @contextmanager
@@ -34,9 +57,15 @@ def known_mistakes() -> Iterator[None]:
     "Turn the package's own errors into one line and exit status 2; any other error is a bug and keeps its traceback."
     from dynad.config import DynadError
     try: yield
-    except (DynadError, FloatingPointError, PermissionError) as e:
-        typer.echo(f'dynad: {e}', err=True)
-        raise typer.Exit(2) from None
+    except (DynadError, FloatingPointError, PermissionError) as e: said = str(e)
+    except OSError as e:
+        if e.errno not in OF_THE_SYSTEM: raise
+        said = f'{e.filename}: {e.strerror}; choose another place, or make room'
+    else: return
+    echo(f"dynad: {printable(' '.join(said.splitlines()))}", err=True)
+    raise typer.Exit(2)
+
+OF_THE_SYSTEM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP}
 
 # %% ../nbs/20_cli.ipynb #601fd6d0
 def config_of(preset: str, seed: int, pairs: list[str] | None, more: dict | None = None, **fields) -> Config:
@@ -47,97 +76,159 @@ def config_of(preset: str, seed: int, pairs: list[str] | None, more: dict | None
 def checked_place(data: str) -> None:
     "Raises DynadError for a data set that is not there, before anything slow is imported."
     from dynad.config import DynadError
-    place = Path(data)
+    place = expanded(data)
     if data != 'elpv' and not place.is_dir():
         raise DynadError(f"{place}: {'a file, not a folder' if place.exists() else 'no such folder'}; "
                          'give the folder that holds the images')
 
-def dataset_of(data: str, layout: str, category: str | None, seed: int) -> AnomalyDataset:
-    "The data set of a command line."
-    from dynad.data import open_dataset
-    return open_dataset(data, layout=layout, category=category, seed=seed)
+def dataset_of(data: str, layout: str, category: str | None, seed: int, strict: bool = False) -> AnomalyDataset:
+    "The data set of a command line, and a line of what is in its folder. Raises DataError; if strict, for findings too."
+    import warnings
+    from dynad.data import FindingWarning, open_dataset
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', FindingWarning) # the line says it
+        dataset = open_dataset(data, layout=layout, category=category, seed=seed, strict=strict)
+    echo(dataset.line())
+    return dataset
 
 # %% ../nbs/20_cli.ipynb #4bcdfb72
+def place(text: str | Path) -> Path:
+    "The type of every path of the command line; `~` may stand behind `=`. An empty one comes from an unset variable."
+    if not str(text).strip(): raise typer.BadParameter('the path is empty; name one')
+    try: return expanded(text)
+    except PathError as e: raise typer.BadParameter(str(e)) from None
+
+def data_place(text: str) -> str:
+    "A folder, or one of the words for data sets."
+    return str(place(text))
+
+Folder = dict(parser=place, metavar='FOLDER') # of an option
+File = dict(parser=place, metavar='FILE')
+DataSet = dict(parser=data_place, metavar='FOLDER')
+
+# %% ../nbs/20_cli.ipynb #0a15f7f3
 Layout = Annotated[str, typer.Option(help='auto, mvtec, visa, btad, mtd, elpv, or folder (all images are normal ones)')]
 Category = Annotated[Optional[str], typer.Option(help='one category of a data set that has several')]
 Seed = Annotated[int, typer.Option(min=0, help='the one seed: split, training, noise, bootstrap')]
 Set = Annotated[Optional[list[str]], typer.Option(
     '--set', metavar='KEY=VALUE', help='a setting, e.g. reconstruction.t_max=320; may be repeated')]
+Strict = Annotated[bool, typer.Option('--strict', help='end with an error where a folder holds what is not used')]
 Preset = Annotated[str, typer.Option(help='small, smoke, paper or authors')]
 
 # %% ../nbs/20_cli.ipynb #2b07b7ab
 @app.command()
 def fit(
-    data: Annotated[str, typer.Option(help="folder of the data set, or 'elpv'")],
-    out: Annotated[Path, typer.Option(help='run directory; a run that was cut off goes on where it stopped')],
+    data: Annotated[str, typer.Option(**DataSet, help="folder of the data set, or 'elpv'")],
+    out: Annotated[Path, typer.Option(**Folder,
+                                      help='run directory; a run that was cut off goes on where it stopped')],
     method: Annotated[str, typer.Option(help='dynad, or another method of the package, e.g. patchcore')] = 'dynad',
     layout: Layout = 'auto', category: Category = None, preset: Preset = 'small',
     tracker: Annotated[str, typer.Option(
         help='where losses are logged: tensorboard (in the run directory), mlflow, wandb or none')] = 'tensorboard',
-    seed: Seed = 0, set: Set = None
+    seed: Seed = 0, set: Set = None, strict: Strict = False
 ):
     "Fit on the normal training images of a data set; `accelerate launch -m dynad.cli fit …` uses several processes."
     with known_mistakes():
         cfg = config_of(preset, seed, set, {'trackers': [] if tracker == 'none' else [tracker]}, method=method)
         checked_place(data)
+        check_folder(out, '--out ')
+        from dynad.checks import check_data
         from dynad.method import method_named
-        cls, dataset = method_named(method), dataset_of(data, layout, category, seed)
-        typer.echo(f'{dataset!r}')
+        from dynad.store import check_run
+        check_run(out, '--out ')
+        cls, dataset = method_named(method), dataset_of(data, layout, category, seed, strict)
+        if strict: check_data(dataset, cfg.data)
         start = time.perf_counter()
         cls(cfg).fit(dataset, out)
-        typer.echo(f'fitted in {(time.perf_counter() - start)/60:.1f} minutes: {out}')
+        echo(f'fitted in {(time.perf_counter() - start)/60:.1f} minutes: {out}')
 
 # %% ../nbs/20_cli.ipynb #2fafcdcb
 def opened(run: Path, data: str, layout: str, category: str | None,
-           pairs: list[str] | None) -> tuple[Method, AnomalyDataset]:
+           pairs: list[str] | None, strict: bool = False) -> tuple[Method, AnomalyDataset]:
     "A run and a data set; the category is that of the run where the folder has it."
     from dynad.config import parse_overrides
     from dynad.method import open_run
     method = open_run(run, parse_overrides(pairs or []))
     own = method.info['data']['category'] # also of another folder of the same build
     known = own is not None and (data == 'elpv' or (Path(data)/'labels.csv').exists() or (Path(data)/own).is_dir())
-    return method, dataset_of(data, layout, category or (own if known else None), method.config.seed)
+    return method, dataset_of(data, layout, category or (own if known else None), method.config.seed, strict)
 
 def baselines_of(method: Method, names: str, dataset: AnomalyDataset) -> list[Method]:
     "Other methods, fitted in the run directory; none where the data set has not the images that the run was fitted on."
     from dynad.evaluate import fitted_baseline
     wanted = [n for n in names.split(',') if n and n != method.name]
     if wanted and method.info['data']['fingerprint'] != dataset.fingerprint:
-        typer.echo(f"no baseline: the run was fitted on other images than those of {dataset.name}", err=True)
+        echo(f"no baseline: the run was fitted on other images than those of {dataset.name}", err=True)
         return []
     return [fitted_baseline(method, n, dataset) for n in wanted]
+
+# %% ../nbs/20_cli.ipynb #30c0e5a2
+def check_results(run: Path, json_file: Path, table: Path | None = None, save_maps: Path | None = None,
+                  report: Path | None = None) -> None:
+    "Raises DynadError for results that could not be written after the work, or that would overwrite each other."
+    check_file(json_file, '--json ')
+    if table: check_file(table, '--table ', ('.parquet', '.pq'))
+    for folder, what in ((run, ''), (save_maps, '--save-maps '), (report, '--report ')):
+        if folder: check_folder(folder, what)
+    from dynad.exports import MARKER, check_export
+    from dynad.report import check_report
+    if save_maps: check_export(save_maps, ['index.csv'], '--save-maps ')
+    if report: check_report(report, '--report ')
+    kept = {run/'config.json': 'RUN', run/'run.json': 'RUN'}
+    if save_maps: kept |= {save_maps/n: '--save-maps' for n in ('index.csv', MARKER)}
+    check_apart({'--json': json_file, '--table': table, '--save-maps': save_maps}, kept, report)
+
+# %% ../nbs/20_cli.ipynb #b5c72b23
+def check_apart(results: dict[str, Path | None], kept: dict[Path, str], report: Path | None) -> None:
+    "Raises PathError where a result has the place of another file, or lies in the folder of the report."
+    taken = {p.resolve(): what for p, what in kept.items()}
+    for what, p in results.items():
+        if p is None: continue
+        at = p.resolve()
+        if at in taken: raise PathError(f"{what} {printable(p)}: is the place of {taken[at]} too; choose another one")
+        taken[at] = what
+        if report and at.is_relative_to(report.resolve()):
+            raise PathError(f"{what} {printable(p)}: lies in the folder of --report, which holds the report alone; "
+                            "choose another place")
 
 # %% ../nbs/20_cli.ipynb #280ccbd5
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help='run directory of `dynad fit`')],
-    data: Annotated[str, typer.Option(help="folder of the data set, or 'elpv'")],
-    json_file: Annotated[Path, typer.Option('--json', help='where the result goes')],
+    run: Annotated[Path, typer.Argument(parser=place, help='run directory of `dynad fit`')],
+    data: Annotated[str, typer.Option(**DataSet, help="folder of the data set, or 'elpv'")],
+    json_file: Annotated[Path, typer.Option('--json', **File, help='where the result goes')],
     layout: Layout = 'auto', category: Category = None,
-    save_maps: Annotated[Optional[Path], typer.Option(help='folder for raw float32 maps (.npy) and index.csv')] = None,
-    report: Annotated[Optional[Path], typer.Option(help='folder for a results page with images')] = None,
-    table: Annotated[Optional[Path], typer.Option(help='a Parquet file with one row per image')] = None,
+    save_maps: Annotated[Optional[Path], typer.Option(
+        **Folder, help='for raw float32 maps (.npy) and index.csv')] = None,
+    report: Annotated[Optional[Path], typer.Option(
+        **Folder, help='for a results page with images')] = None,
+    table: Annotated[Optional[Path], typer.Option(
+        **File, help='a Parquet file with one row per image')] = None,
     null_models: Annotated[bool, typer.Option(help='the rows that tell what the diffusion adds')] = True,
     baselines: Annotated[str, typer.Option(
         help='methods to fit on the same images as rows beside it, comma-separated; empty for none')] = 'patchcore',
     n_boot: Annotated[int, typer.Option(min=0, help='bootstrap resamples of the intervals')] = 1000,
-    set: Set = None
+    set: Set = None, strict: Strict = False
 ):
     "Evaluate a fitted run on the test images of a data set; inference settings may be changed with --set."
     with known_mistakes():
-        from dynad.config import load_config
-        load_config(run/'config.json') # a run that is not there is named before anything slow is imported
+        from dynad.config import load_config, parse_overrides, with_overrides
+        # a run that is not there is named before anything slow is imported
+        cfg = with_overrides(load_config(run/'config.json'), parse_overrides(set or []))
         checked_place(data)
+        check_results(run, json_file, table, save_maps, report)
         from dynad import evaluate as ev
-        from dynad.store import make_folder
-        for folder in filter(None, (json_file.parent, save_maps, report, table and table.parent)):
-            make_folder(folder) # before the work
-        method, dataset = opened(run, data, layout, category, set)
+        from dynad.checks import check_data
+        from dynad.method import method_named
+        for n in filter(None, baselines.split(',')): method_named(n)
+        method, dataset = opened(run, data, layout, category, set, strict)
+        if strict: check_data(dataset, method.config.data)
+        if save_maps: check_space(save_maps, 4*len(dataset.test)*cfg.data.image_size**2, f'{len(dataset.test)} maps')
         e = ev.evaluate(method, dataset, n_boot=n_boot, null_models=null_models,
                         baselines=baselines_of(method, baselines, dataset))
         ev.write_result(e.result, json_file)
-        typer.echo(ev.metrics_table(e.result).iloc[:, :3].to_string())
-        if note := e.result['protocol']['note']: typer.echo(note)
+        echo(ev.metrics_table(e.result).iloc[:, :3].to_string())
+        if note := e.result['protocol']['note']: echo(note)
         if save_maps: ev.save_maps(e, save_maps)
         if table: ev.save_table(e, table)
         if report: write_page(e, report)
@@ -145,36 +236,52 @@ def evaluate(
 def write_page(e: Evaluation, folder: Path) -> None:
     "The results page."
     from dynad.report import write_report
-    typer.echo(f'results page: {write_report(e, folder)}')
+    echo(f'results page: {write_report(e, folder)}')
 
 # %% ../nbs/20_cli.ipynb #82d61c6e
 @app.command()
 def predict(
-    run: Annotated[Path, typer.Argument(help='run directory of `dynad fit`, or a folder of `save_pretrained`')],
-    images: Annotated[list[Path], typer.Argument(help='images, or folders of images')],
-    out: Annotated[Path, typer.Option(help='folder for maps, overlays, reconstructions and scores.csv')],
-    set: Set = None
+    run: Annotated[Path, typer.Argument(
+        parser=place, help='run directory of `dynad fit`, or a folder of `save_pretrained`')],
+    images: Annotated[list[Path], typer.Argument(parser=place, help='images, or folders of images')],
+    out: Annotated[Path, typer.Option(
+        **Folder, help='for maps, overlays, reconstructions and scores.csv; an earlier output of dynad there goes')],
+    set: Set = None, strict: Strict = False
 ):
     "Score single images: map, overlay and reconstruction as PNG, and scores.csv."
     with known_mistakes():
-        from dynad.config import parse_overrides
-        from dynad.output import images_of, open_for_prediction, write_predictions
-        files = images_of(images)
-        rows = write_predictions(open_for_prediction(run, parse_overrides(set or [])), files, out)
-        typer.echo(f"{sum(r['anomalous'] for r in rows)} of {len(rows)} images above the threshold: {out/'scores.csv'}")
+        from dynad.config import load_config, parse_overrides
+        check_folder(out, '--out ')
+        from dynad.collector import check_strict, collect_places, count, summary_line
+        from dynad.output import check_output, open_for_prediction, write_predictions
+        found = collect_places(images)
+        files = list(found.files)
+        if strict: check_strict(found.findings, ', '.join(map(str, images)))
+        check_output(out, files, load_config(run/'config.json').data.image_size)
+        method = open_for_prediction(run, parse_overrides(set or []))
+        echo(summary_line(count(len(files), 'image'), found.findings))
+        rows = write_predictions(method, files, out)
+        echo(f"{sum(r['anomalous'] for r in rows)} of {len(rows)} images above the threshold: {out/'scores.csv'}")
 
 # %% ../nbs/20_cli.ipynb #02487885
 # of the `small` preset, to end within 8 minutes on two cores
 DEMO = {'latents.finetune_steps': 80, 'denoiser.steps': 400}
 
-def demo_data(data: str, product: str, out: Path, category: str | None, seed: int) -> AnomalyDataset:
+def demo_data(data: str, product: str, out: Path, category: str | None, seed: int,
+              strict: bool = False) -> AnomalyDataset:
     "The synthetic set, or a part of another one."
-    from dynad.config import ConfigError
+    from dynad.config import ConfigError, did_you_mean
     from dynad.synthetic import PRODUCTS, write_synthetic
     if data != 'synthetic':
-        return dataset_of(data, 'auto', category or ('mono' if data == 'elpv' else None), seed).limited(100, 48, seed)
+        if product != 'board':
+            raise ConfigError(f"--product {product!r}: of the synthetic set only; leave it out with --data")
+        category = category or ('mono' if data == 'elpv' else None)
+        return dataset_of(data, 'auto', category, seed, strict).limited(100, 48, seed)
+    if category:
+        raise ConfigError(f"--category {category!r}: the synthetic set has none; --product chooses what it shows")
     if product not in PRODUCTS:
-        raise ConfigError(f"--product {product!r} does not exist; allowed: {', '.join(PRODUCTS)}")
+        raise ConfigError(f"--product {product!r} does not exist{did_you_mean(product, PRODUCTS)}; "
+                          f"allowed: {', '.join(PRODUCTS)}")
     folder = write_synthetic(out/f'synthetic_{product}_seed{seed}', product, n_train=80, n_good=16, n_defect=32,
                              size=128, seed=seed)
     return dataset_of(folder, 'auto', None, seed)
@@ -182,39 +289,47 @@ def demo_data(data: str, product: str, out: Path, category: str | None, seed: in
 # %% ../nbs/20_cli.ipynb #61d4cd2d
 @app.command()
 def demo(
-    data: Annotated[str, typer.Option(help="'synthetic', 'elpv' (real solar cells), or a folder")] = 'synthetic',
+    data: Annotated[str, typer.Option(**DataSet,
+                                      help="'synthetic', 'elpv' (real solar cells), or a folder")] = 'synthetic',
     product: Annotated[str, typer.Option(help='of the synthetic set')] = 'board',
-    out: Annotated[Path, typer.Option(help='folder for the run and the results page')] = Path('dynad_demo'),
-    category: Category = None, seed: Seed = 0, set: Set = None
+    out: Annotated[Path, typer.Option(
+        **Folder, help='for the run and the results page')] = Path('dynad_demo'),
+    category: Category = None, seed: Seed = 0, set: Set = None, strict: Strict = False
 ):
     "Everything once, in a few minutes: fit, evaluate, and a results page with images."
     with known_mistakes():
         from dynad import evaluate as ev
         from dynad.detector import DynAD
+        from dynad.report import check_report
+        from dynad.store import check_run
         cfg, start = config_of('small', seed, set, DEMO), time.perf_counter()
-        dataset = demo_data(data, product, out, category, seed)
-        typer.echo(f'{dataset!r}')
-        name = 'synthetic_' + product if data == 'synthetic' else Path(data).name
+        name = 'synthetic_' + product if data == 'synthetic' else expanded(data).resolve().name
+        check_folder(out, '--out '); check_run(out/f'run_{name}', '--out '); check_report(out/f'page_{name}', '--out ')
+        if data != 'synthetic': checked_place(data)
+        dataset = demo_data(data, product, out, category, seed, strict)
+        if data != 'synthetic': echo(f'{dataset!r}') # what is left of a larger one
         method = DynAD(cfg).fit(dataset, out/f'run_{name}')
-        e = ev.evaluate(method, dataset, n_boot=200, baselines=[ev.fitted_baseline(method, 'patchcore', dataset)])
+        e = ev.evaluate(method, dataset, baselines=[ev.fitted_baseline(method, 'patchcore', dataset)])
         ev.write_result(e.result, out/f'run_{name}'/'result.json')
-        typer.echo(ev.metrics_table(e.result).iloc[:, :3].to_string())
-        typer.echo(f"{'synthetic images, ' if data == 'synthetic' else ''}small preset with fewer steps: "
+        echo(ev.metrics_table(e.result).iloc[:, :3].to_string())
+        echo(f"{'synthetic images, ' if data == 'synthetic' else ''}small preset with fewer steps: "
                    'a demonstration, not a result')
         write_page(e, out/f'page_{name}')
-        typer.echo(f'{(time.perf_counter() - start)/60:.1f} minutes')
+        echo(f'{(time.perf_counter() - start)/60:.1f} minutes')
 
 # %% ../nbs/20_cli.ipynb #e7762356
+VALUE, RAW = ('-p', '--parameter', '--parameters'), ('-r', '--raw', '--parameters_raw') # papermill's names as well
+
 class NameValue(typer.core.TyperCommand):
-    "`-p name value` and `-p name=value` are the same."
+    "`-p name value` and `-p name=value` are the same, and so for `-r`."
     def parse_args(self, ctx, args):
         out, rest = [], list(args)
         while rest:
             out.append(word := rest.pop(0))
-            if word not in ('-p', '--parameter') or rest and '=' in rest[0]: continue
+            if word not in (*VALUE, *RAW) or rest and '=' in rest[0]: continue
             if len(rest) < 2:
-                typer.echo(f"dynad: -p {' '.join(rest)}: a name and a value are needed, e.g. -p n_boot 50", err=True)
-                raise typer.Exit(2)
+                needed = f"{word} {' '.join(rest)}: a name and a value are needed, e.g. -p n_boot 50"
+                raise typer.BadParameter(needed, ctx)
             out.append(f'{rest.pop(0)}={rest.pop(0)}')
         return super().parse_args(ctx, out)
 
@@ -231,39 +346,52 @@ def print_plan(jobs: list, rows: list[dict], details: bool) -> None:
     for job, r in zip(jobs, rows):
         state = ('done already' if r['done'] else
                  f"not run: {r['reason']} (cost: {cost(r)})" if r['reason'] else f'would run ({cost(r)})')
-        typer.echo(f"{r['name']:<{wide}}  {state}\n    {r['title']}; {r['data']}")
+        echo(f"{r['name']:<{wide}}  {state}\n    {r['title']}; {r['data']}")
         if details and not r['reason']:
-            typer.echo(f"    {', '.join(f'{k} = {v}' for k, v in job.parameters.items())}\n    → {job.out}")
+            echo(f"    {', '.join(f'{k} = {v}' for k, v in job.parameters.items())}\n    → {job.out}")
     todo = [r['minutes'] for r in rows if r['can_run'] and not r['done'] and r['minutes'] is not None]
     first = TRAINING.get(str(jobs[0].parameters['preset']))
     trained = (f', and {first:g} min for each data set and seed that nothing has been trained on yet (on 2 cores)'
                if first else '')
-    if len(todo) > 1: typer.echo(f'{len(todo)} would run, about {sum(todo):.0f} min one after another{trained}')
+    if len(todo) > 1: echo(f'{len(todo)} would run, about {sum(todo):.0f} min one after another{trained}')
 
 def print_outcomes(outcomes: list, folder: Path) -> None:
     "How the runs ended; exit status 1 when one failed or none is there."
     for o in outcomes:
         if o.traceback:
-            typer.echo(f'\n{o.name}, the end of the traceback of cell {o.cell}:\n{o.traceback[-1500:]}', err=True)
+            echo(f'\n{o.name}, the end of the traceback of cell {o.cell}:\n{o.traceback[-1500:]}', err=True)
     count = {s: sum(o.status == s for o in outcomes) for s in ('done', 'already done', 'failed', 'not run')}
-    typer.echo(', '.join(f'{n} {s}' for s, n in count.items() if n) + f'; results in {folder}')
+    echo(', '.join(f'{n} {s}' for s, n in count.items() if n) + f'; results in {folder}')
     if count['failed'] or not count['done'] + count['already done']: raise typer.Exit(1)
 
 # %% ../nbs/20_cli.ipynb #5286c628
+VALUE_HELP = ('of the notebooks, as papermill takes it: True, False, None, a number, a list in brackets, else text; '
+              'may be repeated')
+RAW_HELP = 'as -p, but always text: -r part_no 007'
+YAML_HELP = ("parameters as YAML, lists too: -y 'seeds: [0, 1]' or -y '{category: candle, seeds: [0, 1]}'; "
+             '-p and -r win over it')
+Values = Annotated[Optional[list[str]], typer.Option(*VALUE, metavar='NAME VALUE', help=VALUE_HELP)]
+Texts = Annotated[Optional[list[str]], typer.Option(*RAW, metavar='NAME VALUE', help=RAW_HELP)]
+Yaml = Annotated[Optional[list[str]], typer.Option('-y', '--yaml', '--parameters_yaml', metavar='YAML', help=YAML_HELP)]
+YamlFiles = Annotated[Optional[list[Path]], typer.Option(
+    '-f', '--file', '--parameters_file', **File, help='of such YAML, or of JSON')]
+
+# %% ../nbs/20_cli.ipynb #3ee08281
 PROFILE = 'smoke (minutes, a test of the machinery), small, or paper'
 SCHEDULER = ("of a dask scheduler, e.g. tcp://10.0.0.1:8786, whose workers then look for GPU, weights and images "
              "themselves; default: a cluster on this machine")
 TIMEOUT = ('seconds that one cell may take; default: 600 (10 minutes) with the preset smoke, '
            '14400 (4 hours) with small, 604800 (7 days) with paper and authors')
 
+# %% ../nbs/20_cli.ipynb #47b2831e
 @app.command(cls=NameValue)
 def reproduce(
     names: Annotated[Optional[list[str]], typer.Argument(
         metavar='NAME…', help='names of `--list`, all, a notebook file, or book')] = None,
     profile: Annotated[str, typer.Option(help=PROFILE)] = 'smoke',
-    parameter: Annotated[Optional[list[str]], typer.Option(
-        '-p', '--parameter', metavar='NAME VALUE', help='of the notebooks; may be repeated')] = None,
-    out: Annotated[Optional[Path], typer.Option(help='folder of the results; default nbs/_runs')] = None,
+    parameter: Values = None, raw: Texts = None, yaml: Yaml = None, file: YamlFiles = None,
+    out: Annotated[Optional[Path], typer.Option(
+        **Folder, help='of the results; default nbs/_runs')] = None,
     show_list: Annotated[bool, typer.Option('--list',
         help='each table and figure, its data, whether it can run here, what it costs, whether it is done')] = False,
     as_json: Annotated[bool, typer.Option('--json', help='with --list')] = False,
@@ -276,47 +404,54 @@ def reproduce(
     "Tables and figures of the paper, by papermill; a finished one is not run again."
     with known_mistakes():
         from dynad import jobs as J, runner
+        if as_json and not show_list:
+            raise runner.RunnerError("--json: only with --list; results are written as JSON anyway")
         if not names and not show_list:
             raise runner.RunnerError("name a table or figure, e.g. table5, or all; `dynad reproduce --list` shows them")
         if 'book' in (names or []):
             from dynad.book import write_book
             if len(names) > 1:
                 raise runner.RunnerError("book stands alone: `dynad reproduce all`, then `dynad reproduce book`")
-            typer.echo(f'the book: {write_book(out)}')
+            echo(f'the book: {write_book(out)}')
             return
-        parameters = runner.parse_parameters(parameter or [])
-        planned = runner.plan(names or ['all'], profile, parameters, out, timeout, elsewhere=bool(scheduler))
+        given = runner.parse_parameters(parameter or [], raw or [], yaml or [], file or [])
+        planned = runner.plan(names or ['all'], profile, given, out, timeout, elsewhere=bool(scheduler))
+        runner.refuse_parameters(planned, given)
         rows = runner.listing(planned)
-        if show_list and as_json: typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
+        if show_list and as_json: echo_json(rows)
         elif show_list or dry_run: print_plan(planned, rows, dry_run)
-        else: print_outcomes(J.run_jobs(planned, scheduler, workers, typer.echo), Path(planned[0].out).parent)
+        else: print_outcomes(J.run_jobs(planned, scheduler, workers, echo), Path(planned[0].out).parent)
 
 # %% ../nbs/20_cli.ipynb #61778afa
 @app.command()
 def download(
     name: Annotated[str, typer.Argument(help='visa, btad, mvtec, mtd or elpv')],
-    out: Annotated[Path, typer.Option(help='the data set becomes OUT/NAME; a download that was cut off goes on')],
+    out: Annotated[Path, typer.Option(
+        **Folder, help='the data set becomes OUT/NAME; a download that was cut off goes on')],
     url: Annotated[Optional[str], typer.Option(help='another address, or an archive on this machine')] = None,
     sha256: Annotated[Optional[str], typer.Option(help='of the archive, where none is published')] = None
 ):
     "Fetch a public data set: checked, unpacked safely, counted."
     with known_mistakes():
         from dynad.download import download as bring
-        typer.echo(f'{bring(name, out, url, sha256)}')
+        echo(f'{bring(name, out, url, sha256)}')
 
 # %% ../nbs/20_cli.ipynb #889c058d
 @app.command()
 def bench(
     run: Annotated[Optional[Path], typer.Argument(
+        parser=place,
         help='run directory of `dynad fit`; without it an unfitted DynAD of --preset, with random weights')] = None,
     preset: Annotated[str, typer.Option(help='small, smoke, paper or authors; not with a run')] = 'small',
     images: Annotated[int, typer.Option(min=1, help='in the one batch that is timed')] = 8,
     repeats: Annotated[int, typer.Option(min=1, help='of each stage; medians are printed')] = 5,
-    json_file: Annotated[Optional[Path], typer.Option('--json', help='where the result goes')] = None,
+    json_file: Annotated[Optional[Path], typer.Option(
+        '--json', **File, help='where the result goes')] = None,
     seed: Seed = 0, set: Set = None
 ):
     "Each stage of an inference timed warm and alone, with counted FLOPs and the share of this machine's own peak."
     with known_mistakes():
+        if json_file: check_file(json_file, '--json ')
         import torch
         from dynad import speed
         from dynad.config import parse_overrides
@@ -327,8 +462,8 @@ def bench(
         result = speed.bench(model, torch.rand(images, 3, size, size, generator=torch.Generator().manual_seed(seed)),
                              repeats)
         if json_file: atomic_write(json_file, json.dumps(result, indent=1))
-        typer.echo(speed.bench_table(result).round(3).to_string())
-        typer.echo(f"{result['images_per_second']:.2f} images per second; weights: {result['weights']}; "
+        echo(speed.bench_table(result).round(3).to_string())
+        echo(f"{result['images_per_second']:.2f} images per second; weights: {result['weights']}; "
                    f"load of the machine {result['machine']['load']}")
 
 # %% ../nbs/20_cli.ipynb #8886b911
@@ -415,19 +550,19 @@ def doctor(
         if estimate:
             from dynad import speed
             e = speed.estimate(estimate, images=images)
-            typer.echo(json.dumps(e, indent=1) if as_json else '\n'.join(speed.estimate_lines(e)))
+            echo_json(e) if as_json else echo('\n'.join(speed.estimate_lines(e)))
             return
         from dynad.doctor import examine
         rows = examine()
-        if as_json: typer.echo(json.dumps(rows, indent=1, ensure_ascii=False)); return
+        if as_json: echo_json(rows); return
         wide = max(len(r['what']) for r in rows)
         for r in rows:
-            typer.echo(f"{r['what']:<{wide}}  {r['state']}" + (f"\n{'':<{wide}}    → {r['cure']}" if r['cure'] else ''))
+            echo(f"{r['what']:<{wide}}  {r['state']}" + (f"\n{'':<{wide}}    → {r['cure']}" if r['cure'] else ''))
 
 # %% ../nbs/20_cli.ipynb #11851ac9
 @app.callback(invoke_without_command=True)
 def _main(show_version: Annotated[bool, typer.Option('--version', help='print the version')] = False):
-    if show_version: typer.echo(__version__); raise typer.Exit()
+    if show_version: echo(__version__); raise typer.Exit()
 
 if __name__ == '__main__' and '__file__' in globals():
     app() # python -m dynad.cli, as `accelerate launch` starts it; not in a notebook

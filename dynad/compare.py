@@ -120,14 +120,16 @@ def work(task: Task) -> dict[str, Any]: # the result
     config = make_config(task.preset, task.overrides, seed=task.seed, method=cls.name)
     dataset = open_dataset(task.data, layout=task.layout, category=task.category, seed=0)
     run = Path(task.folder)/'run'
-    resumed, start, progress = (run/'config.json').exists(), time.perf_counter(), sys.stderr.isatty()
+    resumed, progress = (run/'config.json').exists(), sys.stderr.isatty()
+    start, cpu = time.perf_counter(), time.process_time()
     with own_warnings() as said:
         method = cls(config).fit(dataset, run, progress=progress)
-        minutes, after_fit = (time.perf_counter() - start)/60, peak_memory_mb()
+        minutes, cpu_minutes = ((now - then)/60 for now, then in ((time.perf_counter(), start), (time.process_time(), cpu)))
+        after_fit = peak_memory_mb()
         e = evaluate(method, dataset, n_boot=task.n_boot, null_models=False, progress=progress)
         keep_predictions(e, task)
-    return e.result | {'status': 'done', 'title': cls.title or cls.name, 'fit_minutes': minutes, 'resumed': resumed,
-                       'fit_memory_mb': after_fit, 'warnings': said, 'machine': machine()}
+    return e.result | {'status': 'done', 'title': cls.title or cls.name, 'fit_minutes': minutes,
+                       'fit_cpu_minutes': cpu_minutes, 'resumed': resumed, 'fit_memory_mb': after_fit, 'warnings': said, 'machine': machine()}
 
 @contextmanager
 def own_warnings() -> Iterator[list[str]]:
@@ -336,7 +338,7 @@ def state(self: Comparison, rows: list[dict[str, Any]], more: dict[str, Any] | N
     "What compare.json holds."
     done = [r for r in rows if r['status'] == 'done']
     keep = ('method', 'title', 'seed', 'status', 'reason', 'traceback', 'folder', *KEYS, *COSTS, 'resumed',
-            'fit_memory_mb', 'warnings', 'seconds_by_stage', 'decision', 'machine')
+            'fit_cpu_minutes', 'fit_memory_mb', 'warnings', 'seconds_by_stage', 'decision', 'machine')
     return {'data': described(self.dataset), 'preset': self.preset,
             'seeds': list(self.seeds), 'methods': list(self.methods), 'overrides': self.overrides,
             'n_boot': self.n_boot, 'finished': all(r['status'] != 'waiting' for r in rows), 'summary': summary_of(rows),

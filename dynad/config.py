@@ -6,17 +6,17 @@
 from __future__ import annotations
 import difflib, hashlib, json, math, os, re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Callable, Iterable, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
 # %% auto #0
-__all__ = ['BACKBONES', 'Layer', 'UNKEYED_DENOISER_SETTINGS', 'PRESETS', 'WORDS', 'NUMBER', 'DynadError', 'ConfigError',
-           'Settings', 'DataSettings', 'check_backbone', 'FeatureSettings', 'LatentSettings', 'DiffusionSettings',
-           'DenoiserSettings', 'DICSettings', 'ReconstructionSettings', 'AdaptationSettings', 'FusionSettings',
-           'check_together', 'Config', 'nested', 'merged', 'allowed_values', 'parse_config', 'make_config',
-           'with_overrides', 'parse_value', 'parse_pairs', 'parse_overrides', 'dump_config', 'load_config',
-           'content_key', 'data_root', 'weights_root']
+__all__ = ['UNKEYED_DATA_SETTINGS', 'BACKBONES', 'Layer', 'UNKEYED_DENOISER_SETTINGS', 'PRESETS', 'WORDS', 'NUMBER', 'DynadError',
+           'ConfigError', 'Settings', 'DataSettings', 'check_backbone', 'FeatureSettings', 'LatentSettings',
+           'DiffusionSettings', 'DenoiserSettings', 'DICSettings', 'ReconstructionSettings', 'AdaptationSettings',
+           'FusionSettings', 'check_together', 'Config', 'did_you_mean', 'nested', 'merged', 'allowed_values',
+           'setting_names', 'parse_config', 'make_config', 'with_overrides', 'parse_value', 'parse_pairs',
+           'parse_overrides', 'dump_config', 'load_config', 'content_key', 'data_root', 'weights_root']
 
 # %% ../nbs/00_config.ipynb #b5371bd3
 class DynadError(Exception):
@@ -37,6 +37,16 @@ class DataSettings(Settings):
     holdout: float = Field(.2, gt=0, lt=1)                        # share of the normal training images
     min_holdout: int = Field(5, ge=1)                             # at least so many
     max_calibration: int = Field(256, ge=2)                       # at most so many are reconstructed for calibration
+    max_pixels: int | None = Field(None, ge=1)                    # of one image file; None: Pillow's limit, 89 478 485
+    mask_rule: Literal['half', 'nonzero'] | None = None           # what a mask marks; None: as its layout says
+
+    @model_serializer(mode='wrap')
+    def _dump(self, dump):
+        # results from before there were these settings keep their keys
+        return {k: v for k, v in dump(self).items() if k not in UNKEYED_DATA_SETTINGS or v is not None}
+
+# they decide what is admitted and what is counted as anomalous in an evaluation, not what is learned or predicted
+UNKEYED_DATA_SETTINGS = frozenset({'max_pixels', 'mask_rule'})
 
 # %% ../nbs/00_config.ipynb #80ae5110
 # weights of PyPI and torchvision
@@ -216,9 +226,9 @@ class Config(Settings):
 # %% ../nbs/00_config.ipynb #54bfe4b1
 PRESETS: dict[str, dict] = {
     'paper': {},
-    'authors': dict(latents=dict(latent_sampling='sample'), dic=dict(self_match='include'),
+    'authors': dict(latents=dict(latent_sampling='sample'), dic=dict(self_match='include'), denoiser=dict(ema=0.),
                     reconstruction=dict(eta=4., indices='authors', static_sampler='authors'),
-                    adaptation=dict(eta=4., loss='flat'), fusion=dict(calibration='test')),
+                    adaptation=dict(eta=4., loss='flat', batch=30), fusion=dict(calibration='test')),
     'small': dict(
         data=dict(image_size=128), features=dict(backbone='efficientnet_lite0'),
         latents=dict(kind='tiny', finetune_steps=240),
@@ -233,6 +243,14 @@ PRESETS: dict[str, dict] = {
         dic=dict(pool=8, K=5), reconstruction=dict(t_max=160, eta=0.), adaptation=dict(t_max=160, eta=0.),
         fusion=dict(lam=.5)),
 }
+
+# %% ../nbs/00_config.ipynb #1112dbbd
+def did_you_mean(
+    name: Any, allowed: Iterable[str]
+) -> str: # e.g. ', did you mean small?'; empty where nothing is alike
+    "A hint for a misspelt name."
+    near = difflib.get_close_matches(str(name), list(allowed), 1)
+    return f', did you mean {near[0]}?' if near else ''
 
 # %% ../nbs/00_config.ipynb #3c9a41af
 def nested(
@@ -275,6 +293,13 @@ def allowed_values(
             return kind + (f' with {rules}' if rules else '')
     return 'a group with the keys ' + ', '.join(model.model_fields)
 
+# %% ../nbs/00_config.ipynb #65912791
+def setting_names(model: type[BaseModel], before: str = '') -> list[str]: # e.g. 'reconstruction.eta'
+    "All dotted keys of the settings."
+    kind = lambda f: f.annotation if isinstance(f.annotation, type) and issubclass(f.annotation, BaseModel) else None
+    return [k for name, f in model.model_fields.items()
+            for k in [before + name, *(setting_names(kind(f), f'{before}{name}.') if kind(f) else [])]]
+
 # %% ../nbs/00_config.ipynb #a3397c6c
 def parse_config(
     raw: dict # nested settings, as `Config.model_dump()` gives them
@@ -288,6 +313,7 @@ def parse_config(
         for err in e.errors():
             key, value = '.'.join(str(l) for l in err['loc']), err.get('input')
             what = err['msg'].removeprefix('Value error, ')
+            if err['type'] == 'extra_forbidden': what += did_you_mean(key, setting_names(Config))
             lines.append(f"{key} = {value!r}: {what}; allowed: {allowed_values(Config, err['loc'])}" if key else what)
         raise ConfigError('; '.join(lines)) from None
 
@@ -298,7 +324,9 @@ def make_config(
     **kwargs                                 # fields of `Config` itself: seed, precision, …
 ) -> Config:
     "The preset's settings with `overrides` on top. Raises `ConfigError` naming the key, the value and what is allowed."
-    if preset not in PRESETS: raise ConfigError(f"preset = {preset!r} does not exist; allowed: {', '.join(PRESETS)}")
+    if preset not in PRESETS:
+        meant = did_you_mean(preset, PRESETS)
+        raise ConfigError(f"preset = {preset!r} does not exist{meant}; allowed: {', '.join(PRESETS)}")
     asked = nested(overrides or {})
     # steps given by name are taken as they are
     if isinstance(d := asked.get('denoiser'), dict) and 'steps' in d: d.setdefault('min_epochs', 0)
@@ -334,14 +362,15 @@ def parse_value(
 def parse_pairs(
     pairs: list[str],                     # e.g. ['reconstruction.eta=4', 'denoiser.widths=[64,128]']
     what: str = '--set',                  # the option, for the error
-    example: str = 'reconstruction.eta=4' # of a pair, for the error
+    example: str = 'reconstruction.eta=4', # of a pair, for the error
+    parse: Callable[[str], Any] = parse_value # of the text behind `=`
 ) -> dict[str, Any]:
-    "`key=value` pairs of a command line, by `parse_value`. Raises `ConfigError` for a pair without a key or `=`."
+    "`key=value` pairs of a command line. Raises `ConfigError` for a pair without a key or `=`."
     out = {}
     for pair in pairs:
         key, sep, value = pair.partition('=')
         if not sep or not key.strip(): raise ConfigError(f"{what} {pair!r}: expected key=value, e.g. {example}")
-        out[key.strip()] = parse_value(value)
+        out[key.strip()] = parse(value)
     return out
 
 # %% ../nbs/00_config.ipynb #9cf2505e
@@ -361,13 +390,14 @@ def load_config(
     path: str | Path # a JSON file written by `dump_config`
 ) -> Config:
     "Read settings back. Raises `ConfigError` that names the file."
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     try: return parse_config(json.loads(path.read_text(encoding='utf-8')))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; a run directory made by `dynad fit` holds its config.json") from None
     except ConfigError as e: raise ConfigError(f"{path}: {e}") from None
     except (ValueError, RecursionError) as e:
         raise ConfigError(f"{path}: not JSON ({e}); restore the file or fit again") from None
+    except OSError as e: raise ConfigError(f"{path}: cannot be read ({e.strerror}); name the run directory") from None
 
 # %% ../nbs/00_config.ipynb #b188079e
 def content_key(
@@ -382,15 +412,15 @@ def content_key(
         if isinstance(o, float) and o.is_integer(): return int(o)
         return o
     text = json.dumps(canonical(value), sort_keys=True, separators=(',', ':'), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
+    return hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:length]
 
 # %% ../nbs/00_config.ipynb #2dd33d2e
 def data_root() -> Path | None:
     "The folder named by `DYNAD_DATA`, or None."
     p = os.environ.get('DYNAD_DATA')
-    return Path(p) if p else None
+    return Path(p).expanduser() if p else None
 
 def weights_root() -> Path | None:
     "The folder named by `DYNAD_WEIGHTS`, or None."
     p = os.environ.get('DYNAD_WEIGHTS')
-    return Path(p) if p else None
+    return Path(p).expanduser() if p else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib, html, os, warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
@@ -17,22 +17,24 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from .config import DataSettings
-from .images import EXTENSIONS, DataError, check_size, image_size, read_image, read_mask, to_float
+from .collector import EXTENSIONS, DataError, Finding, check_strict, count, subfolders, summary_line
+from .config import DataSettings, did_you_mean
+from .guard import tqdm
+from .images import Notes, check_size, image_size, read_image, read_mask, to_float
 from .layouts import LAYOUTS, Sample, elpv_root, find_layout
 from .show import Figure, grid, overlay
+from .paths import expanded, printable
 from .store import content_key, file_sha256
 
 # %% auto #0
-__all__ = ['AnomalyDataset', 'split_normal', 'images_key', 'open_dataset', 'open_folder', 'load_images', 'load_masks',
-           'contact_sheet']
+__all__ = ['mapped', 'AnomalyDataset', 'split_normal', 'images_key', 'check_mask_size', 'FindingWarning', 'open_dataset',
+           'open_folder', 'load_images', 'with_mask_rule', 'load_masks', 'contact_sheet']
 
 # %% ../nbs/03b_data.ipynb #82e30f1c
 def _pool() -> ThreadPoolExecutor: return ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 2))
 
-def _mapped(
+def mapped(
     work: Callable, items: Sequence,
     what: str, # label of the progress bar
     progress: bool = False
@@ -68,8 +70,11 @@ class AnomalyDataset:
     layout: str
     category: str | None
     samples: tuple[Sample, ...]
+    findings: tuple[Finding, ...] = field(default=(), compare=False) # what the folder holds and is not used
+    remark: str = field(default='', compare=False)                   # what the folder says of itself, in remark.txt
 
     def __post_init__(self):
+        object.__setattr__(self, 'name', printable(self.name))
         name, times = max(Counter(s.name for s in self.samples).items(), key=lambda n: n[1], default=('', 0))
         if times > 1: raise DataError(f"{self.root}: the name {name} occurs {times} times; names must be unique")
         if not self.train:
@@ -89,8 +94,8 @@ class AnomalyDataset:
     def fingerprint(self) -> str:
         "sha256 over names, labels, splits and the contents of images and masks; computed once."
         h = hashlib.sha256()
-        for line in _mapped(_fingerprint_line, sorted(self.samples, key=lambda s: s.name), 'fingerprint'):
-            h.update(line.encode())
+        for line in mapped(_fingerprint_line, sorted(self.samples, key=lambda s: s.name), 'fingerprint'):
+            h.update(line.encode('utf-8', 'surrogatepass')) # names that are not UTF-8
         return h.hexdigest()
 
 # %% ../nbs/03b_data.ipynb #281ed509
@@ -105,15 +110,33 @@ def summary(self: AnomalyDataset) -> pd.DataFrame:
     return groups.agg(images=('mask', 'size'), masks=('mask', 'sum'))
 
 @patch
+def counts(self: AnomalyDataset) -> str:
+    "The numbers of images and masks in words."
+    bad = [s for s in self.test if s.label]
+    n, k = len(self.test) - len(bad), len(bad)
+    train, masks = len(self.train), sum(s.mask is not None for s in bad)
+    return (f"{count(train, 'normal training image')}, {n} normal + {k} anomalous test image{'s'*(n + k != 1)}, "
+            f"{count(masks, 'mask')}")
+
+@patch
+def line(self: AnomalyDataset) -> str:
+    "One line for the screen: what is used, what was found and is not, and the remark of the folder."
+    remark = [Finding('remark', self.remark)] if self.remark else []
+    return f'{printable(self.name)} ({self.layout}): {summary_line(self.counts(), [*self.findings, *remark])}'
+
+@patch
 def __repr__(self: AnomalyDataset) -> str:
     bad = [s for s in self.test if s.label]
-    return (f'AnomalyDataset {self.name!r} ({self.layout}): {len(self.train)} train, '
+    text = (f'AnomalyDataset {self.name!r} ({self.layout}): {len(self.train)} train, '
             f'{len(self.test) - len(bad)} normal + {len(bad)} anomalous test, '
             f'{sum(s.mask is not None for s in bad)} masks')
+    return summary_line(text, [f for f in self.findings if not f.mentioned])
 
 @patch
 def _repr_html_(self: AnomalyDataset) -> str:
-    return f'<p><b>{html.escape(self.name)}</b> (layout {self.layout})</p>{self.summary().to_html()}'
+    more = ''.join(f'<br>{html.escape(printable(f.text))}' for f in self.findings if not f.mentioned)
+    name = html.escape(printable(self.name))
+    return f'<p><b>{name}</b> (layout {self.layout}){more}</p>{self.summary().to_html()}'
 
 # %% ../nbs/03b_data.ipynb #b967a9cb
 def _too_few(n: int, k: int, minimum: int, fraction: float) -> str:
@@ -191,23 +214,26 @@ def limited(self: AnomalyDataset,
     return replace(self, name=f'{self.name} ({size})', samples=kept)
 
 # %% ../nbs/03b_data.ipynb #d307e875
-def _check_mask_size(sample: Sample) -> None:
-    "Raises `DataError` when the mask does not have the size of its image."
+def check_mask_size(sample: Sample, notes: Notes) -> None:
+    "Raises `DataError` when the mask has not the proportions of its image; another size is noted."
     if sample.mask is None: return
-    (w, h), (mw, mh) = image_size(sample.image), image_size(sample.mask)
-    if (w, h) != (mw, mh):
+    (w, h), (mw, mh) = image_size(sample.image, notes), image_size(sample.mask, notes)
+    if abs(w*mh - h*mw) > max(w, h): # by more than the rounding of a side
         raise DataError(f"{sample.mask}: the mask is {mw}×{mh} pixels, but its image {sample.image.name} is {w}×{h}; "
                         f"make a mask of the image's size")
+    if (w, h) != (mw, mh): notes.add('mask size', sample.mask, f'{mw}×{mh} for an image of {w}×{h}')
 
 # %% ../nbs/03b_data.ipynb #00116655
 def _choose_layout(root: Path, layout: str) -> str:
     "The layout to read a folder with."
-    if layout == 'folder' and (root/'train'/'good').is_dir(): return 'mvtec' # its test images are no training images
+    if layout == 'folder': # its test images are no training images
+        return next((k for k in ('mvtec', 'btad') if LAYOUTS[k].is_root(root)), layout)
     if layout != 'auto': return layout
     if found := find_layout(root)[0]: return found
-    inside = ', '.join(sorted(p.name for p in root.iterdir())[:8]) or 'nothing'
+    inside = ', '.join(sorted(p.name for p in subfolders(root))[:8]) or 'no folder'
     expected = '; '.join(f'{k}: {l.hint}' for k, l in LAYOUTS.items())
-    raise DataError(f"{root}: no known layout (found {inside}); expected one of {expected}")
+    raise DataError(f"{root}: no known layout (found {inside}); expected one of {expected}; where all images in there "
+                    f"are normal ones, name the layout folder (--layout folder)")
 
 # %% ../nbs/03b_data.ipynb #78917e51
 def _choose_category(
@@ -226,79 +252,120 @@ def _choose_category(
     if category is None and len(have) == 1: return have[0]
     if category is None:
         raise DataError(f"{root}: holds the categories {', '.join(have)}; choose one with category=… (--category)")
-    if category not in have: raise DataError(f"{root}: no category {category!r}; found {', '.join(have)}")
+    if category not in have:
+        raise DataError(f"{root}: no category {category!r}{did_you_mean(category, have)}; found {', '.join(have)}")
     return category
 
-# %% ../nbs/03b_data.ipynb #98f3ac27
-def open_dataset(
-    path: str | Path,           # the folder, or the word 'elpv' for the solar cells of the PyPI package
-    layout: str = 'auto',       # a key of `LAYOUTS`, or 'auto': recognised from the folder
-    category: str | None = None,# a subfolder (mvtec, visa, btad), or 'mono' | 'poly' (elpv)
-    seed: int = 0               # of the split, where none is published
-) -> AnomalyDataset:
-    "Open a folder of images. Raises `DataError` that names the folder, what is wrong and how to correct it."
+# %% ../nbs/03b_data.ipynb #11125036
+class FindingWarning(UserWarning): "Something in a folder of images is not used, or cannot be measured."
+
+def _remark(*folders: Path) -> str:
+    "What a folder of images says of itself, in the file remark.txt of the first folder that has one."
+    for file in (f/'remark.txt' for f in folders):
+        try: return printable(' '.join(file.read_text(encoding='utf-8', errors='replace').split()))[:1000]
+        except OSError: continue
+    return ''
+
+# %% ../nbs/03b_data.ipynb #59cabeb0
+def _opened(path: str | Path, layout: str, category: str | None, seed: int, strict: bool) -> AnomalyDataset:
+    "The data set of `open_dataset`."
     if layout not in ('auto', *LAYOUTS):
-        raise DataError(f"layout = {layout!r} does not exist; allowed: auto, {', '.join(LAYOUTS)}")
+        raise DataError(f"layout = {layout!r} does not exist{did_you_mean(layout, LAYOUTS)}; allowed: auto, {', '.join(LAYOUTS)}")
     installed = str(path) == 'elpv' and layout in ('auto', 'elpv')
-    root = elpv_root() if installed else Path(path)
+    root = elpv_root() if installed else expanded(path)
     if not root.is_dir():
         raise DataError(f"{root}: {'a file, not a folder' if root.exists() else 'no such folder'}; "
                         f"give the folder that holds the images")
-    root = Path(os.path.abspath(root))
+    given = root = Path(os.path.abspath(root))
     name = 'elpv' if installed else root.name
     layout = _choose_layout(root, layout)
     if below := _choose_category(root, layout, category):
         root, name, category = root/below, f'{name}/{below}', below
     elif category is not None and not LAYOUTS[layout].nested: name = f'{name}/{category}'
-    data = AnomalyDataset(name, root, layout, category, tuple(LAYOUTS[layout].read(root, category, seed)))
-    for _ in _mapped(_check_mask_size, data.samples, 'sizes'): pass
+    samples, findings = LAYOUTS[layout].read(root, category, seed)
+    data = AnomalyDataset(name, root, layout, category, tuple(samples), tuple(findings), _remark(root, given))
+    if strict: check_strict(data.findings, data.root)
+    notes = Notes()
+    for _ in mapped(lambda s: check_mask_size(s, notes), data.samples, 'sizes'): pass
+    notes.say()
     return data
+
+# %% ../nbs/03b_data.ipynb #98f3ac27
+def _warned(data: AnomalyDataset, stacklevel: int) -> AnomalyDataset:
+    "The data set, after a warning of what in its folder is not used."
+    if said := [f for f in data.findings if not f.mentioned]:
+        text = f'{printable(data.root)}: {summary_line(data.counts(), said)}'
+        warnings.warn(text, FindingWarning, stacklevel=stacklevel)
+    return data
+
+def open_dataset(
+    path: str | Path,           # the folder, or the word 'elpv' for the solar cells of the PyPI package
+    layout: str = 'auto',       # a key of `LAYOUTS`, or 'auto': recognised from the folder
+    category: str | None = None,# a subfolder (mvtec, visa, btad), or 'mono' | 'poly' (elpv)
+    seed: int = 0,              # of the split, where none is published
+    strict: bool = False        # whether anything that is not used is an error; otherwise a warning
+) -> AnomalyDataset:
+    "Open a folder of images. Raises `DataError` that names the folder, what is wrong and how to correct it."
+    return _warned(_opened(path, layout, category, seed, strict), stacklevel=3)
 
 # %% ../nbs/03b_data.ipynb #a58a8ba8
 def open_folder(
-    folder: str | Path
+    folder: str | Path,
+    strict: bool = False # as for `open_dataset`
 ) -> AnomalyDataset:
     "Every image below a folder as a normal training image; a folder with train/good is opened in MVTec's layout."
-    root = Path(folder).expanduser().resolve()
+    root = expanded(folder).resolve()
     if not root.is_dir():
         raise DataError(f"{root}: {'a file, not a folder' if root.exists() else 'no such folder'}; "
                         f"name the folder that holds your normal images")
-    return open_dataset(root, layout='folder')
+    return _warned(_opened(root, 'folder', None, 0, strict), stacklevel=3)
 
 # %% ../nbs/03b_data.ipynb #d1b025eb
 def load_images(
     samples: Sequence[Sample],
-    size: int,              # side of the square in pixels
-    progress: bool = False  # a progress bar, when it takes longer than two seconds
-) -> Tensor:                # [N,3,size,size] uint8
+    size: int,                    # side of the square in pixels
+    progress: bool = False,       # a progress bar, when it takes longer than two seconds
+    max_pixels: int | None = None # of one file, more are refused; None: Pillow's limit
+) -> Tensor:                      # [N,3,size,size] uint8
     "The images of samples, read by several threads."
-    side = check_size(size)
+    side, notes = check_size(size), Notes()
     out = torch.empty(len(samples), 3, side, side, dtype=torch.uint8)
-    for i, x in enumerate(_mapped(lambda s: read_image(s.image, side), samples, 'images', progress)):
-        out[i] = (x*255).round().to(torch.uint8)
+    read = lambda s: read_image(s.image, side, max_pixels, notes)
+    for i, x in enumerate(mapped(read, samples, 'images', progress)): out[i] = (x*255).round().to(torch.uint8)
+    notes.say()
     if len(out) and out.max() <= 16:
         warnings.warn(f"{samples[0].image}: all {len(out)} images are nearly black (highest value {out.max()} of 255); "
                       f"12-bit values in a 16-bit file must be scaled beforehand", stacklevel=2)
     return out
 
 # %% ../nbs/03b_data.ipynb #4ecb991c
-def _load_mask(s: Sample, side: int) -> Tensor: # [1,side,side] bool
+def with_mask_rule(
+    samples: Sequence[Sample],
+    rule: str | None # 'half' or 'nonzero', for all; None: each keeps that of its layout
+) -> list[Sample]:
+    "The samples with another rule of what their masks mark (`data.mask_rule`)."
+    return [replace(s, mask_rule=rule) for s in samples] if rule else list(samples)
+
+def _load_mask(s: Sample, side: int, max_pixels: int | None, notes: Notes) -> Tensor: # [1,side,side] bool
     "The mask of a sample, empty where there is none."
     if s.label == 0 or s.mask is None: return torch.zeros(1, side, side, dtype=torch.bool)
-    _check_mask_size(s)
-    return read_mask(s.mask, side, s.mask_rule == 'nonzero')
+    check_mask_size(s, notes)
+    return read_mask(s.mask, side, s.mask_rule == 'nonzero', max_pixels, notes)
 
 # %% ../nbs/03b_data.ipynb #9fe68d33
 def load_masks(
     samples: Sequence[Sample],
-    size: int                # side of the square in pixels
+    size: int,                   # side of the square in pixels
+    max_pixels: int | None = None # as for `load_images`
 ) -> tuple[Tensor, Tensor]:  # [N,1,size,size] bool; [N] bool: whether the image counts at pixel level
     """Ground truth, empty for normal images.
 
     An anomalous image without a mask, or whose mask is empty at this size, counts at image level only."""
-    side = check_size(size)
+    side, notes = check_size(size), Notes()
     masks = torch.zeros(len(samples), 1, side, side, dtype=torch.bool)
-    for i, m in enumerate(_mapped(lambda s: _load_mask(s, side), samples, 'masks')): masks[i] = m
+    load = lambda s: _load_mask(s, side, max_pixels, notes)
+    for i, m in enumerate(mapped(load, samples, 'masks')): masks[i] = m
+    notes.say()
     normal = torch.tensor([s.label == 0 for s in samples], dtype=torch.bool)
     return masks, normal | masks.flatten(1).any(1)
 

@@ -65,6 +65,7 @@ def latent_size(self: Denoiser) -> int:
     "Side of the latents that it was built for."
     return self.unet.config.sample_size*self.patch
 
+# %% ../nbs/08a_denoiser.ipynb #66d63489
 @patch(as_prop=True)
 def weights_hash(self: Denoiser) -> str:
     "sha256 of the weights."
@@ -83,6 +84,7 @@ def _check_levels(settings: DenoiserSettings, latent_size: int) -> None:
                             f"but its side is {side}{f' (in patches of {p})' if p > 1 else ''}, no multiple of {unit}: "
                             f"use fewer widths, or a larger data.image_size")
 
+# %% ../nbs/08a_denoiser.ipynb #cbb1bdbc
 def _check_attention(settings: DenoiserSettings) -> None:
     w, levels = settings.widths, len(settings.widths)
     if extra := [a for a in settings.attention if not 0 <= a < levels]:
@@ -112,7 +114,9 @@ def make_unet(
     settings: DenoiserSettings,
     latent_channels: int, # C
     latent_size: int,     # side of the latents, h = w
-    seed: int = 0         # of the initial weights
+    seed: int = 0,        # of the initial weights
+    out_channels: int | None = None, # of the prediction; None: C, the noise alone
+    classes: int = 0      # labels that its UNet asks for beside z_t and t; 0: none
 ) -> Denoiser:
     "A UNet with random weights, in eval mode. Raises `DenoiserError` when latent and levels do not fit."
     check_denoiser(settings, latent_size)
@@ -121,7 +125,8 @@ def make_unet(
     channels = latent_channels*p**2
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = UNet2DModel(sample_size=latent_size//p, in_channels=channels, out_channels=channels,
+        unet = UNet2DModel(sample_size=latent_size//p, in_channels=channels,
+                           out_channels=(out_channels or latent_channels)*p**2, num_class_embeds=classes or None,
                            layers_per_block=settings.layers_per_block, block_out_channels=w,
                            down_block_types=kind('Down'), up_block_types=kind('Up')[::-1],
                            norm_num_groups=math.gcd(32, *w), attention_head_dim=w[-1]//settings.heads)
@@ -199,6 +204,7 @@ def _check_latents(unet: Denoiser, latents: Tensor) -> None:
         raise DenoiserError(f"latents hold NaN or infinity in {len(bad)} of {len(latents)} rows, first {bad[0]}: "
                             f"check that image and the autoencoder")
 
+# %% ../nbs/08a_denoiser.ipynb #d574b57d
 def _identity(
     unet: Denoiser, latents: Tensor, schedule: Schedule, settings: DenoiserSettings, seed: int, precision: str
 ) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from .fusion import Calibration, anomaly_map, feature_map, score, upsample
 from .latents import load_latents
 from .launch import processes, run_collectively
 from .method import Decision, Hooks, Method, Prediction, checked_images, register
+from .paths import expanded
 from .reconstruction import overshoots
 from .store import (REPAIR_HINT, StoreError, atomic_write, load_json, load_state, load_tensors, save_tensors,
                          state_hash)
@@ -75,7 +76,7 @@ class DynAD(Method):
 
     def load(self, stages): load_parts(self, stages)
 
-    def predict_batch(self, images, rows): return finished(self, walk(self.parts, images, rows))
+    def predict_batch(self, images, rows): return finished(self, walk(self.parts, images))
 
 # %% ../nbs/16_detector.ipynb #9f65147a
 DynAD.prediction_class = DynADPrediction
@@ -106,7 +107,7 @@ def train_parts(method: DynAD, hooks: Hooks) -> dict[str, Path]:
         stages['phi'] = fit_phi(method, phi0, hooks)
         load_phi(method, stages['phi'])
         fit_bank(method)
-        method.held_out.features # an opened run finds them without the images
+        method.held_out.features, method.held_out.image_keys # an opened run finds them without the images
     return stages
 
 # %% ../nbs/16_detector.ipynb #a520c57a
@@ -150,7 +151,8 @@ def denoiser_key(method: DynAD, z0: Tensor) -> dict[str, Any]:
     c, walk = method.config, method.training
     settings = (c.denoiser.model_dump(mode='json', exclude={*UNKEYED_DENOISER_SETTINGS, 'min_epochs'})
                 | dict(epochs=None, steps=c.denoiser.total_steps(len(z0))))
-    latents = content_key(dict(images=walk.set.key, **walk.latents_key))
+    drawn = {k: v for k, v in walk.latents_key.items() if k != 'draws'} # any draw of the posterior is as good
+    latents = content_key(dict(images=walk.set.key, **drawn))
     return dict(z0=latents, settings=settings, diffusion=c.diffusion.model_dump(mode='json'),
                 seed=c.seed, precision=c.precision)
 
@@ -295,6 +297,13 @@ def predict_set(self: DynAD,
 DynAD.reconstructs = True
 
 @patch
+def disk_space(self: DynAD, n: int) -> int:
+    "Bytes, about, that a fit on n images writes: of each weight four numbers in a checkpoint, old and new, and the result."
+    c, s = self.config, self.config.denoiser
+    with torch.device('meta'): unet = make_unet(s, 4, 64*s.patch*2**len(s.widths)) # its weights take no memory
+    return 4*9*sum(p.numel() for p in unet.parameters()) + 4*n*c.data.image_size**2
+
+@patch
 def reconstructions(self: DynAD, images: ImageSet, rows: list[int]) -> Tensor: # [len(rows),3,H,W] in [0,1]
     "x̂_0 of some images of a set."
     return self.cached_walk(images).reconstructions(rows=rows)
@@ -377,8 +386,9 @@ def predict(self: DynAD,
     warnings.warn("fusion.calibration = 'test' scales by the smallest and largest value of these very images: "
                   "maps and scores of another call are on another scale; "
                   "use 'train' to predict on single images", stacklevel=2)
-    x, size = checked_images(images, self.config.data.image_size), self.config.data.image_size
-    outputs = [walk(self.parts, x[b], b) for b in batches(len(x), self.config.batch, 'images', True)]
+    c = self.config.data
+    x, size = checked_images(images, c.image_size, c.max_pixels), c.image_size
+    outputs = [walk(self.parts, x[b]) for b in batches(len(x), self.config.batch, 'images', True)]
     l = torch.cat([w.raw.latent for w in outputs])
     f = {j: torch.cat([w.raw.features[j] for w in outputs]) for j in outputs[0].raw.features}
     scaled = self.on_scale_of(Calibration.of_test_set(upsample(l, size), feature_map(f, size)))
@@ -407,7 +417,7 @@ def null_models(self: DynAD,
 @patch
 def save_pretrained(self: DynAD, folder: str | Path) -> Path:
     "Write the method without its run."
-    folder, p = Path(folder), self.parts
+    folder, p = expanded(folder), self.parts
     folder.mkdir(parents=True, exist_ok=True)
     p.autoencoder.save_pretrained(folder/'autoencoder')
     save_denoiser(p.denoiser, folder/'unet')
@@ -415,7 +425,7 @@ def save_pretrained(self: DynAD, folder: str | Path) -> Path:
     save_tensors(folder/'dic.safetensors', p.dic.state())
     levels = (self.calibrated(torch.cat([self.held_out.t_hat, possible_t_hat(self)])).levels
               if self.fixed_calibration is None else self.fixed_calibration.levels)
-    decision = {'threshold': self.decision.threshold, 'image_threshold': self.decision.image_threshold}
+    decision = {'threshold': self.decision.pixel_threshold, 'image_threshold': self.decision.image_threshold}
     atomic_write(folder/'calibration.json', json.dumps({'levels': levels, **decision}, indent=1))
     atomic_write(folder/'config.json', dump_config(self.config))
     return folder
@@ -430,7 +440,7 @@ def possible_t_hat(method: DynAD) -> Tensor:
 @patch(cls_method=True)
 def from_pretrained(cls: DynAD, folder: str | Path) -> DynAD:
     "What `save_pretrained` wrote. Raises ConfigError or StoreError that names the file."
-    folder = Path(folder)
+    folder = expanded(folder)
     self = cls(load_config(folder/'config.json'))
     load_autoencoder(self, folder)
     load_unet(self, folder)

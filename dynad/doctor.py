@@ -4,7 +4,7 @@
 
 # %% ../nbs/17d_doctor.ipynb #35dfb65b
 from __future__ import annotations
-import os
+import os, warnings
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from . import __version__
 from .config import FeatureSettings, data_root, weights_root
-from .data import DataError, open_dataset
+from .data import DataError, FindingWarning, open_dataset
 from .features import FeatureError, load_features, local_weights
 from .latents import FILES, shipped
 from .launch import TRACKERS
@@ -103,9 +103,15 @@ def data() -> Iterator[Finding]:
     for d in sorted(p for p in root.iterdir() if p.is_dir()) if there else (): yield data_set(d, d.name)
     yield data_set('elpv', 'elpv')
 
+def _line(place: Path | str) -> str:
+    "A data set in one line, with what is not used."
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', FindingWarning) # the line says it
+        return open_dataset(place).line()
+
 def data_set(place: Path | str, name: str) -> Finding:
     "One data set."
-    try: return Finding(f'data: {name}', repr(open_dataset(place)).splitlines()[0])
+    try: return Finding(f'data: {name}', _line(place))
     except DataError as e: return Finding(f'data: {name}', 'cannot be opened', str(e))
 
 # %% ../nbs/17d_doctor.ipynb #f44dc185

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from .archives import fetch, one_maker, unpack
+from .archives import check_sum, check_url, fetch, one_maker, unpack
+from .config import did_you_mean
 from .data import AnomalyDataset, DataError, open_dataset
 from .layouts import Sample, find_layout
+from .paths import check_folder, expanded
 from .store import file_sha256
 
 # %% auto #0
@@ -144,10 +146,15 @@ def _local_archive(archive: Path, sha256: str, steps: str) -> Path:
     return archive
 
 # %% ../nbs/03d_download.ipynb #c6d7ad8b
+def _check_place(url: str, steps: str) -> None:
+    "Raises `DataError` for an address that cannot be fetched, or an archive that is not there."
+    if '://' in url: check_url(url)
+    elif not expanded(url).is_file(): raise DataError(f"{url}: no such file; {steps}")
+
 def _install(name: str, folder: Path, url: str | None, sha256: str, progress: bool) -> None:
     "Fetch and unpack a data set."
     s = SOURCES[name]
-    if url is not None and '://' not in url: unpack(_local_archive(Path(url), sha256, s.steps), folder, progress)
+    if url is not None and '://' not in url: unpack(_local_archive(expanded(url), sha256, s.steps), folder, progress)
     else:
         size = s.size if sha256 == s.sha256 else None
         archive = fetch(url or s.url, folder.with_name(f'.{name}.archive'), sha256, size, progress)
@@ -165,10 +172,12 @@ def download(
     """A public data set, verified and unpacked; a call that was cut off is continued by the next one.
 
     Raises `DataError` with the steps to follow where it cannot be fetched."""
-    if name not in SOURCES: raise DataError(f"{name!r}: no such data set; known are {', '.join(SOURCES)}")
-    folder = Path(out)/name
+    if name not in SOURCES:
+        raise DataError(f"{name!r}: no such data set{did_you_mean(name, SOURCES)}; known are {', '.join(SOURCES)}")
+    folder = check_folder(out)/name
     if not folder.exists():
-        sha256 = _checksum(name, url, sha256)
+        sha256 = check_sum(_checksum(name, url, sha256))
+        if url is not None: _check_place(url, SOURCES[name].steps)
         try: folder.parent.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise DataError(f"{out}: cannot be made a folder ({e.strerror}); choose another place") from None

@@ -16,9 +16,10 @@ from .config import DynadError
 if TYPE_CHECKING: import pandas as pd # the registry alone loads nothing heavy: the command line reads it
 
 # %% auto #0
-__all__ = ['SETS', 'EXPERIMENTS', 'TARGETS', 'TABLE_SET', 'HEADLINE', 'METRICS', 'MAIN', 'RealSet', 'Experiment', 'all_names',
-           'find_experiment', 'names_in_words', 'printed', 'plain_name', 'printed_value', 'RunnerError', 'Cell',
-           'read_notebook', 'notebook_title', 'notebook_code', 'notebook_parameters', 'check_notebook']
+__all__ = ['SETS', 'EXPERIMENTS', 'TARGETS', 'TABLE_SET', 'HEADLINE', 'METRICS', 'MAIN', 'KINDS', 'RealSet', 'Experiment',
+           'all_names', 'find_experiment', 'names_in_words', 'printed', 'plain_name', 'printed_value', 'RunnerError',
+           'Cell', 'read_notebook', 'notebook_title', 'notebook_code', 'notebook_parameters', 'notebook_annotations',
+           'expected_kind', 'check_notebook']
 
 # %% ../nbs/19_experiments.ipynb #6bb7d417
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ EXPERIMENTS = ( # in the order of the list and the book; minutes were measured o
     Experiment('spaces', 'table', minutes=1.6, small=24., trains=True),
     Experiment('sensitivity', 'table', minutes=.5),
     Experiment('attribution'),
+    Experiment('scorers', 'table', minutes=.8, trains=True),
+    Experiment('ran', 'table', ('mvtec',), minutes=.8, trains=True),
     Experiment('severity', 'table'),
     Experiment('speed', 'timings', minutes=.5),
     Experiment('compare', 'table', minutes=.8, trains=True),
@@ -219,26 +222,62 @@ def notebook_parameters(
     path: str | Path
 ) -> dict[str, str]: # name -> default, as written
     "What the tagged cell declares. Raises RunnerError when no cell carries the tag `parameters`."
+    return {name: default for name, default, _ in _declared(path)}
+
+def notebook_annotations(path: str | Path) -> dict[str, str]: # name -> annotation, as written; those that have one
+    "The types that the tagged cell declares. Raises RunnerError as `notebook_parameters`."
+    return {name: annotation for name, _, annotation in _declared(path) if annotation}
+
+def _declared(path: str | Path) -> list[tuple[str, str, str]]: # name, default, annotation
     cell = next((c for c in read_notebook(path) if 'parameters' in c.tags), None)
     if cell is None:
         raise RunnerError(f"{path}: no cell is tagged `parameters`, so that papermill would silently run the "
-                          "notebook's own defaults; tag the cell with the parameters (JupyterLab: property inspector, Cell Tags)")
+                          "notebook's own defaults; tag the cell with the parameters "
+                          "(JupyterLab: property inspector, Cell Tags)")
     try: body = ast.parse(cell.source).body
     except SyntaxError as e:
         raise RunnerError(f"{path}: the cell tagged `parameters` is not Python ({e.msg}, line {e.lineno}); "
                           "write one `name: type = value # comment` per line") from None
     set_here = [n for n in body if isinstance(n, (ast.Assign, ast.AnnAssign)) and n.value]
-    pairs = [(t, n.value) for n in set_here for t in (n.targets if isinstance(n, ast.Assign) else [n.target])]
-    return {t.id: ast.unparse(v) for t, v in pairs if isinstance(t, ast.Name)}
+    found = [(t, n) for n in set_here for t in (n.targets if isinstance(n, ast.Assign) else [n.target])]
+    return [(t.id, ast.unparse(n.value), ast.unparse(n.annotation) if isinstance(n, ast.AnnAssign) else '')
+            for t, n in found if isinstance(t, ast.Name)]
 
 # %% ../nbs/19_experiments.ipynb #5f75f9f3
-def _fits(value: Any, default: str) -> bool:
-    "Whether a value is of the default's kind."
+KINDS = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text', list: 'a list', tuple: 'a list',
+         dict: 'an object'} # of parameters, in words
+
+def expected_kind(
+    default: str,   # as written
+    annotation: str # as written, '' without one
+) -> type | None:   # None: anything
+    "What a parameter takes: what its annotation says, else the kind of its default."
+    if annotation:
+        named = {n.strip(): k for k in KINDS for n in (k.__name__,)}
+        words = [w for w in re.findall(r'\w+', re.sub(r'\[.*', '', re.sub(r'Optional\[(.*)\]', r'\1', annotation))) if w != 'None']
+        return named.get(words[0]) if len(words) == 1 else None
     try: known = ast.literal_eval(default)
-    except (ValueError, SyntaxError): return True
-    if known is None or value is None: return True
-    if isinstance(known, float): return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return type(value) is type(known) or isinstance(known, tuple) and isinstance(value, list)
+    except (ValueError, SyntaxError): return None
+    return None if known is None else type(known)
+
+# %% ../nbs/19_experiments.ipynb #dfb62c55
+def _fits(value: Any, default: str, annotation: str = '') -> bool:
+    "Whether a parameter takes a value."
+    kind = expected_kind(default, annotation)
+    if kind is None: return True
+    if value is None: return default == 'None' or 'None' in annotation or 'Optional' in annotation
+    if kind is float: return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind not in (list, tuple): return type(value) is kind
+    if not isinstance(value, (list, tuple)): return False
+    try: inner = {type(v) for v in ast.literal_eval(default) or ()}
+    except (ValueError, SyntaxError, TypeError): return True
+    return len(inner) != 1 or all(_fits(v, repr(next(iter(inner))())) for v in value)
+
+def _cure(name: str, value: Any, kind: type) -> str:
+    "How the parameter is given on the command line."
+    if kind is str: return f"for text that looks like something else: -r {name} {value}"
+    if kind in (list, tuple): return f"e.g. -p {name} '[0, 1]', or -y '{name}: [0, 1]'"
+    return 'write it in the same form'
 
 # %% ../nbs/19_experiments.ipynb #86882c17
 def check_notebook(
@@ -246,12 +285,13 @@ def check_notebook(
     parameters: dict[str, Any]
 ) -> None:
     "Raises RunnerError for a missing tag, an unknown name, or a value of another kind."
-    have = notebook_parameters(path)
+    have, annotations = notebook_parameters(path), notebook_annotations(path)
     for name, value in parameters.items():
         if name not in have:
             near = difflib.get_close_matches(name, have, 1)
             meant = f', did you mean {near[0]!r}?' if near else ''
             raise RunnerError(f"{path}: has no parameter {name!r}{meant}; it has {', '.join(have)}")
-        if not _fits(value, have[name]):
+        if not _fits(value, have[name], annotation := annotations.get(name, '')):
+            kind = expected_kind(have[name], annotation)
             raise RunnerError(f"{path}: parameter {name} = {value!r} is of another kind than its default {have[name]}; "
-                              "write it in the same form")
+                              f"it takes {KINDS[kind]}; {_cure(name, value, kind)}")

@@ -145,6 +145,7 @@ def observe(self: Explorer, callback: Callable[[Setting], None]) -> None:
     "Call `callback` with every new setting."
     self.observers.append(callback)
 
+# %% ../nbs/18e_explorer.ipynb #ce828628
 @patch
 def refresh(self: Explorer) -> None:
     "Draw what the sliders say, and ask for what is missing."
@@ -152,7 +153,7 @@ def refresh(self: Explorer) -> None:
     self.draw()
     if self.model.measured_version != self.model.version: set_stale(True, self.metrics)
     self.worker.poke(); self.rest.poke()
-    for f in self.observers: f(self.setting)
+    for f in self.observers: self.safely(f)(self.setting)
 
 # %% ../nbs/18e_explorer.ipynb #a75eb248
 @patch
@@ -196,6 +197,7 @@ def _show_metrics(self: Explorer) -> None:
     self.gallery.update()
     self._save()
 
+# %% ../nbs/18e_explorer.ipynb #f14db74d
 @patch
 def _work_failed(self: Explorer, e: Exception) -> None:
     self.model.jobs.fail()
@@ -222,6 +224,7 @@ def _draw_pending(self: Explorer) -> None:
     self.facts.value = f'{image_html(self.model)} · {severity_html(self.model, self.model.t_hat)}: being reconstructed'
     self.panels.draw_pending(self.model.t_hat)
 
+# %% ../nbs/18e_explorer.ipynb #33a9962c
 @patch
 def _draw_maps(self: Explorer, cache: MapCache) -> None:
     b, t_hat = self.model.blend(cache), self.model.t_hat

@@ -4,6 +4,8 @@
 
 # %% ../nbs/19f_findings.ipynb #c574672c
 from __future__ import annotations
+import json, re, statistics
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from matplotlib.lines import Line2D
 
 from .data import AnomalyDataset
 from .detector import DynAD
-from .evaluate import KEYS
+from .evaluate import KEYS, NAMES, masks_note, method_title
 from .experiments import MAIN, METRICS
 from .record import Record
 from .show import Figure
@@ -20,7 +22,7 @@ from .subjects import Subject, fitted, measure, null_rows, paired
 
 # %% auto #0
 __all__ = ['COLOURS', 'enter', 'enter_nulls', 'enter_difference', 'verdict', 'provenance', 'conclude', 'Lines', 'said', 'oracle',
-           'by_class', 'dots']
+           'by_class', 'dots', 'read_results', 'rows_of', 'over_seeds', 'results_table', 'mean_pair', 'leads']
 
 # %% ../nbs/19f_findings.ipynb #44245d92
 def enter(
@@ -40,7 +42,7 @@ def enter(
 def enter_nulls(
     record: Record,
     model: DynAD, dataset: AnomalyDataset, subject: Subject,
-    n_boot: int = 200,
+    n_boot: int = 1000,
     metrics: tuple[str, ...] = MAIN,
     row: str | None = None              # None: each is a row; else the row in which each is a column; '': the subject's
 ) -> dict[str, dict[str, Any]]:         # as `null_rows`
@@ -57,7 +59,7 @@ def enter_difference(
     row: str | None, column: str,
     a: dict, b: dict,                   # of `measure`, on the same images
     metrics: tuple[str, ...] = MAIN,
-    n_boot: int = 200,
+    n_boot: int = 1000,
     **more
 ) -> dict[str, dict[str, float | None]]: # metric -> difference, low, high
     "a − b in points, with the interval of common resamples."
@@ -119,7 +121,7 @@ def oracle(
     model: DynAD, dataset: AnomalyDataset,
     grid: list[dict[str, Any]],  # inference settings; the model's own are always among them
     metric: str = 'pro',
-    n_boot: int = 200
+    n_boot: int = 1000
 ) -> tuple[dict[str, Any], dict[str, Any]]: # the settings chosen ({}: the fixed ones), and their measurement
     "The settings that are best on the test images."
     worth = lambda g: (measure(model.with_settings(g) if g else model, dataset, 0).get(metric) or {}).get('value') or 0.
@@ -140,7 +142,7 @@ def _enter_oracle(record, model, dataset, subject, fixed, metrics, n_boot, grid,
 def by_class(
     record: Record, found: list[Subject], preset: str, seeds: list[int],
     metrics: tuple[str, ...] = MAIN,
-    n_boot: int = 200,
+    n_boot: int = 1000,
     grid: list[dict[str, Any]] = (),  # for the oracle
     row: str | None = None            # None: each class its own row
 ) -> pd.DataFrame:                    # what the oracle chose
@@ -234,3 +236,78 @@ def dots(
     if key := plot.key(df): fig.legend(handles=key, fontsize=7, frameon=False, loc='outside lower center', ncols=4)
     fig.set_layout_engine('constrained')
     return fig
+
+# %% ../nbs/19f_findings.ipynb #8a2e3cb4
+def read_results(
+    folder: str | Path
+) -> dict[str, list[dict[str, Any]]]: # set -> its results, by rising seed
+    "The results in the files SET_seedN.json of a folder."
+    named = ((re.fullmatch(r'(.+)_seed(\d+)', f.stem), f) for f in Path(folder).glob('*.json'))
+    found = [(m[1], int(m[2]), f) for m, f in named if m]
+    out: dict[str, list] = {}
+    for name, _, f in sorted(found): out.setdefault(name, []).append(json.loads(f.read_text(encoding='utf-8')))
+    return out
+
+# %% ../nbs/19f_findings.ipynb #037dfb3d
+def rows_of(
+    result: dict[str, Any]
+) -> dict[str, dict[str, Any]]: # name of the row -> its metrics
+    "The method of a result, its null models and its baselines, as tables name them."
+    return {method_title(result): result,
+            **{f"null: {k.replace('_', ' ')}": v for k, v in result.get('null_models', {}).items()},
+            **{f'baseline: {k}': v for k, v in result.get('baseline', {}).items()}}
+
+# %% ../nbs/19f_findings.ipynb #2148b1ee
+def over_seeds(
+    rows: list[dict[str, Any]], # one row of several results
+    metric: str                 # a key of `evaluate.KEYS`
+) -> str:
+    "Mean ± standard deviation over seeds; of one seed its interval over images."
+    found = [m for r in rows if (m := r.get(metric)) and m['value'] is not None]
+    if not found: return '—'
+    values = [m['value'] for m in found]
+    if len(found) > 1: return f'{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}'
+    low, high = found[0]['low'], found[0]['high']
+    return f'{values[0]:.3f}' + ('' if low is None else f' [{low:.3f}, {high:.3f}]')
+
+# %% ../nbs/19f_findings.ipynb #0fd55aae
+def results_table(
+    results: list[dict[str, Any]],    # of one set, one for each seed
+    metrics: tuple[str, ...] = MAIN
+) -> pd.DataFrame:                    # rows: methods; the corner names what the pixel metrics lack
+    "Every row over its seeds, with the seeds and the versions of the package that they were measured with."
+    by_row: dict[str, list[tuple]] = {}
+    for r in results:
+        for name, row in rows_of(r).items(): by_row.setdefault(name, []).append((r, row))
+    table = {name: {NAMES[k]: over_seeds([row for _, row in found], k) for k in metrics}
+             | {'seeds': f"{len(found)} ({', '.join(str(r['protocol']['seed']) for r, _ in found)})",
+                'version': ', '.join(dict.fromkeys(row.get('version', r['versions']['dynad']) for r, row in found))}
+             for name, found in by_row.items()}
+    return pd.DataFrame(table).T.rename_axis(masks_note(results[0]) or None)
+
+# %% ../nbs/19f_findings.ipynb #41506b08
+def mean_pair(
+    results: list[dict[str, Any]], # of one set
+    a: str, b: str,                # names of rows
+    metric: str
+) -> tuple[float, float] | None:   # None: there is no seed on which both have a value
+    "Means of two rows over the seeds on which both were measured."
+    value = lambda rows, name: ((rows.get(name) or {}).get(metric) or {}).get('value')
+    found = [(value(rows, a), value(rows, b)) for rows in map(rows_of, results)]
+    found = [pair for pair in found if None not in pair]
+    return tuple(map(statistics.mean, zip(*found))) if found else None
+
+# %% ../nbs/19f_findings.ipynb #a2d2b8a7
+def leads(
+    results: list[dict[str, Any]],      # of one set
+    a: str, b: str,                     # names of rows
+    metrics: tuple[str, ...] = MAIN
+) -> str:
+    "Which of two rows is higher in each metric, to the three digits that the tables print."
+    plain, parts = (lambda name: name.removeprefix('baseline: ').removeprefix('null: ')), []
+    for k in metrics:
+        if (pair := mean_pair(results, a, b, k)) is None: continue
+        x, y = (round(v, 3) for v in pair)
+        parts.append(f'{NAMES[k]} ' + (f'equal ({x:.3f})' if x == y else
+                     f'higher with {plain(a if x > y else b)} ({max(x, y):.3f} against {min(x, y):.3f})'))
+    return f"{plain(a)} and {plain(b)}: {', '.join(parts)}." if parts else ''

@@ -4,18 +4,20 @@
 
 # %% ../nbs/03a_layouts.ipynb #453fec12
 from __future__ import annotations
-import csv, importlib.util, warnings
-from dataclasses import dataclass
-from functools import partial
+import csv, importlib.util, os
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Callable
+from typing import Callable, Iterator, Sequence
 
 import numpy as np
 
-from .images import EXTENSIONS, DataError, list_images
+from .collector import (COMMON, EXTENSIONS, GOOD, INNER, SPLITS, DataError, Finding, Listing, bare_stem, collect,
+                             count, first_of, mask_depth, plain, subfolders)
+from .paths import name_key, printable
 
 # %% auto #0
-__all__ = ['LAYOUTS', 'Sample', 'elpv_root', 'Layout', 'find_layout']
+__all__ = ['Reading', 'LAYOUTS', 'Sample', 'elpv_root', 'Layout', 'find_layout']
 
 # %% ../nbs/03a_layouts.ipynb #ca8bd448
 @dataclass(frozen=True)
@@ -30,104 +32,162 @@ class Sample:
     mask_rule: str = 'half'  # anomalous pixels are 'half': above half of the full range; 'nonzero': all but 0
 
     def __post_init__(self):
+        # the path keeps its bytes; names go into tables, pages and keys
+        for field in ('name', 'defect'): object.__setattr__(self, field, printable(getattr(self, field)))
         for field, allowed in (('split', ('train', 'test')), ('label', (0, 1)), ('mask_rule', ('half', 'nonzero'))):
             if (value := getattr(self, field)) not in allowed:
                 names = '0 (normal), 1 (anomalous)' if field == 'label' else ', '.join(allowed)
                 raise DataError(f"{self.name}: {field} = {value!r}; allowed: {names}")
 
-# %% ../nbs/03a_layouts.ipynb #6cb30ec3
-def _by_key(
-    folder: Path
-) -> dict[str, Path]: # path below the folder without extension -> file
-    "The images of a folder. Raises `DataError` when two differ in their extension only."
-    out: dict[str, Path] = {}
-    for p in list_images(folder):
-        key = p.relative_to(folder).with_suffix('').as_posix()
-        if (other := out.setdefault(key, p)) is not p:
-            raise DataError(f"{p}: has the same name as {other.name} but for the extension, so that masks and results "
-                            f"cannot be told apart; rename or remove one of the two")
-    return out
-
-# %% ../nbs/03a_layouts.ipynb #a5d4c62b
-def _subfolders(folder: Path) -> list[Path]:
-    "The folders in a folder, sorted, without hidden ones."
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(p for p in found if p.is_dir() and not p.name.startswith('.'))
+# %% ../nbs/03a_layouts.ipynb #bd73c9af
+Reading = tuple[list[Sample], list[Finding]] # what a layout makes of a folder
 
 def _relative(p: Path, root: Path) -> str: return p.relative_to(root).as_posix()
 
-# %% ../nbs/03a_layouts.ipynb #6696a6f8
-def _match_masks(
-    truth: Path,                         # ground_truth/DEFECT
-    images: dict[str, Path]              # of test/DEFECT, by key
-) -> tuple[dict[str, Path], list[Path]]: # mask by key of its image; masks without an image
-    "NAME_mask.* or NAME.* for every image that has one."
-    found, left = {}, []
-    for key, p in (_by_key(truth) if truth.is_dir() else {}).items():
-        name = key if key in images else key.removesuffix('_mask')
-        if name not in images: left.append(p)
-        elif name in found:
-            raise DataError(f"{p}: a second mask of {images[name].name} beside {found[name].name}; "
-                            f"remove one of the two")
-        else: found[name] = p
-    if left and images and not found:
-        raise DataError(f"{left[0]}: no mask in this folder fits an image's name; "
-                        f"name a mask like its image, with or without _mask")
-    return found, left
+def _unused(images: Sequence[Path], root: Path) -> Iterator[Finding]:
+    "Images that a layout has no use for, counted by their folder."
+    if not images: return
+    folders = Counter(_relative(p.parent, root) for p in images)
+    place = lambda f: 'the folder itself' if f == '.' else printable(f)
+    text = ', '.join(f"{count(n, 'image')} of {place(f)}" for f, n in folders.most_common(4))
+    more = f" and of {len(folders) - 4} more folders" if len(folders) > 4 else ''
+    yield Finding('unused', f"{text}{more} ({first_of(images, root)})", tuple(images))
+
+def _findings(
+    listing: Listing, samples: list[Sample],
+    known: Sequence[Path] = () # files that are accounted for otherwise
+) -> list[Finding]:
+    "What the listing left out, and what of it the samples do not use."
+    used = {s.image for s in samples} | {s.mask for s in samples} | {*known}
+    out = [f for f in listing.findings if f.kind != 'masks']
+    out += _unused([p for p in listing.files if p not in used], listing.root)
+    if orphans := tuple(p for p in listing.masks if p not in used):
+        text = f"{count(len(orphans), 'mask that belongs', 'masks that belong')} to no image"
+        out.append(Finding('orphans', f"{text} ({first_of(orphans, listing.root)})", orphans))
+    return out
+
+# %% ../nbs/03a_layouts.ipynb #812a2834
+def _kind_of(p: Path, root: Path) -> tuple[str | None, tuple[str, ...]]: # the split; the folders below it
+    "Where an image lies: ('test', ('crack',)); folders such as images are passed over."
+    first, *inner = p.relative_to(root).parts[:-1] or ('',)
+    return SPLITS.get(plain(first)), tuple(part for part in inner if plain(part) not in INNER)
+
+def _is_good(folders: tuple[str, ...]) -> bool: return bool(folders) and plain(folders[0]) in GOOD
+
+# %% ../nbs/03a_layouts.ipynb #d51e943d
+def _mask_place(p: Path, root: Path) -> tuple[str, ...]:
+    "The folders of a mask without those of the split, of masks and of images: ('crack',)."
+    depth, parts = mask_depth(p, root), list(p.relative_to(root).parts[:-1])
+    if depth is not None:
+        bare = bare_stem(parts[depth])
+        parts[depth:depth+1] = [] if bare == parts[depth] else [bare] # crack_masks: crack
+    if parts and plain(parts[0]) in SPLITS: parts = parts[1:]
+    return tuple(part for part in parts if plain(part) not in INNER)
+
+def _candidates(p: Path, root: Path) -> Iterator[tuple]:
+    "The keys under which the image of a mask may be found, the best first."
+    place, names = _mask_place(p, root), (p.stem, bare_stem(p.stem))
+    yield from ((place, name) for name in names)
+    low = tuple(map(name_key, place))
+    yield from ((low, name_key(name), 'any capitals') for name in names)
+    if not place: yield from (('anywhere', name_key(name)) for name in names)
+
+# %% ../nbs/03a_layouts.ipynb #022f217c
+def _by_key(samples: list[Sample], root: Path) -> dict[tuple, list[int]]: # index of the samples
+    "The samples under every key of `_candidates`."
+    out = defaultdict(list)
+    for i, s in enumerate(samples):
+        place, name = _kind_of(s.image, root)[1], s.image.stem
+        low = tuple(map(name_key, place))
+        # in a flat folder of masks, crack_000.png may be that of crack/000.png
+        flat = {name_key(name), name_key('_'.join((*place, name)))}
+        for key in ((place, name), (low, name_key(name), 'any capitals'), *(('anywhere', n) for n in flat)):
+            out[key].append(i)
+    return out
+
+def _owner(p: Path, samples: list[Sample], keys: dict[tuple, list[int]], root: Path) -> int | None:
+    "The sample that a mask belongs to. Raises `DataError` when two images differ in their extension only."
+    for key in _candidates(p, root):
+        have = keys.get(key, ())
+        if len(have) == 1: return have[0]
+        if len(have) > 1 and key[0] != 'anywhere' and len(key) == 2:
+            a, b = (samples[i].image for i in have[:2])
+            raise DataError(f"{b}: has the same name as {a.name} but for the extension, so that the mask {p.name} "
+                            f"cannot be told apart; rename or remove one of the two")
+    return None
+
+# %% ../nbs/03a_layouts.ipynb #653be28d
+def _with_masks(
+    samples: list[Sample], listing: Listing
+) -> tuple[list[Sample], list[Path], list[Path]]: # samples with masks; masks of normal images; masks of several images
+    "Give every anomalous sample its mask. Raises `DataError` for a second mask of an image."
+    bad, good = ([s for s in samples if s.label == label] for label in (1, 0))
+    keys, good_keys, found, normal, several = _by_key(bad, listing.root), _by_key(good, listing.root), {}, [], []
+    for p in listing.masks:
+        has = lambda keys: any(key in keys for key in _candidates(p, listing.root))
+        i = _owner(p, bad, keys, listing.root)
+        if i is None and has(keys): several.append(p)
+        elif i is None and has(good_keys): normal.append(p)
+        elif i in found:
+            raise DataError(f"{p}: a second mask of {bad[i].image.name} beside {found[i].name}; remove one of the two")
+        elif i is not None: found[i] = p
+    masked = {bad[i].image: p for i, p in found.items()}
+    return [replace(s, mask=masked.get(s.image)) for s in samples], normal, several
 
 # %% ../nbs/03a_layouts.ipynb #878b8c2d
-def _normal_files(train: Path, good: str) -> list[Path]:
-    "The normal training images in train/GOOD. Raises `DataError` when there is none."
-    if files := list(_by_key(train/good).values()) if (train/good).is_dir() else []: return files
-    inside = ', '.join(sorted(p.name for p in train.iterdir())[:5]) if train.is_dir() else 'nothing, it does not exist'
-    raise DataError(f"{train/good}: no normal training image (found in {train}: {inside}); "
-                    f"put images of normal parts there, as one of {', '.join(sorted(EXTENSIONS))}")
+def _normal_files(listing: Listing) -> tuple[list[Path], list[Finding]]:
+    "The normal training images of a folder with `train`. Raises `DataError` when there is none."
+    inside = {p: folders for p in listing.files for split, folders in [_kind_of(p, listing.root)] if split == 'train'}
+    good = [p for p, folders in inside.items() if _is_good(folders)]
+    if names := sorted({inside[p][0] for p in good}):
+        text = f"the folders {' and '.join(names)} of train are both read as normal images"
+        return good, [Finding('merged', text)] if len(names) > 1 else []
+    if flat := [p for p, folders in inside.items() if not folders]:
+        return flat, [Finding('flat', 'the images directly in train are read as normal ones')]
+    have = ', '.join(sorted({f[0] for f in inside.values()})[:5]) or 'no image'
+    train = listing.root/'train'
+    raise DataError(f"{train/'good'}: no normal training image (found in {train}: {have}); put images of normal parts "
+                    f"there ({COMMON} and what else Pillow reads){_why(listing)}")
 
-# %% ../nbs/03a_layouts.ipynb #f195057b
-def _warn_unused(
-    train: Path, test: Path,
-    good: str,      # name of the folder of normal images
-    stacklevel: int # of the warnings
-) -> None:
-    "Warn of images beside the folders that are read."
-    others = [f.name for f in _subfolders(train) if f.name != good and list_images(f)]
-    if others:
-        warnings.warn(f"{train}: the folder{'s'*(len(others) > 1)} {', '.join(others)} will not be used: only "
-                      f"train/{good} is used for training; anomalous images belong in test", stacklevel=stacklevel)
-    beside = [p for f in (train, test) if f.is_dir() for p in f.iterdir()]
-    loose = [p for p in beside if p.is_file() and p.suffix.lower() in EXTENSIONS]
-    if loose:
-        warnings.warn(f"{loose[0]}: lies outside train/{good} and test/DEFECT (as do {len(loose) - 1} more) "
-                      f"and will not be used", stacklevel=stacklevel)
+def _why(listing: Listing) -> str:
+    "The end of an error: what was there and left out."
+    return f"; not read: {', '.join(f.text for f in listing.findings)}" if listing.findings else ''
 
-# %% ../nbs/03a_layouts.ipynb #f40b0865
-def _test_folder(
-    root: Path, folder: Path, good: str
-) -> tuple[list[Sample], list[Path]]: # the samples of one folder of test; masks without an image
-    "test/GOOD or test/DEFECT with its masks."
-    if folder.name != good and folder.name.lower() == good:
-        raise DataError(f"{folder}: normal images or a kind of defect? Normal ones lie in a folder named {good}, "
-                        f"in small letters: rename it, or give the defect another name")
-    images, label = _by_key(folder), int(folder.name != good)
-    masks, left = _match_masks(root/'ground_truth'/folder.name, images) if label else ({}, [])
-    defect = folder.name if label else 'good'
-    return [Sample(_relative(p, root), p, label, defect, 'test', masks.get(k)) for k, p in images.items()], left
+# %% ../nbs/03a_layouts.ipynb #56f8a442
+_OTHER = {'xyz', 'depth'} # what a 3D data set keeps beside its rgb images
+
+def _test_samples(listing: Listing) -> list[Sample]:
+    "The test images, by the folder below test that they lie in."
+    samples = []
+    for p in listing.files:
+        split, folders = _kind_of(p, listing.root)
+        if split != 'test' or not folders or _OTHER & {plain(f) for f in folders[1:]}: continue
+        good = _is_good(folders)
+        samples.append(Sample(_relative(p, listing.root), p, int(not good), 'good' if good else folders[0], 'test'))
+    return samples
+
+def _test_findings(samples: list[Sample]) -> Iterator[Finding]:
+    "What cannot be measured on these test images."
+    test = [s for s in samples if s.split == 'test']
+    kinds = ', '.join(printable(k) for k in sorted({s.defect for s in test})[:5])
+    if not test: yield Finding('no test', 'no test image: nothing can be evaluated')
+    elif all(s.label for s in test):
+        yield Finding('no normal test', f"no normal test image (kinds: {kinds}): image-level figures are undefined")
+    elif not any(s.label for s in test):
+        yield Finding('no anomalous test', 'no anomalous test image: only false alarms can be counted')
 
 # %% ../nbs/03a_layouts.ipynb #bbf3ade3
-def _read_mvtec(root: Path, category: str | None, seed: int, good: str = 'good') -> list[Sample]:
-    "MVTec's layout, or BTAD's, in which the folders of normal images are named ok."
-    train, test = root/'train', root/'test'
-    normal = _normal_files(train, good)
-    _warn_unused(train, test, good, stacklevel=4)
-    samples, left = [Sample(_relative(p, root), p, 0, 'good', 'train') for p in normal], []
-    for folder in _subfolders(test):
-        found, masks = _test_folder(root, folder, good)
-        samples += found
-        left += masks
-    if left:
-        warnings.warn(f"{left[0]}: has no image (as do {len(left) - 1} more masks) and will not be used; "
-                      f"a mask is named like its image, with or without _mask", stacklevel=3)
-    return samples
+def _read_mvtec(root: Path, category: str | None, seed: int) -> Reading:
+    "MVTec's layout, BTAD's, and what people make of them."
+    listing = collect(root)
+    normal, said = _normal_files(listing)
+    samples = [Sample(_relative(p, root), p, 0, 'good', 'train') for p in normal] + _test_samples(listing)
+    samples, normal, several = _with_masks(samples, listing)
+    for kind, files, what in (('normal masks', normal, 'of normal images'),
+                              ('ambiguous', several, 'that fit several images')):
+        text = f"{count(len(files), 'mask')} {what}"
+        if files: said.append(Finding(kind, f"{text} ({first_of(files, root)})", tuple(files)))
+    return samples, [*_findings(listing, samples, normal + several), *said, *_test_findings(samples)]
 
 # %% ../nbs/03a_layouts.ipynb #5788238c
 _COLUMNS = ('object', 'split', 'label', 'image', 'mask')
@@ -171,7 +231,7 @@ def _visa_sample(root: Path, row: dict[str, str], where: str) -> Sample:
     return Sample(name, image, int(anomalous), defect, split, mask if anomalous else None, 'nonzero')
 
 # %% ../nbs/03a_layouts.ipynb #4da66f75
-def _read_visa(root: Path, category: str | None, seed: int) -> list[Sample]:
+def _read_visa(root: Path, category: str | None, seed: int) -> Reading:
     "VisA as published; `root` is the folder of one category, the table lies beside it."
     table = root.parent/'split_csv'/'1cls.csv'
     samples, lost = [], []
@@ -184,11 +244,7 @@ def _read_visa(root: Path, category: str | None, seed: int) -> list[Sample]:
     if lost:
         raise DataError(f"{lost[0]}: named in {table.name}, but not there (as are {len(lost) - 1} more of "
                         f"{len(samples)} images and their masks); unpack the data set again")
-    named = {s.image for s in samples}
-    if spare := [p for p in list_images(root/'Data'/'Images') if p not in named]:
-        warnings.warn(f"{spare[0]}: not named in {table.name} (as are {len(spare) - 1} more) and will not be used",
-                      stacklevel=3)
-    return samples
+    return samples, [*_findings(collect(root), samples), *_test_findings(samples)]
 
 # %% ../nbs/03a_layouts.ipynb #932994de
 def _split_good(good: list[Path], root: Path, seed: int) -> list[Sample]:
@@ -200,19 +256,19 @@ def _split_good(good: list[Path], root: Path, seed: int) -> list[Sample]:
 # %% ../nbs/03a_layouts.ipynb #18b0565f
 def _mtd_folders(root: Path) -> dict[str, Path]: # kind of defect, 'free' for none -> folder of its images
     "The MT_ folders. Raises `DataError` when MT_Free is missing."
-    parts = {f.name.removeprefix('MT_').lower(): f/'Imgs' for f in _subfolders(root) if f.name.startswith('MT_')}
+    parts = {f.name.removeprefix('MT_').lower(): f/'Imgs' for f in subfolders(root) if f.name.startswith('MT_')}
     if 'free' not in parts:
         found = ', '.join('MT_' + p.title() for p in parts) or 'no MT_ folder'
         raise DataError(f"{root}: no folder MT_Free with the normal images; found {found}")
     return parts
 
 # %% ../nbs/03a_layouts.ipynb #3c5ade21
-def _read_mtd(root: Path, category: str | None, seed: int) -> list[Sample]:
+def _read_mtd(root: Path, category: str | None, seed: int) -> Reading:
     "Magnetic tiles as published."
     if category is not None:
         raise DataError(f"{root}: category = {category!r}, but the layout mtd has no categories; leave it out")
-    parts = _mtd_folders(root)
-    files = lambda f, *suffixes: [p for p in list_images(f) if p.suffix.lower() in suffixes]
+    parts, listing = _mtd_folders(root), collect(root)
+    files = lambda f, *suffixes: [p for p in listing.files if p.suffix.lower() in suffixes and p.is_relative_to(f)]
     normal = files(parts['free'], '.jpg', '.jpeg')
     if not normal: raise DataError(f"{parts['free']}: no normal training image (.jpg); unpack the data set again")
     samples = _split_good(normal, root, seed)
@@ -221,7 +277,8 @@ def _read_mtd(root: Path, category: str | None, seed: int) -> list[Sample]:
         masks = {p.stem: p for p in files(folder, '.png')}
         images = files(folder, '.jpg', '.jpeg')
         samples += [Sample(_relative(p, root), p, 1, defect, 'test', masks.get(p.stem)) for p in images]
-    return samples
+    empty = files(parts['free'], '.png') # the masks of normal images
+    return samples, _findings(listing, samples, empty)
 
 # %% ../nbs/03a_layouts.ipynb #6d8511ef
 def _elpv_rows(table: Path) -> list[tuple[str, float, str]]: # path, probability, type of cell
@@ -238,20 +295,23 @@ def _elpv_rows(table: Path) -> list[tuple[str, float, str]]: # path, probability
     return rows
 
 # %% ../nbs/03a_layouts.ipynb #aa526e36
-def _read_elpv(root: Path, category: str | None, seed: int) -> list[Sample]:
+def _read_elpv(root: Path, category: str | None, seed: int) -> Reading:
     "Solar cells, all or those of one type."
     if category not in (None, 'mono', 'poly'):
         raise DataError(f"category = {category!r}: solar cells are mono or poly (None: all)")
     table = root/'labels.csv'
-    good, bad = [], []
+    good, bad, left = [], [], []
     for i, (name, p, kind) in enumerate(_elpv_rows(table), 1):
-        if category not in (None, kind): continue
         file = _inside(root, name, f'{table}: line {i}')
-        if p == 0: good.append(file)
-        elif p > .6: bad.append(Sample(name, file, 1, 'certain' if p > .9 else 'likely', 'test'))
+        if category not in (None, kind) or 0 < p <= .6: left.append(file)
+        elif p == 0: good.append(file)
+        else: bad.append(Sample(name, file, 1, 'certain' if p > .9 else 'likely', 'test'))
     if not good:
         raise DataError(f"{table}: no cell with probability 0 (good)" + (f" and type {category}" if category else ''))
-    return _split_good(sorted(good), root, seed) + bad
+    samples = _split_good(sorted(good), root, seed) + bad
+    text = f"{count(len(left), 'cell')} of the other type or with a probability between"
+    said = [Finding('by design', text, tuple(left))] if left else []
+    return samples, [*_findings(collect(root), samples, left), *said]
 
 # %% ../nbs/03a_layouts.ipynb #e12fc407
 def elpv_root() -> Path:
@@ -262,28 +322,46 @@ def elpv_root() -> Path:
     return Path(list(spec.submodule_search_locations)[0])/'data'
 
 # %% ../nbs/03a_layouts.ipynb #f6d35561
-def _read_folder(root: Path, category: str | None, seed: int) -> list[Sample]:
+def _is_flat(root: Path) -> bool:
+    "Whether all images lie directly in a folder, or in folders of normal images: not in what may be kinds of defect."
+    direct = any(n.lower().endswith(tuple(EXTENSIONS)) for n in os.listdir(root))
+    named = any(plain(f.name) in GOOD | INNER for f in subfolders(root))
+    if not direct and not named: return False # before a long walk
+    inner = [p.relative_to(root).parts[:-1] for p in collect(root).files]
+    folders = [tuple(part for part in parts if plain(part) not in INNER) for parts in inner]
+    return bool(folders) and all(not f or _is_good(f) for f in folders)
+
+def _read_folder(root: Path, category: str | None, seed: int) -> Reading:
     "Every image below a folder, as a normal training image."
     if category is not None:
         raise DataError(f"{root}: category = {category!r}, but the layout folder has no categories; leave it out")
-    found = list_images(root)
-    if not found: raise DataError(f"{root}: no image in there ({', '.join(sorted(EXTENSIONS))})")
-    return [Sample(_relative(p, root), p, 0, 'good', 'train') for p in found]
+    listing = collect(root)
+    if not listing.files:
+        raise DataError(f"{root}: no image in there ({COMMON} and what else Pillow reads){_why(listing)}")
+    samples = [Sample(_relative(p, root), p, 0, 'good', 'train') for p in listing.files]
+    kinds = {p.relative_to(root).parts[0] for p in listing.files if p.parent != root}
+    others = sorted(k for k in kinds if plain(k) not in GOOD)
+    text = f"the folders {', '.join(others[:4])} beside one of normal images are taken for normal too"
+    said = [Finding('mixed', text)] if others and len(others) < len(kinds) else []
+    flat = Finding('flat', 'a folder without train: every image is taken as a normal one')
+    return samples, [*_findings(listing, samples), *said, flat]
 
 # %% ../nbs/03a_layouts.ipynb #7f78fd45
 @dataclass(frozen=True)
 class Layout:
     "How one kind of folder is recognised and read."
-    read: Callable[[Path, str | None, int], list[Sample]] # (root, category, seed)
+    read: Callable[[Path, str | None, int], Reading] # (root, category, seed)
     is_root: Callable[[Path], bool]
     nested: bool                                          # whether a category is a subfolder
     hint: str                                             # what such a folder holds
     detected: bool = True                                 # False: never chosen by 'auto'
 
 # %% ../nbs/03a_layouts.ipynb #39297956
-def _is_btad(r: Path) -> bool: return (r/'train'/'ok').is_dir() and not (r/'train'/'good').is_dir()
+def _splits(r: Path, split: str) -> list[Path]: return [f for f in subfolders(r) if SPLITS.get(plain(f.name)) == split]
 
-def _is_mvtec(r: Path) -> bool: return (r/'train').is_dir() and not _is_btad(r)
+def _is_mvtec(r: Path) -> bool: return bool(_splits(r, 'train')) and not _is_btad(r)
+
+def _is_btad(r: Path) -> bool: return (r/'train'/'ok').is_dir() and not (r/'train'/'good').is_dir()
 
 def _is_elpv(r: Path) -> bool: return (r/'labels.csv').is_file() and (r/'images').is_dir()
 
@@ -295,8 +373,8 @@ LAYOUTS: dict[str, Layout] = {
     'mtd': Layout(_read_mtd, lambda r: (r/'MT_Free').is_dir(), False, 'MT_Free/Imgs and other MT_ folders'),
     'elpv': Layout(_read_elpv, _is_elpv, False, 'labels.csv and images'),
     'visa': Layout(_read_visa, _is_visa, True, 'CATEGORY/Data/Images and split_csv/1cls.csv'),
-    'btad': Layout(partial(_read_mvtec, good='ok'), _is_btad, True, 'train/ok, test/ok and test/ko'),
-    'folder': Layout(_read_folder, lambda r: r.is_dir(), False, 'normal images only (must be named)', detected=False)}
+    'btad': Layout(_read_mvtec, _is_btad, True, 'train/ok, test/ok and test/ko'),
+    'folder': Layout(_read_folder, lambda r: r.is_dir(), False, 'normal images only', detected=False)}
 
 # %% ../nbs/03a_layouts.ipynb #f7599ade
 def find_layout(
@@ -304,7 +382,8 @@ def find_layout(
 ) -> tuple[str | None, dict[str, list[str]]]: # the layout or None; the categories that each nested layout finds
     "Recognise the layout of a folder from what it holds."
     detected = {k: l for k, l in LAYOUTS.items() if l.detected}
-    nested = {k: [f.name for f in _subfolders(root) if l.is_root(f)] for k, l in detected.items() if l.nested}
+    nested = {k: [f.name for f in subfolders(root) if l.is_root(f)] for k, l in detected.items() if l.nested}
     here = [k for k, l in detected.items() if l.is_root(root)]
     below = [k for k, categories in nested.items() if categories]
-    return next(iter(here + below), None), nested
+    flat = ['folder'] if not here + below and root.is_dir() and _is_flat(root) else []
+    return next(iter(here + below + flat), None), nested

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['cpu_name', 'cpu_cores', 'cpu_load', 'peak_memory_mb', 'machine']
+__all__ = ['cpu_name', 'cpu_cores', 'cpu_load', 'peak_memory_mb', 'peak_working_set_mb', 'machine']
 
 # %% ../nbs/01a_machine.ipynb #e275795b
 def cpu_name() -> str | None:
@@ -17,7 +17,7 @@ def cpu_name() -> str | None:
     try:
         if sys.platform == 'darwin':
             return subprocess.check_output(['sysctl', '-n', 'machdep.cpu.brand_string'], text=True).strip()
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
         return next(l.split(':', 1)[1].strip() for l in lines if l.startswith('model name'))
     except (OSError, StopIteration, subprocess.CalledProcessError):
         return platform.processor() or platform.machine() or None
@@ -33,10 +33,18 @@ def cpu_load() -> float | None:
 
 # %% ../nbs/01a_machine.ipynb #482ebb91
 def peak_memory_mb() -> float | None:
-    "The largest memory that this process has held so far, in MB (2^20 bytes); None on Windows."
+    "The largest memory that this process has held so far, in MB (2^20 bytes); None where the system does not tell."
+    if sys.platform == 'win32': return peak_working_set_mb()
     try: import resource
     except ImportError: return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10)
+
+def peak_working_set_mb() -> float | None:
+    "The same on Windows, by psutil; None where that is not installed."
+    try: import psutil
+    except ImportError: return None
+    peak = getattr(psutil.Process().memory_info(), 'peak_wset', None)
+    return None if peak is None else peak/2**20
 
 # %% ../nbs/01a_machine.ipynb #3e022257
 def machine() -> dict[str, Any]:

@@ -140,6 +140,7 @@ def _isolate_heavy(cuts: np.ndarray, w: np.ndarray, bins: int) -> np.ndarray:
     heavy = np.searchsorted(w.cumsum(), at, 'right').clip(0, len(w) - 1)
     return np.unique(np.concatenate([cuts, heavy, heavy + 1]))
 
+# %% ../nbs/13_metrics.ipynb #1fb0b4cc
 def _respect_ties(cuts: np.ndarray, values: np.ndarray) -> np.ndarray:
     "A cut between equal values is replaced by the two ends of their plateau."
     inner = cuts[1:-1]
@@ -218,6 +219,7 @@ def _pool(self: StreamingPixelMetrics) -> tuple[np.ndarray, ...]:
     n, p = np.argsort(nv, kind='stable'), np.argsort(pv, kind='stable')
     return nv[n], pv[p], pw[p].astype(np.float64), nc[n], pc[p]
 
+# %% ../nbs/13_metrics.ipynb #1b15726a
 @patch
 def _undefined(self: StreamingPixelMetrics) -> dict[str, Metric] | None:
     why = missing_class(len(self), sum(int(c.sum()) for _, c in self.neg), sum(len(v) for v, *_ in self.pos))
@@ -237,6 +239,7 @@ def _at_ranks(values: np.ndarray, lengths: np.ndarray, bins: int) -> np.ndarray:
     run = np.searchsorted(lengths[::-1].cumsum(), ranks, 'right').clip(0, len(values) - 1)
     return values[len(values) - 1 - run]
 
+# %% ../nbs/13_metrics.ipynb #8f430569
 @patch
 def tables(self: StreamingPixelMetrics,
     bins: int = 1000  # groups of scores common to all images
@@ -267,6 +270,7 @@ def draws(self: StreamingPixelMetrics,
     out = {k: np.concatenate([p[k] for p in parts]) for k in PIXEL_KEYS}
     return {k: np.clip(v[1:] - v[0] + exact[k].value, 0, 1) for k, v in out.items()}  # the error of the groups cancels
 
+# %% ../nbs/13_metrics.ipynb #a8b0d973
 @patch
 def bootstrap(self: StreamingPixelMetrics,
     n_boot: int = 1000, seed: int = 0, level: float = .95

@@ -8,31 +8,28 @@ import csv, io
 from pathlib import Path
 from typing import Any, Sequence
 
-from tqdm.auto import tqdm
 
+from .collector import collect_places
 from .config import ConfigError
-from .data import DataError, read_image
-from .images import list_images
+from .data import read_image
+from .exports import check_export, export_to
+from .guard import tqdm
 from .detector import DynAD
 from .method import Method, Prediction, open_run
+from .paths import check_space, expanded, file_name, printable
 from .show import colorize, overlay, save_png
 from .store import atomic_write
 
 # %% auto #0
-__all__ = ['images_of', 'open_for_prediction', 'write_predictions', 'write_one']
+__all__ = ['KINDS', 'images_of', 'open_for_prediction', 'result_stems', 'check_output', 'write_predictions', 'rows_csv',
+           'write_one']
 
 # %% ../nbs/17c_output.ipynb #6fe695ff
 def images_of(
     places: Sequence[Path] # files and folders
 ) -> list[Path]:
     "The images to predict on. Raises DataError for a place that is not there, or when there is none."
-    out: list[Path] = []
-    for p in places:
-        if p.is_dir(): out += list_images(p)
-        elif p.exists(): out.append(p)
-        else: raise DataError(f'{p}: no such file or folder')
-    if not out: raise DataError(f"{', '.join(map(str, places))}: no image in there")
-    return out
+    return list(collect_places(list(map(expanded, places))).files)
 
 # %% ../nbs/17c_output.ipynb #7054ecab
 def open_for_prediction(
@@ -40,6 +37,7 @@ def open_for_prediction(
     overrides: dict[str, Any] # inference settings, for a run directory
 ) -> Method:
     "A fitted method that can predict on single images. Raises ConfigError when it cannot, StoreError when incomplete."
+    folder = expanded(folder)
     saved = (folder/'calibration.json').exists()
     if overrides and saved:
         raise ConfigError(f'{folder}: a saved model has fixed settings; use --set with a run directory')
@@ -51,35 +49,65 @@ def open_for_prediction(
                           "`dynad evaluate` evaluates a whole test set")
     return method
 
+# %% ../nbs/17c_output.ipynb #4fcba6c8
+KINDS = ('map', 'overlay', 'reconstruction') # of files for one image
+
+def result_stems(
+    files: Sequence[Path]
+) -> list[str]: # e.g. '07_scratch'
+    "What the names of the results of each image begin with."
+    wide = len(str(len(files)))
+    return [f'{i:0{wide}d}_{file_name(f.stem)}' for i, f in enumerate(files)]
+
+# %% ../nbs/17c_output.ipynb #cba62b6d
+def check_output(
+    out: str | Path,
+    files: Sequence[Path],
+    size: int | None = None, # side of the images, where it is known
+    what: str = '--out '     # the option, for the error
+) -> Path:
+    "The folder for the results of images. Raises StoreError or PathError where they cannot be written there."
+    names = [f'{s}_{k}.png' for s in result_stems(files) for k in KINDS]
+    out = check_export(out, ['scores.csv', *names], what)
+    # a PNG of three colours is at most a little larger than its pixels
+    if size: check_space(out, len(names)*3*size**2, f'maps of {len(files)} images')
+    return out
+
 # %% ../nbs/17c_output.ipynb #37b3ed1e
 def write_predictions(
     method: Method,       # fitted
     files: list[Path],    # images
     out: Path             # folder for PNGs and scores.csv
 ) -> list[dict[str, Any]]:# the rows of scores.csv
-    "Maps, overlays and, where the method has them, reconstructions as PNG, and one row per image."
-    size, rows, batch = method.config.data.image_size, [], method.config.batch
-    for f in tqdm(files, desc='checking', leave=False, delay=2): read_image(f, size)
-    for a in range(0, len(files), batch):
-        part = files[a:a+batch]
-        p = method.predict(part)
-        rows += [write_one(method, p, i, f, f'{a + i:0{len(str(len(files)))}d}_{f.stem}', out)
-                 for i, f in enumerate(part)]
+    "Maps, overlays and, where the method has them, reconstructions as PNG, and one row per image; all or nothing."
+    c, rows, batch, stems = method.config.data, [], method.config.batch, result_stems(files)
+    out = check_output(out, files, c.image_size, '')
+    for f in tqdm(files, desc='checking', leave=False, delay=2): read_image(f, c.image_size, c.max_pixels)
+    with export_to(out) as work:
+        for a in range(0, len(files), batch):
+            part = files[a:a+batch]
+            p = method.predict(part)
+            rows += [write_one(method, p, i, f, stems[a + i], work) for i, f in enumerate(part)]
+        atomic_write(work/'scores.csv', rows_csv(rows))
+    return rows
+
+def rows_csv(rows: list[dict[str, Any]]) -> str:
+    "A table with one row per image as text."
     text = io.StringIO()
     w = csv.DictWriter(text, rows[0].keys()); w.writeheader(); w.writerows(rows)
-    atomic_write(out/'scores.csv', text.getvalue())
-    return rows
+    return text.getvalue()
 
 # %% ../nbs/17c_output.ipynb #d37efb32
 def write_one(method: Method, p: Prediction, i: int, file: Path, stem: str, out: Path) -> dict[str, Any]:
     "The pictures of one image, and its row."
-    x, d = read_image(file, method.config.data.image_size), method.decision
+    c, d = method.config.data, method.decision
+    x = read_image(file, c.image_size, c.max_pixels)
     drawn = {}
     if p.map is not None:
-        drawn = {'map': colorize(p.map[i], 0, max(2*d.threshold, float(p.map[i].max()))),
+        drawn = {'map': colorize(p.map[i], 0, max(2*d.pixel_threshold, float(p.map[i].max()), 1e-6)),
                  'overlay': overlay(x, map=p.map[i], mask=p.mask[i])}
     if getattr(p, 'reconstruction', None) is not None: drawn['reconstruction'] = p.reconstruction[i]
     for kind, image in drawn.items(): save_png(image, out/f'{stem}_{kind}.png')
-    return {'image': str(file), 'score': float(p.score[i]), 'anomalous': bool(p.anomalous[i]),
+    return {'image': printable(file), 'score': float(p.score[i]), 'anomalous': bool(p.anomalous[i]),
             'threshold': d.image_threshold, **{k: v[i].item() for k, v in p.per_image.items()},
             'anomalous_pixels': int(p.mask[i].sum()) if p.mask is not None else '', 'files': stem}

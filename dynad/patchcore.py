@@ -19,13 +19,14 @@ from torch import Tensor
 from .cache import batches
 from .config import DynadError, Settings
 from .data import to_float
+from .dic import ROUNDING
 from .features import load_features
 from .fusion import smooth
 from .method import Method, Prediction, register
 from .store import REPAIR_HINT, StoreError, load_tensors
 
 # %% auto #0
-__all__ = ['PatchCoreError', 'PatchCoreOptions', 'patch_features', 'nearest', 'projected_dims', 'sparse_projection',
+__all__ = ['PatchCoreError', 'PatchCoreOptions', 'patch_features', 'nearest', 'projected_dims', 'sparse_projection', 'k_centre',
            'greedy_coreset', 'sample_rows', 'reweighted_score', 'distance_map', 'PatchBank', 'PatchCore', 'fit_patches']
 
 # %% ../nbs/16a_patchcore.ipynb #3ba043b1
@@ -83,10 +84,11 @@ def nearest(
     "Exact nearest neighbours."
     if not 1 <= k <= len(bank):
         raise PatchCoreError(f"k = {k} neighbours of a bank with {len(bank)} patches: give 1…{len(bank)}")
-    i = _search(x, bank, k, backend, chunk)
-    rows = max(1, 8192//k)
+    # products round: among a few more than k, the exact distance chooses
+    i = _search(x, bank, min(k + 3, len(bank)), backend, chunk)
+    rows = max(1, 8192//i.shape[1])
     d = torch.cat([(q[:, None] - bank[j]).norm(dim=2) for q, j in zip(x.split(rows), i.split(rows))])
-    d, order = d.sort(1)
+    d, order = (v[:, :k] for v in d.sort(dim=1, stable=True))
     return d, i.gather(1, order)
 
 # %% ../nbs/16a_patchcore.ipynb #22bf99c2
@@ -107,26 +109,36 @@ def sparse_projection(
     sign = torch.randint(0, 2, (d, k), generator=generator)*2 - 1
     return keep*sign*(d**.25/k**.5)
 
-# %% ../nbs/16a_patchcore.ipynb #c2e762a0
-def greedy_coreset(
-    x: Tensor,        # [n,d] candidates
-    m: int,           # how many to choose
-    seed: int = 0,
-    eps: float = .9   # of `projected_dims`; points with fewer dimensions than that are not projected
-) -> Tensor:          # [min(m,n)] distinct indices, in the order of choice
-    "Greedy k-centre selection (Algorithm 1): m points such that no other point is far from all of them."
-    if m < 1 or not len(x): raise PatchCoreError(f"cannot choose {m} of {len(x)} patches: both must be at least 1")
-    g = torch.Generator().manual_seed(seed)
-    if (k := projected_dims(len(x), eps)) < x.shape[1]: x = x @ sparse_projection(x.shape[1], k, g).to(x)
+# %% ../nbs/16a_patchcore.ipynb #9fce4ac5
+def k_centre(
+    x: Tensor,   # [n,d] points
+    m: int,      # how many to choose, at most n
+    first: int   # index of the first one
+) -> Tensor:     # [m] distinct indices, in the order of choice
+    "Greedy k-centre selection: always the point that is farthest from all chosen before it."
     x = x - x.mean(0)                                            # small norms: less rounding in the product below
     sq = x.square().sum(1)
-    i, far, chosen = torch.randint(len(x), (1,), generator=g).to(x.device), torch.full_like(sq, math.inf), []
-    for _ in range(min(m, len(x))):
+    i, far, chosen = torch.tensor([first], device=x.device), torch.full_like(sq, math.inf), []
+    for _ in range(m):
         chosen.append(i)
         far = torch.minimum(far, sq + sq[i] - 2*(x @ x[i[0]]))   # squared distance to the nearest chosen point
         far[i] = -math.inf                                       # never chosen twice
         i = far.argmax(keepdim=True)
     return torch.cat(chosen).cpu()
+
+# %% ../nbs/16a_patchcore.ipynb #c2e762a0
+def greedy_coreset(
+    x: Tensor,        # [n,d] candidates
+    m: int,           # how many to choose
+    seed: int = 0,    # of the projection and of the first patch
+    eps: float = .9   # of `projected_dims`
+) -> Tensor:          # [min(m,n)] distinct indices, in the order of choice
+    "Algorithm 1: m points such that no other point is far from all of them, in a random projection."
+    if m < 1 or not len(x): raise PatchCoreError(f"cannot choose {m} of {len(x)} patches: both must be at least 1")
+    g = torch.Generator().manual_seed(seed)
+    projection = sparse_projection(x.shape[1], projected_dims(len(x), eps), g).to(x)
+    first = int(torch.randint(len(x), (1,), generator=g))
+    return k_centre(x @ projection, min(m, len(x)), first)
 
 # %% ../nbs/16a_patchcore.ipynb #d6f6abcc
 def sample_rows(
@@ -161,7 +173,8 @@ def reweighted_score(
     backend: str | None = None # see `nearest`
 ) -> Tensor:                   # [B] ≥ 0
     "Image score: the largest distance, weighted by how rare its nearest normal patch is (Eq. 7)."
-    s, p = d.max(1)
+    s = d.amax(1)
+    p = (d >= (1 - ROUNDING)*s[:, None]).float().argmax(1) # the first of equally far patches, in any batch
     b, rows = min(neighbours, len(bank)), torch.arange(len(d), device=d.device)
     if b == 1: return s
     around = nearest(bank[i[rows, p]], bank, b, backend)[1]
@@ -233,6 +246,7 @@ def search(self: PatchBank,
     d, i = nearest(p.permute(0, 2, 3, 1).reshape(-1, C), self.bank.to(p.device), 1, self.backend)
     return p, d.view(B, h, w), i.view(B, h, w)
 
+# %% ../nbs/16a_patchcore.ipynb #4e92c04d
 @patch
 def distances(self: PatchBank,
     features: dict[int, Tensor] # φ of B images
@@ -263,6 +277,7 @@ def state_dict(self: PatchBank) -> dict[str, Tensor]:
                for k, v in self.options.model_dump().items() if v is not None}
     return options | dict(bank=self.bank, seed=torch.tensor(self.seed))
 
+# %% ../nbs/16a_patchcore.ipynb #7e54db7b
 @patch(cls_method=True)
 def from_state_dict(cls: PatchBank,
     state: dict[str, Tensor],  # of `state_dict`
@@ -310,5 +325,5 @@ def fit_patches(method: PatchCore, progress: bool = True) -> Path:
         features = (phi(to_float(images.images[r]).to(method.device)) for r in rows)
         return PatchBank(method.options, c.seed).fit(features).state_dict()
     options = method.options.model_dump(mode='json', exclude={'sigma', 'neighbours'})
-    key = dict(images=images.key, phi=phi.weights_hash, seed=c.seed, options=options)
+    key = dict(images=images.key, phi=phi.weights_hash, seed=c.seed, options=options, coreset='projected')
     return images.store.stage('patches', key, make)

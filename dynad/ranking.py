@@ -158,6 +158,7 @@ def _decimate(fpr: np.ndarray, over: np.ndarray, points: int, limit: float) -> t
     keep = np.unique(np.searchsorted(length, np.linspace(0, length[-1], points)).clip(0, len(fpr) - 1))
     return fpr[keep], over[keep]
 
+# %% ../nbs/12a_ranking.ipynb #4e0d5907
 def pro_curve(
     maps: Any, masks: Any, has_mask: Any = None,  # as in `pro`
     limit: float = .3,                            # the last point has this rate

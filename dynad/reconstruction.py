@@ -4,7 +4,7 @@
 
 # %% ../nbs/09_reconstruction.ipynb #e8efac67
 from __future__ import annotations
-import math, warnings
+import hashlib, math, warnings
 from dataclasses import dataclass, field
 from typing import Callable
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from .diffusion import Schedule, abar_at, broadcast_coefficients, predict_x0, q_sample, x_tilde
 
 # %% auto #0
-__all__ = ['timesteps', 'plan_timesteps', 'start_index', 'pull', 'overshoots', 'guide', 'ddim_step', 'Reconstruction',
-           'check_t_hat', 'reconstruct', 'generators_for', 'noise_for']
+__all__ = ['timesteps', 'plan_timesteps', 'start_index', 'guide', 'ddim_step', 'pull', 'overshoots', 'Reconstruction',
+           'check_t_hat', 'reconstruct', 'noise_keys', 'generators_for', 'noise_for']
 
 # %% ../nbs/09_reconstruction.ipynb #f4aec101
 def timesteps(
@@ -58,30 +58,6 @@ def start_index(
     start = t_hat.clamp(max=T - 1) if indices == 'authors' else t_hat - 1
     return torch.where(t_hat > 0, start, -1)
 
-# %% ../nbs/09_reconstruction.ipynb #68756fa3
-def pull(
-    eta: float,   # η
-    t: Tensor,    # [...] 0-based indices
-    abar: Tensor  # [T]
-) -> Tensor:      # [...] fraction of the distance from x̂_0 to z_0
-    "η(1-ᾱ_t), the algebraic form of Eq. 8."
-    return eta*(1 - abar[t])
-
-# %% ../nbs/09_reconstruction.ipynb #772a985e
-def overshoots(
-    eta: float,          # η
-    t_hat: int,          # T̂
-    schedule: Schedule,
-    S: int = 10
-) -> float:              # the pull at the first step
-    "The first and largest pull; warns when it is above 1, where the guidance overshoots z_0."
-    ts = timesteps(t_hat, S)
-    p = float(pull(eta, torch.tensor(ts[0]), schedule.abar)) if ts else 0.
-    if p > 1:
-        warnings.warn(f"η = {eta} at T̂ = {t_hat}: the guidance pulls {p:.2f} times the way to z_0 and overshoots; "
-                      "lower reconstruction.eta or set reconstruction.clamp_pull=true", stacklevel=2)
-    return p
-
 # %% ../nbs/09_reconstruction.ipynb #0d39d0c0
 def guide(
     eps: Tensor,           # [B,C,h,w] ε_θ(z_t, t)
@@ -107,10 +83,34 @@ def ddim_step(
     t_next: Tensor,         # [B] next indices; -1 at the end
     abar: Tensor,           # [T]
     direction: float = 1.   # 0 drops the second term, as the public code's static sampler does at its first step
-) -> tuple[Tensor, Tensor]: # z at the next index, x̂_0
+) -> tuple[Tensor, Tensor]: # z at the next index, ẑ_θ,0
     "One deterministic DDIM step (Eq. 7, σ = 0)."
-    x0 = predict_x0(z_t, eps, t, abar)
-    return q_sample(x0, t_next, abar, omega=direction, noise=eps), x0
+    z0_hat = predict_x0(z_t, eps, t, abar)
+    return q_sample(z0_hat, t_next, abar, omega=direction, noise=eps), z0_hat
+
+# %% ../nbs/09_reconstruction.ipynb #68756fa3
+def pull(
+    eta: float,   # η
+    t: Tensor,    # [...] 0-based indices
+    abar: Tensor  # [T]
+) -> Tensor:      # [...] fraction of the distance from ẑ_θ,0 to z_0
+    "η(1-ᾱ_t), the algebraic form of Eq. 8."
+    return eta*(1 - abar[t])
+
+# %% ../nbs/09_reconstruction.ipynb #772a985e
+def overshoots(
+    eta: float,          # η
+    t_hat: int,          # T̂
+    schedule: Schedule,
+    S: int = 10
+) -> float:              # the pull at the first step
+    "The first and largest pull; warns when it is above 1, where the guidance overshoots z_0."
+    ts = timesteps(t_hat, S)
+    p = float(pull(eta, torch.tensor(ts[0]), schedule.abar)) if ts else 0.
+    if p > 1:
+        warnings.warn(f"η = {eta} at T̂ = {t_hat}: the guidance pulls {p:.2f} times the way to z_0 and overshoots; "
+                      "lower reconstruction.eta or set reconstruction.clamp_pull=true", stacklevel=2)
+    return p
 
 # %% ../nbs/09_reconstruction.ipynb #f7d8804d
 @dataclass
@@ -118,7 +118,7 @@ class Reconstruction:
     "The result of Algorithm 1."
     z_hat: Tensor     # [B,C,h,w] ẑ_0
     calls: list[int]  # [B] calls of ε_θ per sample
-    trajectory: list[dict] = field(default_factory=list)  # per call: rows, t, z_t, x0 (only on request)
+    trajectory: list[dict] = field(default_factory=list)  # per call: rows, t, z_t and the estimate ẑ_θ,0 as x0
 
 # %% ../nbs/09_reconstruction.ipynb #ef23eb22
 def check_t_hat(
@@ -149,7 +149,7 @@ def reconstruct(
     clamp_pull: bool = False,                       # never pull beyond z_0
     sampler: str = 'same',                          # 'same' | 'authors' (the public code's static sampler)
     noise: Tensor | None = None,                    # [B,C,h,w] ε for ω > 0
-    trajectory: bool = False                        # keep every z_t and x̂_0
+    trajectory: bool = False                        # keep every z_t and ẑ_θ,0
 ) -> Reconstruction:
     "Dynamic reconstruction (Algorithm 1). Raises ValueError when ω > 0 comes without noise or T̂ is outside 0…T."
     if omega > 0 and noise is None: raise ValueError(f"omega = {omega} needs noise; draw it with `noise_for`")
@@ -166,27 +166,36 @@ def reconstruct(
         eps = eps_model(z_t, t.to(z0.device))
         eps = guide(eps, z_t, target, t, abar, eta, clamp_pull)                       # line 6
         direction = 0. if sampler == 'authors' and k == 0 else 1.
-        z_next, x0 = ddim_step(eps, z_t, t, t_next, abar, direction)                  # line 7
+        z_next, z0_hat = ddim_step(eps, z_t, t, t_next, abar, direction)              # line 7
         if trajectory:
-            out.trajectory.append({'rows': rows.tolist(), 't': t.to(z0.device), 'z_t': z_t.clone(), 'x0': x0})
+            out.trajectory.append({'rows': rows.tolist(), 't': t.to(z0.device), 'z_t': z_t.clone(), 'x0': z0_hat})
         z = z_next if everyone else z.index_copy(0, at, z_next)
     out.z_hat = z
     return out
 
+# %% ../nbs/09_reconstruction.ipynb #acd0e99c
+def noise_keys(
+    images: Tensor   # [B,3,H,W] uint8, or float in [0,1]
+) -> list[int]:      # below 2^48
+    "A number per image that follows from its pixels (in 8 bits) alone."
+    pixels = images if images.dtype == torch.uint8 else (images*255).round().to(torch.uint8)
+    digests = (hashlib.sha256(x.contiguous().numpy().tobytes()).digest() for x in pixels.cpu())
+    return [int.from_bytes(d[:6], 'big') for d in digests]
+
 # %% ../nbs/09_reconstruction.ipynb #c3261adf
 def generators_for(
-    index: list[int],        # positions of the images in their set
+    keys: list[int],         # one per image, of `noise_keys`
     seed: int
 ) -> list[torch.Generator]:  # on the CPU
     "One random generator per image: the same in every batch."
-    return [torch.Generator().manual_seed((seed*1_000_003 + i) % 2**63) for i in index]
+    return [torch.Generator().manual_seed((seed*1_000_003 + k) % 2**63) for k in keys]
 
 # %% ../nbs/09_reconstruction.ipynb #5aef6c67
 def noise_for(
-    index: list[int],        # positions of the images in their set
+    keys: list[int],         # one per image, of `noise_keys`
     shape: tuple[int, ...],  # (C,h,w)
     seed: int
-) -> Tensor:                 # [len(index),C,h,w] standard normal
+) -> Tensor:                 # [len(keys),C,h,w] standard normal
     "Noise per image: the same in every batch."
-    if not index: return torch.empty(0, *shape)
-    return torch.stack([torch.randn(shape, generator=g) for g in generators_for(index, seed)])
+    if not keys: return torch.empty(0, *shape)
+    return torch.stack([torch.randn(shape, generator=g) for g in generators_for(keys, seed)])

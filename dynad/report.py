@@ -16,7 +16,9 @@ from torch import Tensor
 from .charts import css, gradient, histogram, render, score_chart, t_hat_chart
 from .config import DynadError
 from .data import Sample
-from .evaluate import KEYS, method_title, write_result
+from .evaluate import KEYS, method_title, undefined, write_result
+from .method import above
+from .paths import check_folder, move, printable
 from .show import MARKED, TRUTH, colorize, marked, save_png
 from .store import atomic_write
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING: from dynad.evaluate import Evaluation
 # %% auto #0
 __all__ = ['HEADS', 'NOTES', 'DECISIONS', 'TITLES', 'OURS', 'ReportData', 'report_data', 'choose', 'scale_of_maps', 'scales_of',
            'images_of', 'charts_of', 'metric_cell', 'metric_rows', 'tiles_of', 'chips_of', 'walk_text', 'value_text',
-           'sections_of', 'write_gallery', 'ReportError', 'is_report', 'page_html', 'write_report']
+           'sections_of', 'write_gallery', 'ReportError', 'is_report', 'check_report', 'page_html', 'write_report']
 
 # %% ../nbs/17a_report.ipynb #0e3241ae
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def report_data(e: Evaluation) -> ReportData:
 def _pools(scores: Tensor, labels: Tensor, threshold: float) -> dict[str, list[int]]:
     "Positions of all images by group, the most telling first."
     s, y = scores.double(), labels.bool()
-    wrong = (s > threshold) != y
+    wrong = above(s, threshold) != y
     groups = {'wrong': wrong, 'found': y & ~wrong, 'normal': ~y & ~wrong}
     pools = {k: torch.nonzero(m).flatten().tolist() for k, m in groups.items()}
     pools['wrong'].sort(key=lambda i: -abs(float(s[i]) - threshold))
@@ -124,7 +126,7 @@ def images_of(
         out[i] = {'input': x[k], 'truth': None if truth is None else marked(x[k], truth, TRUTH)}
         out[i] |= {name: v[k] for name, v in back.items()}
         out[i] |= {name: colorize(m[k], 0, ends[name]) for name, m in maps.items()}
-        out[i]['mask'] = marked(x[k], maps['A_map'][k] > threshold, MARKED, truth)
+        out[i]['mask'] = marked(x[k], above(maps['A_map'][k], threshold), MARKED, truth)
     return out
 
 # %% ../nbs/17a_report.ipynb #5db5c85b
@@ -166,7 +168,8 @@ def metric_rows(result: dict[str, Any]) -> list[dict[str, Any]]: # name, note, o
         for k, v in result.get(part, {}).items():
             name, note = NOTES.get(k, (k.replace('_', ' '), ''))
             named.append((word + name, note, v, False))
-    return [dict(name=n, note=t, own=own, cells=[metric_cell(r.get(k)) for k in KEYS]) for n, t, r, own in named]
+    cells = lambda r: [metric_cell(r.get(k)) or {'undefined': undefined(r.get(k))} for k in KEYS]
+    return [dict(name=n, note=t, own=own, cells=cells(r)) for n, t, r, own in named]
 
 # %% ../nbs/17a_report.ipynb #071567be
 def tiles_of(result: dict[str, Any]) -> list[dict[str, str]]: # name, value, note
@@ -174,7 +177,8 @@ def tiles_of(result: dict[str, Any]) -> list[dict[str, str]]: # name, value, not
     out = []
     for k, head in zip(KEYS[:3], HEADS):
         m = metric_cell(result.get(k))
-        note = f"95 %: {m['low']} – {m['high']}" if m else 'not defined for these images'
+        why = undefined(result.get(k)).strip('— ()')
+        note = f"95 %: {m['low']} – {m['high']}" if m else f"not defined{f': {why}' if why else ' for these images'}"
         out.append(dict(name=head, value=m['value'] if m else '—', note=note))
     c, p = result['decision'], result['protocol']
     return [*out, dict(name='decided by the learned threshold', value=f"{c['true_positives']} of {p['test_defective']}",
@@ -226,7 +230,8 @@ def sections_of(r: dict[str, Any]) -> list[dict[str, Any]]: # title, groups of n
     s = r['settings']
     cost = {f'{k} (s)': v for k, v in r['seconds_by_stage'].items()}
     cost |= {'images per second': r['images_per_second'], 'peak memory (MB)': r['peak_memory_mb']}
-    about = [_group(k, r[k]) for k in ('protocol', 'data', 'decision')]
+    shown = {k: v for k, v in r['protocol'].items() if k != 'warnings'}
+    about = [_group('protocol', shown), *(_group(k, r[k]) for k in ('data', 'decision'))]
     measured = [_group('test images', cost), _group('versions', r['versions'])]
     settings = [_group('run', s), *(_group(k, v) for k, v in s.items() if isinstance(v, dict))]
     return [dict(title='Protocol and data', groups=about), dict(title='Settings', groups=settings),
@@ -260,9 +265,9 @@ def write_gallery(
     chosen = choose(d.scores, y, threshold, n)
     shown = images_of(d, [i for rows in chosen.values() for i in rows], ends)
     def entry(i):
-        hit, label = bool(d.scores[i] > threshold), int(y[i])
+        hit, label = bool(above(d.scores[i], threshold)), int(y[i])
         s, t_hat = d.samples[i], None if d.t_hat is None else int(d.t_hat[i])
-        return dict(name=s.name, label=label, kind=s.defect if label else 'normal', wrong=hit != label, t_hat=t_hat,
+        return dict(name=printable(s.name), label=label, kind=s.defect if label else 'normal', wrong=hit != label, t_hat=t_hat,
                     score=f'{float(d.scores[i]):.3f}', decision=DECISIONS[hit, bool(label)],
                     figures=_figures(shown[i], i, folder))
     return [dict(title=TITLES[k], images=[entry(i) for i in rows]) for k, rows in chosen.items() if rows]
@@ -280,14 +285,16 @@ def is_report(folder: Path) -> bool:
     return {p.name for p in folder.iterdir()} <= OURS and all(p.suffix == '.png' for p in (folder/'images').glob('*'))
 
 # %% ../nbs/17a_report.ipynb #51757e6b
-def _place(folder: str | Path) -> Path:
-    "The real place of a new report. Raises ReportError when something else is there."
-    place = Path(folder).resolve()
-    if place.exists() and not place.is_dir(): raise ReportError(f"{folder}: is a file; name a folder for the report")
+def check_report(
+    folder: str | Path,
+    what: str = ''     # the option, for the error, e.g. '--report '
+) -> Path:
+    "The real place of a new report. Raises ReportError when something else is there, PathError when it cannot be written."
+    place = check_folder(folder, what).resolve()
     if place.is_dir() and any(place.iterdir()) and not is_report(place):
         other = sorted(p.name for p in place.iterdir() if p.name not in OURS)
         example = f' ({other[0]})' if other else ''
-        raise ReportError(f"{folder}: is not empty and holds something else than a report{example}; "
+        raise ReportError(f"{what}{printable(folder)}: is not empty and holds something else than a report{example}; "
                           "choose a new folder, or empty this one yourself")
     return place
 
@@ -299,10 +306,10 @@ def _replace(new: Path, place: Path) -> None:
     old = None
     if place.exists():
         old = Path(tempfile.mkdtemp(dir=place.parent, prefix=f'.{place.name}.old.'))
-        os.replace(place, old/'report')
-    try: os.replace(new, place)
+        move(place, old/'report')
+    try: move(new, place)
     except OSError:
-        if old: os.replace(old/'report', place)
+        if old: move(old/'report', place)
         raise
     finally:
         if old: shutil.rmtree(old, ignore_errors=True)
@@ -319,7 +326,8 @@ def page_html(
     return render('report.html', title=title, style=css('page.css', 'report.css'), heads=HEADS, rows=metric_rows(r),
                   tiles=tiles_of(r), walk=walk_text(r['settings']), n_normal=p['test_good'],
                   n_anomalous=p['test_defective'], charts=charts_of(d), gallery=gallery, ramp=gradient(),
-                  ends=', '.join(f'{v:.2g} ({k})' for k, v in ends.items()), sections=sections_of(r), **chips_of(r))
+                  ends=', '.join(f'{v:.2g} ({k})' for k, v in ends.items()), sections=sections_of(r),
+                  findings=p.get('warnings', []), **chips_of(r))
 
 # %% ../nbs/17a_report.ipynb #76eccf70
 def write_report(
@@ -329,7 +337,7 @@ def write_report(
     n: int = 12                # images in the gallery
 ) -> Path:                     # its index.html
     "The results page with its images, atomically. Raises ReportError when `folder` holds anything but a report."
-    place = _place(folder)
+    place = check_report(folder)
     d = evaluation if isinstance(evaluation, ReportData) else report_data(evaluation)
     title = title or ' · '.join(filter(None, (d.result['data']['name'], d.result['data'].get('category'))))
     place.parent.mkdir(parents=True, exist_ok=True)

@@ -18,18 +18,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import DynadError, content_key
+from .paths import PathError, check_folder, expanded, move, printable, shortened
+from .guard import Stop
 
 # %% auto #0
 __all__ = ['REPAIR_HINT', 'DISK_ERRORS', 'SCHEMA', 'StoreError', 'TrainingStopped', 'WriteError', 'write_error', 'replacing',
            'atomic_write', 'make_folder', 'save_tensors', 'open_tensors', 'TensorFile', 'load_tensors', 'load_state',
-           'load_json', 'file_sha256', 'state_hash', 'remove_temporary', 'describe_stage', 'Store', 'check_shard',
-           'read_shard', 'Shards']
+           'load_json', 'file_sha256', 'state_hash', 'remove_temporary', 'describe_stage', 'Store', 'check_run',
+           'check_shard', 'read_shard', 'Shards']
 
 # %% ../nbs/01_store.ipynb #05772a03
 class StoreError(DynadError, RuntimeError):
     "An artefact that cannot be read or written: the text names the file, what is wrong and the cure."
 
-class TrainingStopped(DynadError, RuntimeError):
+class TrainingStopped(Stop, RuntimeError):
     "A training ended because it was asked to; what is finished is kept."
 
 class WriteError(StoreError, OSError):
@@ -42,7 +44,7 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO} 
 
 def write_error(path: str | Path, e: Exception) -> WriteError:
     "The error for a file that cannot be written, with the system's reason."
-    return WriteError(f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); "
+    return WriteError(f"{printable(path)}: cannot be written ({getattr(e, 'strerror', None) or e}); "
                       "make room, or choose a folder that can be written, and run again: what is finished is kept")
 
 # %% ../nbs/01_store.ipynb #38f41ff0
@@ -51,10 +53,11 @@ def replacing(
     path: str | Path # the final path
 ) -> Iterator[Path]: # a temporary path beside it
     "Yield a temporary path; rename it to `path` if the block succeeds, remove it if not."
-    path = Path(path)
+    path = expanded(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
+        # a name of 255 bytes leaves no room for more
+        fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{shortened(path.name, 100)}.', suffix='.tmp')
         os.close(fd)
     except OSError as e: raise write_error(path, e) from None
     tmp = Path(tmp)
@@ -66,7 +69,7 @@ def replacing(
         try:
             umask = os.umask(0); os.umask(umask)
             os.chmod(tmp, 0o666 & ~umask) # mkstemp allows the owner only
-            os.replace(tmp, path)
+            move(tmp, path)
         except OSError as e: raise write_error(path, e) from None
     finally: tmp.unlink(missing_ok=True)
 
@@ -76,15 +79,18 @@ def atomic_write(
     content: bytes | str # text is written as UTF-8
 ) -> Path:
     "Write a whole file or nothing."
-    with replacing(path) as tmp: tmp.write_bytes(content.encode() if isinstance(content, str) else content)
-    return Path(path)
+    # a path in JSON text may hold bytes that are not UTF-8: \\udcfc is what JSON itself writes, and reads back
+    data = content.encode('utf-8', 'backslashreplace') if isinstance(content, str) else content
+    with replacing(path) as tmp: tmp.write_bytes(data)
+    return expanded(path)
 
 # %% ../nbs/01_store.ipynb #764ad5d9
 def make_folder(path: str | Path) -> Path:
     "A folder that exists afterwards. Raises `WriteError` that names it."
-    try: Path(path).mkdir(parents=True, exist_ok=True)
+    path = expanded(path)
+    try: path.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise write_error(path, e) from None
-    return Path(path)
+    return path
 
 # %% ../nbs/01_store.ipynb #88e17dcc
 def save_tensors(
@@ -96,7 +102,7 @@ def save_tensors(
     with replacing(path) as tmp:
         try: save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp, metadata=metadata)
         except SafetensorError as e: raise write_error(path, e) from None
-    return Path(path)
+    return expanded(path)
 
 # %% ../nbs/01_store.ipynb #fe9cf26f
 @contextmanager
@@ -105,7 +111,7 @@ def open_tensors(
 ) -> Iterator[safe_open]:
     "A safetensors file, open for reading. Raises `StoreError` as `load_tensors` does."
     try:
-        with safe_open(path, framework='pt') as f: yield f
+        with safe_open(expanded(path), framework='pt') as f: yield f
     except FileNotFoundError:
         raise StoreError(f"{path}: no such file; "
                          "where its folder is a stage of a run, delete that folder and run again") from None
@@ -149,7 +155,7 @@ def load_json(
     *keys: str              # that it must have; `a.b` is b in the object a
 ) -> dict[str, Any]:
     "Read a JSON object. Raises `StoreError` that names the file when it is missing, not JSON, or lacks a key."
-    try: raw = json.loads(Path(path).read_text(encoding='utf-8'))
+    try: raw = json.loads(expanded(path).read_text(encoding='utf-8'))
     except FileNotFoundError: raise StoreError(f"{path}: no such file; {REPAIR_HINT}") from None
     except (ValueError, RecursionError, OSError) as e:
         raise StoreError(f"{path}: cannot be read as JSON ({e}); {REPAIR_HINT}") from None
@@ -207,10 +213,10 @@ class Store:
     def __init__(self,
         root: str | Path # the run directory, made when missing
     ):
-        self.root = Path(root)
+        self.root = expanded(root)
         try: (self.root/'stages').mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            raise StoreError(f"{self.root}: cannot be made a run directory ({e.strerror}); "
+            raise StoreError(f"{printable(self.root)}: cannot be made a run directory ({e.strerror}); "
                              "choose a folder that can be written") from None
         remove_temporary(self.root, age=3600)
 
@@ -222,6 +228,19 @@ class Store:
         except OSError as e: raise write_error(path, e) from None
         try: yield
         finally: lock.release()
+
+# %% ../nbs/01_store.ipynb #b8d8a082
+def check_run(
+    path: str | Path,
+    what: str = ''   # the option, for the error, e.g. '--out '
+) -> Path:
+    "The directory for a run, new, empty, or of a run. Raises PathError for another one, or one that cannot be written."
+    path = check_folder(path, what)
+    if path.is_dir() and not (path/'stages').is_dir():
+        if other := sorted(p.name for p in path.iterdir() if not p.name.startswith('.')):
+            raise PathError(f"{what}{printable(path)}: is not empty and holds no run ({printable(other[0])}); "
+                            "choose a new folder")
+    return path
 
 # %% ../nbs/01_store.ipynb #d5a066fa
 @patch
@@ -261,7 +280,7 @@ def stage(self: Store,
         tensors = make(work)
         if tensors is not None: save_tensors(work/'data.safetensors', tensors)
         describe_stage(work, name, parts, time.perf_counter() - start)
-        try: os.replace(work, final)
+        try: move(work, final)
         except OSError as e: raise write_error(final, e) from None
     return final
 
@@ -278,7 +297,7 @@ def tensors(self: Store,
 def seconds(self: Store, name: str, parts: dict[str, Any]) -> float:
     "How long the finished stage took when it was made."
     file = self.path(name, parts)/'stage.json'
-    try: return json.loads(file.read_text())['seconds']
+    try: return json.loads(file.read_text(encoding='utf-8'))['seconds']
     except (OSError, ValueError, KeyError) as e:
         raise StoreError(f"{file}: cannot be read ({e}); delete the folder of the stage and run again") from None
 

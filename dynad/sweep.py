@@ -20,6 +20,7 @@ from .config import ConfigError
 from .detector import DynAD
 from .explorer import Explorer
 from .explorer_model import t_max_grid
+from .guard import aside
 from .map_cache import Setting
 from .session import Session
 from .show import BLANK, Figure, figure_png
@@ -328,6 +329,7 @@ def fill(self: Sweep) -> Sweep:
     self.worker.poke()
     return self
 
+# %% ../nbs/18f_sweep.ipynb #c21514e4
 @patch
 def _halt(self: Sweep) -> None:
     self.model.wanted = False
@@ -341,6 +343,7 @@ def failed(self: Sweep, e: Exception) -> None:
     self.report('')
     View.failed(self, e)
 
+# %% ../nbs/18f_sweep.ipynb #c2285d7e
 @patch
 def _changed(self: Sweep, what: str) -> None:
     "Called by the thread when cells are measured, or when nothing is left to do."
@@ -369,6 +372,7 @@ def paint(self: Sweep) -> None:
 
 # %% ../nbs/18f_sweep.ipynb #b21e4086
 @patch
+@aside('the curves of the sweep', tries=2)
 def draw_curves(self: Sweep) -> None:
     "The curves at the selected λ."
     with self.model.lock:

@@ -20,10 +20,11 @@ from .demo import demo_run
 from .detector import DynAD
 from .diffusion import q_sample
 from .map_cache import Setting
-from .reconstruction import noise_for, pull
-from .session import Session, decode_images, traced
+from .reconstruction import noise_for, pull, reconstruct
+from .session import Session, decode_images
 from .show import SmallImage, png_bytes
 from .view import ImagePanels, Jobs, StateFile, View, heading, labelled, note_html, row, set_stale
+from .walk import sampler_settings
 
 # %% auto #0
 __all__ = ['ORANGE', 'BLUE', 'SKY', 'PAIRS', 'STATE', 'KINDS', 'Steps', 'reconstruct_steps', 'diffused', 'pull_svg',
@@ -37,8 +38,8 @@ class Steps:
     t: list[int]            # 0-based index of each call
     pulls: list[float]      # η(1-ᾱ_t) of each call; at most 1 with clamp_pull
     z_t: np.ndarray         # [S+1,H,W,3] uint8: D(z_t) before each call, then D(ẑ_0)
-    x0: np.ndarray          # [S+1,H,W,3] uint8: D(x̂_0) of each call, then D(ẑ_0)
-    distance: list[float]   # mean |z_0 - x̂_0| of each call, then of ẑ_0
+    x0: np.ndarray          # [S+1,H,W,3] uint8: D(ẑ_θ,0) of each call, then D(ẑ_0)
+    distance: list[float]   # mean |z_0 - ẑ_θ,0| of each call, then of ẑ_0
 
 # %% ../nbs/18g_trajectory.ipynb #6dd097dc
 def reconstruct_steps(
@@ -47,14 +48,17 @@ def reconstruct_steps(
     t_hat: int,     # T̂
     eta: float,
     omega: float,
-    row: int = 0    # position of the image: it fixes the noise
+    key: int = 0    # of `noise_keys`: it fixes the noise
 ) -> Steps:
     "Every step decoded, by the run's own sampler. Raises ValueError for T̂ < 1."
     if t_hat < 1: raise ValueError(f"T̂ = {t_hat}: there is no step to show; choose at least 1")
-    rec = traced(model, z0, t_hat, eta, omega, row)
+    parts, settings = model.parts, sampler_settings(model.config) | dict(eta=eta, omega=omega)
+    noise = noise_for([key], tuple(z0.shape[1:]), model.config.seed).to(model.device)
+    rec = reconstruct(parts.denoiser, z0.to(model.device), t_hat, parts.schedule,
+                      noise=noise, trajectory=True, **settings)
     t, most = [int(k['t'][0]) for k in rec.trajectory], 1. if model.config.reconstruction.clamp_pull else np.inf
     z_t, x0 = (torch.cat([*(k[n] for k in rec.trajectory), rec.z_hat]).float().cpu() for n in ('z_t', 'x0'))
-    pulls = [min(float(v), most) for v in pull(eta, torch.tensor(t), model.parts.schedule.abar)]
+    pulls = [min(float(v), most) for v in pull(eta, torch.tensor(t), parts.schedule.abar)]
     distance = (x0 - z0).abs().mean((1, 2, 3)).tolist()
     return Steps(omega, t, pulls, decode_images(model, z_t), decode_images(model, x0), distance)
 
@@ -64,10 +68,10 @@ def diffused(
     z0: Tensor,       # [1,C,h,w] latent of the image
     ts: list[int],    # 0-based steps
     omega: float,
-    row: int = 0      # position of the image: it fixes the noise
+    key: int = 0      # of `noise_keys`: it fixes the noise
 ) -> np.ndarray:      # [len(ts),H,W,3] uint8
     "The forward process, decoded at the steps `ts`."
-    noise = noise_for([row], tuple(z0.shape[1:]), model.config.seed)
+    noise = noise_for([key], tuple(z0.shape[1:]), model.config.seed)
     abar = model.parts.schedule.abar.cpu()
     z = torch.cat([q_sample(z0, torch.tensor([t]), abar, noise=noise, omega=omega) for t in ts])
     return decode_images(model, z)
@@ -78,7 +82,7 @@ ORANGE, BLUE, SKY = '#B97700', '#0072B2', '#56B4E9'  # text of the pull; ω = 0;
 def pull_svg(
     pulls: list[float],
     k: int,                             # the call that is shown
-    distance: dict[str, list[float]]    # name -> mean |z_0 - x̂_0| of each call, then of the end
+    distance: dict[str, list[float]]    # name -> mean |z_0 - ẑ_θ,0| of each call, then of the end
 ) -> str:
     "The pull of each call (left axis), and the distance in the latent (right axis); the call that is shown is marked."
     n, top, far = len(pulls), max(1.1, max(pulls, default=0)), max(1e-9, max(max(d) for d in distance.values()))
@@ -103,7 +107,7 @@ def _right_axis(y: Callable, far: float) -> list[str]:
                       f'<text x="378" y="{y(v) + 3:.1f}" fill="{BLUE}">{v:.2g}</text>')
     axis = f'<line x1="372" x2="372" y1="{y(far):.1f}" y2="96" stroke="{BLUE}"/>'
     turned = 'text-anchor="middle" transform="rotate(90 408 57)"'
-    title = f'<text x="408" y="57" fill="{BLUE}" {turned}>mean |z₀ − x̂₀|</text>'
+    title = f'<text x="408" y="57" fill="{BLUE}" {turned}>mean |z₀ − ẑ₀|</text>'
     return [*map(tick, (0, far/2, far)), axis, title]
 
 # %% ../nbs/18g_trajectory.ipynb #f186f3dc
@@ -113,6 +117,7 @@ def _bars(pulls: list[float], k: int, x: Callable, y: Callable) -> list[str]:
         f'opacity="{1 if j == k else .45}"><title>call {j + 1}: pull {v:.2f}</title></rect>')
     return [bar(j, v) for j, v in enumerate(pulls)]
 
+# %% ../nbs/18g_trajectory.ipynb #00fb853b
 def _lines(distance: dict[str, list[float]], x: Callable, y: Callable) -> list[str]:
     points = lambda d: ' '.join(f'{x(j):.1f},{y(v):.1f}' for j, v in enumerate(d))
     line = lambda name, d, color, dash: (
@@ -152,9 +157,9 @@ class TrajectoryModel:
         key = self.selected
         if key == self.ready or not self.jobs.wanted(key): return False
         (i, t_hat, eta), m = key, self.session.model
-        z0 = self.session.latents[i:i+1]
-        steps = {w: reconstruct_steps(m, z0, t_hat, eta, w, i) for w in PAIRS}
-        out = {w: diffused(m, z0, self.ts, w, i) for w in PAIRS}
+        z0, drawn_by = self.session.latents[i:i+1], self.session.staged.image_keys[i]
+        steps = {w: reconstruct_steps(m, z0, t_hat, eta, w, drawn_by) for w in PAIRS}
+        out = {w: diffused(m, z0, self.ts, w, drawn_by) for w in PAIRS}
         if key != self.selected: return True
         self.ready = None  # sliders show nothing until all is in place
         self.steps, self.diffused = steps, out

@@ -17,8 +17,7 @@ from dynad.config import FeatureSettings
 from dynad.data import load_images, load_masks, open_dataset, to_float
 from dynad.features import load_features
 from dynad.metrics import image_metrics, pixel_metrics
-from dynad.patchcore import (PatchBank, PatchCoreOptions, distance_map, greedy_coreset, patch_features, projected_dims, reweighted_score,
-                             sparse_projection)
+from dynad.patchcore import PatchBank, PatchCoreOptions, distance_map, k_centre, patch_features, reweighted_score
 from dynad.store import atomic_write
 
 TARGET = Path(__file__).parents[1]/'nbs'/'results'/'patchcore_anomalib.json'
@@ -32,14 +31,15 @@ class Setting(NamedTuple):
     set: str
     size: int
     coreset_ratio: float   # of all patches of the training images
-    seeds: int
-    projected: bool = False   # measure `projected` too
+    seeds: int             # of dynad
+    anomalib: int          # seeds of anomalib: the first of those, since its greedy choice takes minutes
+    draws: int             # of these, how many are repeated by dynad from anomalib's projection and first patch
 
 
 # small ratios, for the time: anomalib compares all patches with each chosen one; cookies at the default ratio as well
-PLAN = [Setting('cookies', 128, .02, 20), Setting('magnetic_tile', 128, .02, 5),
-        Setting('cookies', 256, .005, 5), Setting('magnetic_tile', 256, .002, 3),
-        Setting('cookies', 128, .1, 20, True)]
+PLAN = [Setting('cookies', 128, .02, 40, 20, 3), Setting('magnetic_tile', 256, .002, 12, 5, 2), Setting('cookies', 256, .005, 20, 5, 2),
+        Setting('magnetic_tile', 128, .02, 12, 5, 1), Setting('cookies', 128, .1, 20, 20, 1)]
+
 
 
 class Named(nn.Module):
@@ -69,6 +69,21 @@ def generator(sigma: float):
     "anomalib's map; sigma in pixels of the map, as anomalib counts it."
     from anomalib.models.image.patchcore.anomaly_map import AnomalyMapGenerator
     return AnomalyMapGenerator(sigma=sigma)
+
+
+@contextlib.contextmanager
+def kept_draws():
+    "Keeps what anomalib draws for a coreset, `projection` [k,d] and `indices` in the order of choice."
+    from anomalib.models.image.patchcore import torch_model
+    class Sampler(torch_model.KCenterGreedy):
+        def select_coreset_idxs(self):
+            kept['indices'] = super().select_coreset_idxs()
+            kept['projection'] = self.model.sparse_random_matrix
+            return kept['indices']
+    kept, original = {}, torch_model.KCenterGreedy
+    torch_model.KCenterGreedy = Sampler
+    try: yield kept
+    finally: torch_model.KCenterGreedy = original
 
 
 @contextlib.contextmanager
@@ -107,7 +122,7 @@ class Inputs:
 
 @torch.no_grad()
 def run_anomalib(inputs: Inputs, options: PatchCoreOptions, seed: int, at: tuple[float, ...]):
-    "anomalib's bank, and its metrics for each σ in pixels."
+    "anomalib's bank, how it was drawn, and its metrics for each σ in pixels."
     batch = {}
     model = reference(lambda _: batch, options).train()
     def forward(features):
@@ -116,13 +131,13 @@ def run_anomalib(inputs: Inputs, options: PatchCoreOptions, seed: int, at: tuple
     torch.manual_seed(seed)
     np.random.seed(seed)   # anomalib's projection draws from NumPy's global generator too
     for features in inputs.train: forward(features)
-    with quiet(): model.subsample_embedding(options.coreset)
+    with quiet(), kept_draws() as draws: model.subsample_embedding(options.coreset)
     maps = [generator(s) for s in at]
     del model.anomaly_map_generator
     model.eval().anomaly_map_generator = lambda scores, size: torch.stack([m(scores, size) for m in maps])
     found = [forward(f) for f in inputs.test]
     scores, maps = torch.cat([f.pred_score for f in found]), torch.cat([f.anomaly_map for f in found], 1)
-    return model.memory_bank, {s: inputs.measure(m, scores) for s, m in zip(at, maps)}
+    return model.memory_bank, draws, {s: inputs.measure(m, scores) for s, m in zip(at, maps)}
 
 
 @torch.no_grad()
@@ -135,26 +150,35 @@ def run_dynad(inputs: Inputs, bank: PatchBank, at: tuple[float, ...]) -> dict[fl
     return {s: inputs.measure(distance_map(distances, inputs.size, s*256/inputs.size), scores) for s in at}
 
 
-def compare(inputs: Inputs, ratio: float, seed: int) -> dict:
-    "One seed: metrics of anomalib, of dynad with a coreset of its own, and of dynad with anomalib's coreset."
-    options = PatchCoreOptions(coreset=ratio, max_patches=None)
-    started, at = time.perf_counter(), sigmas(inputs.size)
-    bank, again = PatchBank(options, seed).fit(inputs.train), PatchBank(options, seed)
-    again.bank, theirs = run_anomalib(inputs, options, seed, at)
-    ours, same = (run_dynad(inputs, b, at) for b in (bank, again))
-    return dict(seed=seed, coreset=len(bank.bank), coreset_anomalib=len(again.bank), numpy_seeded=True,
-                minutes=round((time.perf_counter() - started)/60, 2),
-                metrics=[dict(sigma_pixels=s, anomalib=theirs[s], dynad=ours[s], dynad_same_bank=same[s]) for s in at])
+def own(inputs: Inputs, ratio: float, seed: int) -> tuple[PatchBank, dict[float, dict]]:
+    "dynad with a coreset of its own, and its metrics for each σ."
+    bank = PatchBank(PatchCoreOptions(coreset=ratio, max_patches=None), seed).fit(inputs.train)
+    return bank, run_dynad(inputs, bank, sigmas(inputs.size))
 
 
-def projected(inputs: Inputs, ratio: float, seed: int) -> dict[float, dict]:
-    "dynad's metrics for each σ when the coreset is chosen in the projection although that raises the dimension, as in anomalib."
-    options = PatchCoreOptions(coreset=ratio, max_patches=None)
-    x = torch.cat([patch_features(f, options.layers).permute(0, 2, 3, 1).flatten(0, 2) for f in inputs.train])
-    p = sparse_projection(x.shape[1], projected_dims(len(x)), torch.Generator().manual_seed(seed))
+def with_bank(options: PatchCoreOptions, seed: int, rows: Tensor) -> PatchBank:
     bank = PatchBank(options, seed)
-    bank.bank = x[greedy_coreset(x @ p, int(ratio*len(x)), seed)]
-    return run_dynad(inputs, bank, sigmas(inputs.size))
+    bank.bank = rows
+    return bank
+
+
+def compare(inputs: Inputs, ratio: float, seed: int, repeat: bool) -> dict:
+    """One seed: metrics of anomalib, and of dynad with anomalib's coreset; with `repeat`, of dynad with the coreset that it
+    chooses itself from anomalib's projection and first patch, and how many of its patches anomalib chose too."""
+    options, at = PatchCoreOptions(coreset=ratio, max_patches=None), sigmas(inputs.size)
+    started = time.perf_counter()
+    bank, draws, theirs = run_anomalib(inputs, options, seed, at)
+    same = run_dynad(inputs, with_bank(options, seed, bank), at)
+    run = dict(seed=seed, coreset_anomalib=len(bank), numpy_seeded=True)
+    metrics = [dict(sigma_pixels=s, anomalib=theirs[s], dynad_same_bank=same[s]) for s in at]
+    if repeat:
+        x = torch.cat([patch_features(f, options.layers).permute(0, 2, 3, 1).flatten(0, 2) for f in inputs.train])
+        chosen = k_centre(x @ draws['projection'].T, len(bank), draws['indices'][0])
+        run |= dict(shared=len(set(chosen.tolist()) & set(draws['indices'])),
+                    first_difference=next((k for k, (a, b) in enumerate(zip(chosen.tolist(), draws['indices'])) if a != b), None))
+        again = run_dynad(inputs, with_bank(options, seed, x[chosen]), at)
+        for m in metrics: m['dynad_same_draws'] = again[m['sigma_pixels']]
+    return run | dict(minutes=round((time.perf_counter() - started)/60, 2), metrics=metrics)
 
 
 def sigmas(size: int) -> tuple[float, ...]:
@@ -170,25 +194,24 @@ def spread(values: list[float]) -> tuple[float, float]:
 def summary(runs: list[dict], sigma: float) -> dict:
     "Means over seeds at one σ; differences dynad − anomalib, that of separately drawn coresets with its standard error."
     at = [r for run in runs for r in run['metrics'] if r['sigma_pixels'] == sigma]
-    found = {k: [r[k] for r in at if k in r] for k in ('anomalib', 'dynad')}   # a run may hold further draws of anomalib alone
-    out = dict(sigma_pixels=sigma, seeds=len(found['dynad']), seeds_anomalib=len(found['anomalib']))
+    found = {k: [r[k] for r in at if k in r] for k in ('anomalib', 'dynad')}
+    out = dict(sigma_pixels=sigma, seeds=len(found['dynad']), seeds_anomalib=len(found['anomalib']),
+               same_draws=sum('dynad_same_draws' in r for r in at))
     for m in METRICS:
         (a, sa), (d, sd) = (spread([r[m] for r in found[k]]) for k in found)
-        same = [r['dynad_same_bank'][m] - r['anomalib'][m] for r in at]
+        same, draws = ([r[k][m] - r['anomalib'][m] for r in at if k in r] for k in ('dynad_same_bank', 'dynad_same_draws'))
         out[m] = {k: round(v, DIGITS) for k, v in dict(
             anomalib=a, anomalib_std=sa, dynad=d, dynad_std=sd, difference=d - a,
             standard_error=(sa**2/len(found['anomalib']) + sd**2/len(found['dynad']))**.5,
             same_bank=statistics.mean(same), same_bank_largest=max(same, key=abs)).items()}
-        projected = [r['dynad_projected'][m] for r in at if 'dynad_projected' in r]
-        if len(projected) == len(found['dynad']):
-            out[m] |= {k: round(v, DIGITS) for k, v in zip(('dynad_projected', 'dynad_projected_std'), spread(projected))}
+        if draws: out[m]['same_draws_largest'] = round(max(draws, key=abs), DIGITS)
     return out
 
 
 def record(what: dict, groups: list[dict]):
     "Write what has been measured so far: the runs, and one row per setting and σ."
     rows = [{k: v for k, v in g.items() if k != 'runs'} | summary(g['runs'], r['sigma_pixels'])
-            for g in groups for r in g['runs'][0]['metrics']]
+            for g in groups for r in g['runs'][0]['metrics'] if 'dynad' in r and 'anomalib' in r]
     atomic_write(TARGET, json.dumps(what | dict(rows=rows, groups=groups), indent=1) + '\n')
 
 
@@ -212,25 +235,39 @@ def steady_memory():
     if sys.platform == 'linux': ctypes.CDLL(None).mallopt(-3, 1 << 20)   # M_MMAP_THRESHOLD
 
 
+def measured(inputs: Inputs, setting: Setting, seed: int, run: dict) -> dict | None:
+    "A run with what it lacks: anomalib, dynad's coreset from the same draws, dynad's own coreset. None: it lacks nothing."
+    first, before = run.get('metrics', [{}])[0], dict(run)
+    repeat = seed < setting.draws
+    if seed < setting.anomalib and 'anomalib' not in first or repeat and 'dynad_same_draws' not in first:
+        new = compare(inputs, setting.coreset_ratio, seed, repeat)
+        for m, old in zip(new['metrics'], run.get('metrics', [])): m |= {k: v for k, v in old.items() if k not in m}
+        run = run | new
+    if 'dynad' not in run.get('metrics', [{}])[0]:
+        bank, found = own(inputs, setting.coreset_ratio, seed)
+        metrics = run.get('metrics') or [dict(sigma_pixels=s) for s in found]
+        run = run | dict(seed=seed, coreset=len(bank.bank), metrics=[m | dict(dynad=found[m['sigma_pixels']]) for m in metrics])
+    return None if run == before else run
+
+
 def main():
     steady_memory()
     phi = load_features(settings := FeatureSettings(backbone='efficientnet_lite0'))
     groups = earlier(what := provenance(settings, phi))
-    for name, size, ratio, seeds, also in PLAN:
-        key = dict(set=name, size=size, coreset_ratio=ratio)
+    for setting in PLAN:
+        key = dict(set=setting.set, size=setting.size, coreset_ratio=setting.coreset_ratio)
         group = next((g for g in groups if key.items() <= g.items()), key | dict(runs=[]))
-        left = range(len(group['runs']), seeds)
-        if not left: continue
-        inputs = Inputs(name, size, phi)
-        for seed in left:
-            group['runs'].append(run := compare(inputs, ratio, seed))
-            if also:
-                for r, m in zip(run['metrics'], projected(inputs, ratio, seed).values()): r['dynad_projected'] = m
+        inputs = None
+        for seed in range(setting.seeds):
+            run = next((r for r in group['runs'] if r['seed'] == seed), {})
+            inputs = inputs or Inputs(setting.set, setting.size, phi)
+            if (new := measured(inputs, setting, seed, run)) is None: continue
+            group['runs'] = sorted([r for r in group['runs'] if r is not run] + [new], key=lambda r: r['seed'])
             if 'patches' not in group:
-                group |= inputs.counts | dict(patches=inputs.patches, coreset=run['coreset'])
+                group |= inputs.counts | dict(patches=inputs.patches, coreset=new['coreset'])
                 groups.append(group)
             record(what, groups)
-            print(json.dumps(key | run), flush=True)
+            print(json.dumps(key | new), flush=True)
 
 
 if __name__ == '__main__': main()

@@ -11,7 +11,7 @@ from jinja2 import UndefinedError
 from markupsafe import escape
 
 from dynad.charts import (BASE, LEFT, TOP, WIDTH, Svg, bar_chart, color_bar, css, error_html, extend_edges, histogram, nice_top, render,
-                          score_chart, t_hat_chart, template_text)
+                          score_chart, t_hat_chart, template_text, text_span)
 
 def drawn(svg):
     "Bars (x, y, w, h, kind, name, value), texts and dashed lines of a chart, from the SVG itself."
@@ -142,3 +142,19 @@ def test_templates_are_in_the_built_package():
 def test_fragments_are_escaped():
     assert error_html('') == '' and '&lt;x&gt;' in error_html('<x>')
     assert 'linear-gradient' in color_bar(2, 'unit') and '>2<' in color_bar(2, 'unit')
+
+# labels
+
+finite = st.floats(1e-4, 1e6)
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(finite, min_size=2, max_size=30, unique=True), st.lists(finite, min_size=1, max_size=30), st.integers(1, 30), st.booleans())
+def test_no_label_of_a_distance_chart_covers_another(train, test, bins, unequal):
+    "Whatever the numbers, the bins and how far the test images lie beyond them."
+    train = np.array(train)
+    edges = np.unique(np.quantile(train, np.linspace(0, 1, bins + 1))) if unequal else np.linspace(train.min(), train.max(), bins + 1)
+    if len(edges) < 2 or (np.diff(edges) <= 0).any(): return
+    texts = drawn(histogram(train, np.array(test), edges))[1]
+    for y in (BASE + 15, 12):
+        row = [text_span(x, t) for x, at, t in texts if at == y]
+        assert row and all(a[1] < b[0] for a, b in zip(row, row[1:])), texts

@@ -109,7 +109,7 @@ def test_no_denoiser_is_called_for_what_is_stored(smoke, boards, overrides):
     assert other.parts.denoiser.calls == 0 and model.parts.denoiser.calls == before
     B, _, _ = set_maps(model, boards)
     if 'fusion.threshold_quantile' not in overrides: assert not torch.allclose(A, B)
-    else: assert other.decision.threshold < model.decision.threshold
+    else: assert other.decision.pixel_threshold < model.decision.pixel_threshold
 
 
 def test_eta_and_omega_do_not_train_again(smoke, boards):
@@ -145,7 +145,7 @@ def test_the_same_seed_gives_the_same_result(smoke, boards, tmp_path):
 
 def test_a_fit_that_is_stopped_goes_on_and_ends_the_same(smoke, boards, tmp_path):
     model, _ = smoke
-    class Stop(Exception): pass
+    class Stop(BaseException): pass
     def stop(stage, step, loss):
         if stage == 'denoiser' and step >= 25: raise Stop
     with pytest.raises(Stop): DynAD(make_config('smoke', SMOKE)).fit(boards, tmp_path/'run', progress=False, callback=stop)

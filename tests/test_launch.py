@@ -148,7 +148,7 @@ if __name__ == '__main__':
         if k == cut: os._exit(9)
     cfg = make_config('smoke', SMOKE, device='cpu', precision=precision, trackers=('tensorboard',))
     model = DynAD(cfg).fit(open_dataset(data), run, callback=callback)
-    (Path(run).parent/f'rank{rank}.txt').write_text(f"{processes('cpu').num_processes}|{steps[0]}|{steps[-1]}|{model.parts.hashes['denoiser']}|{model.decision.threshold!r}|{written if rank else len(written)}")
+    (Path(run).parent/f'rank{rank}.txt').write_text(f"{processes('cpu').num_processes}|{steps[0]}|{steps[-1]}|{model.parts.hashes['denoiser']}|{model.decision.pixel_threshold!r}|{written if rank else len(written)}")
 '''
 
 def launch(tmp_path, boards, cut=-1, precision='no'):

@@ -93,7 +93,7 @@ def test_inspected_and_exported(own, boards):
     rows = list(csv.DictReader(path.open()))
     assert len(rows) == len(bad) and float(rows[0]['score']) == pytest.approx(float(own.model.prediction.score[0]))
     assert np.array_equal(np.load(path.parent/f"{rows[0]['files']}_map.npy"), own.model.prediction.map[0, 0].numpy())
-    assert {p.suffix for p in path.parent.iterdir()} == {'.npy', '.png', '.csv'}
+    assert {p.suffix for p in path.parent.iterdir()} == {'.npy', '.png', '.csv', '.json'}
 
 def test_the_same_view_after_a_restart(own, tmp_path):
     again = OwnImages(own.model.folder).wait(120)

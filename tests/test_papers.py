@@ -19,7 +19,7 @@ TABLES = [n for n in RECORDED if n not in COMMITTED]
 TIMES = [e.name for e in EXPERIMENTS if e.kind == 'timings']   # seconds only: no interval over images, no null models
 BOOKS = sorted(PAPERS.glob('*.ipynb'))
 PARITY = PAPERS/'parity.ipynb'
-COMMON = {'data': 'auto', 'preset': 'smoke', 'seeds': [0], 'n_boot': 200, 'out': ''}
+COMMON = {'data': 'auto', 'preset': 'smoke', 'seeds': [0], 'n_boot': 1000, 'out': ''}
 each = pytest.mark.parametrize('path', BOOKS, ids=lambda p: p.stem)
 tables = pytest.mark.parametrize('path', [p for p in BOOKS if p.stem in TABLES], ids=lambda p: p.stem)
 recorded = pytest.mark.parametrize('path', [p for p in BOOKS if p.stem in RECORDED], ids=lambda p: p.stem)

@@ -5,6 +5,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from dynad.findings import leads, read_results, results_table
+
 NBS = Path(__file__).parent.parent/'nbs'
 RECORDS = sorted((NBS/'results'/'ablations').glob('*.json'))
 
@@ -38,7 +40,8 @@ def test_both_spaces_have_as_much_to_learn_with(name):
 
 def test_the_figures_in_the_text_are_those_of_the_records():
     c, m = (read(f'spaces-{n}') for n in ('cookies', 'magnetic_tile'))
-    [text] = [x.source for x in nbformat.read(NBS/'21_results.ipynb', 4).cells if x.cell_type == 'markdown' and 'localise better than pixels' in x.source]
+    shown = [o['data'].get('text/markdown', '') for x in nbformat.read(NBS/'21_results.ipynb', 4).cells for o in x.get('outputs', ()) if 'data' in o]
+    [text] = [t for t in shown if 'localise better than pixels' in t]
     points = lambda r, what, k: value(r['comparison'], what, 'latents, tiny − pixels', f'Δ {k}, points')
     of = lambda space, k, column='Ours', key='ours': f"{value(c['comparison'], space, column, k, key):.1f}"
     change = lambda r, space: f"{value(r['comparison'], f'{space}: largest quarter of the defects', 'Ours', 'change inside ÷ outside the defects'):.2f}"
@@ -68,3 +71,30 @@ def test_sentences_are_split_at_their_verdicts():
     for claim, found in (('DS, with DA: better with than without, PRO', 'holds (+1.0 points [+0.2, +1.8])'), ('a above b, PRO', 'holds in 2, the reverse in 0, not settled in 1 of 3 runs (mean +1.0 points), although in 1 of them the pixel denoiser is worse than random weights there (35.1 against 72.0)')):
         assert list(space['sentences']({'notes': [f'{claim}: {found}; on cookies (stand-in); small preset; seed 0.']})) == [(claim, found, 'cookies (stand-in); small preset; seed 0')]
     assert list(space['sentences']({'notes': ['A remark.']})) == [('A remark.', '', '')]
+
+# results over seeds
+
+def result(seed, value, **baseline):
+    metric = lambda v: dict(value=v, low=v - .02, high=v + .02)
+    return dict(pro=metric(value), i_auroc=metric(value), protocol=dict(seed=seed, image_level_only=7, test_defective=61, masks_lost_to_resizing=3),
+                settings=dict(data=dict(image_size=128)), versions=dict(dynad='0.2.0'), baseline={k: dict(pro=metric(v)) for k, v in baseline.items()})
+
+def test_seeds_of_a_set_become_one_table(tmp_path):
+    "Whatever files there are: a row says how many seeds it has, and a file of another name is left alone."
+    for seed, value, other in ((0, .8, {}), (2, .9, dict(patchcore=.7)), (10, 1., dict(patchcore=.9))):
+        (tmp_path/f'my_set_seed{seed}.json').write_text(json.dumps(result(seed, value, **other)), encoding='utf-8')
+    (tmp_path/'one_seed0.json').write_text(json.dumps(result(0, .5)), encoding='utf-8')
+    (tmp_path/'my_set.json').write_text('no result')
+    found = read_results(tmp_path)
+    assert {n: [r['protocol']['seed'] for r in rs] for n, rs in found.items()} == {'my_set': [0, 2, 10], 'one': [0]}
+    t = results_table(found['my_set'], ('i_auroc', 'pro'))
+    assert t.index.name == '3 of 57 masks vanish at 128²; 4 of 61 anomalous images have no mask'
+    assert t.loc['DynAD'].tolist() == ['0.900 ± 0.100', '0.900 ± 0.100', '3 (0, 2, 10)', '0.2.0']
+    assert t.loc['baseline: patchcore'].tolist() == ['—', '0.800 ± 0.141', '2 (2, 10)', '0.2.0']
+    assert results_table(found['one'], ('pro',)).loc['DynAD', 'PRO'] == '0.500 [0.480, 0.520]'
+
+def test_who_leads_is_said_of_the_seeds_that_both_have():
+    rs = [result(0, .1), result(2, .9, other=.7), result(3, 1., other=.9)]
+    assert leads(rs, 'DynAD', 'baseline: other') == 'DynAD and other: PRO higher with DynAD (0.950 against 0.800).'
+    assert leads([result(0, .8, other=.8)], 'DynAD', 'baseline: other') == 'DynAD and other: PRO equal (0.800).'
+    assert leads(rs[:1], 'DynAD', 'baseline: other') == ''
