@@ -27,8 +27,10 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={
         "dev": cfg["dev_requirements"].split(),
+        "heif": cfg["extra_heif"].split(),
         "faiss-cpu": cfg["extra_faiss_cpu"].split(),
         "faiss-gpu": cfg["extra_faiss_gpu"].split(),
+        "baselines": cfg["extra_baselines"].split(),
     },
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,

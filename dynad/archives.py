@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Iterator
 
 from filelock import FileLock
-from tqdm.auto import tqdm
 
+from .guard import tqdm
 from .images import DataError
 from .layouts import find_layout
 from .paths import expanded, move

@@ -12,17 +12,18 @@ from typing import Any, Callable, Iterator, SupportsIndex
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .config import content_key
 from .data import AnomalyDataset, Sample, images_key, load_images, to_float
 from .dic import pooled
+from .guard import tqdm
+from .reconstruction import noise_keys
 from .store import Shards, Store
 from .walk import (Parts, RawMaps, Severity, choose_t_hat, compare, decode, encode, extract_features,
                         reconstruct_latents, sampler_settings)
 
 # %% auto #0
-__all__ = ['batches', 'ImageSet', 'image_set', 'Cached', 'FeatureRows', 'CachedWalk']
+__all__ = ['BY_PIXELS', 'batches', 'ImageSet', 'image_set', 'Cached', 'FeatureRows', 'CachedWalk']
 
 # %% ../nbs/14a_cache.ipynb #7fc88d0f
 def batches(
@@ -91,10 +92,11 @@ def image_set(
     samples: list[Sample],
     dataset: AnomalyDataset, # that they belong to
     size: int,               # side in pixels
-    progress: bool = False
+    progress: bool = False,
+    max_pixels: int | None = None # of one file, as for `load_images`
 ) -> ImageSet:
     "The images of some samples of a data set."
-    load = lambda: load_images(samples, size, progress=progress)
+    load = lambda: load_images(samples, size, progress, max_pixels)
     return ImageSet(store, images_key(samples, dataset.fingerprint, size), len(samples), load, progress)
 
 # %% ../nbs/14a_cache.ipynb #c807a744
@@ -192,12 +194,22 @@ class CachedWalk:
         return Cached(self.set.shards(name, depends_on, hold), function, self.parts.config.batch, what,
                       self.set.progress)
 
+# %% ../nbs/14a_cache.ipynb #212fe1e7
+BY_PIXELS = 'by pixels' # how draws follow from an image, in the keys of what is drawn
+
+@patch(as_prop=True)
+def image_keys(self: CachedWalk) -> list[int]:
+    "`reconstruction.noise_keys` of all images."
+    def make(): return {'keys': torch.tensor(noise_keys(self.images), dtype=torch.long)}
+    return self.set.tensors('noise', {}, make)['keys'].tolist()
+
 # %% ../nbs/14a_cache.ipynb #107d9b61
 @patch(as_prop=True)
 def latents_key(self: CachedWalk) -> dict[str, Any]:
     "What the latents depend on."
     p, c = self.parts, self.parts.config
-    return self.depends_on(autoencoder=p.hashes['autoencoder'], sampling=c.latents.latent_sampling, seed=c.seed)
+    key = self.depends_on(autoencoder=p.hashes['autoencoder'], sampling=c.latents.latent_sampling, seed=c.seed)
+    return key | ({'draws': BY_PIXELS} if c.latents.latent_sampling == 'sample' else {})
 
 # %% ../nbs/14a_cache.ipynb #85bbdfe5
 @patch(as_prop=True)
@@ -206,7 +218,7 @@ def z0(self: CachedWalk) -> Tensor:
     p, progress = self.parts, self.set.progress
     def make():
         rows = batches(len(self.images), p.config.batch, 'latents', progress)
-        return {'z0': torch.cat([encode(p, self.pixels(r), r) for r in rows])}
+        return {'z0': torch.cat([encode(p, self.pixels(r)) for r in rows])}
     return self.set.tensors('latents', self.latents_key, make)['z0']
 
 # %% ../nbs/14a_cache.ipynb #242f9023
@@ -238,7 +250,8 @@ def pooled_features(self: CachedWalk) -> Tensor:
 def bins_key(self: CachedWalk) -> dict[str, Any]:
     "What the distances and bins depend on."
     p = self.parts
-    return self.depends_on(phi=p.hashes['phi'], dic=p.config.dic.model_dump(mode='json'), bank=p.hashes['bank'])
+    return self.depends_on(phi=p.hashes['phi'], dic=p.config.dic.model_dump(mode='json'), bank=p.hashes['bank'],
+                           rule='K alike, equal distances') # stages of other rules are not read
 
 @patch(as_prop=True)
 def severity(self: CachedWalk) -> Severity:
@@ -258,13 +271,17 @@ def reconstructions_key(self: CachedWalk) -> dict[str, Any]:
     "What a reconstruction depends on, beside the image and T̂."
     p, how = self.parts, sampler_settings(self.parts.config)
     z0 = content_key(dict(images=self.set.key, **self.latents_key))
+    noise = [BY_PIXELS, p.config.seed] if how['omega'] > 0 else None
     return self.depends_on(z0=z0, denoiser=p.hashes['denoiser'], diffusion=p.config.diffusion.model_dump(mode='json'),
-                           noise_seed=p.config.seed if how['omega'] > 0 else None, **how)
+                           noise_seed=noise, **how)
 
 @patch(as_prop=True)
 def cached_latents(self: CachedWalk) -> Cached:
     "`reconstruct_latents`, wrapped."
-    def function(rows, t_hat): return {'z_hat': reconstruct_latents(self.parts, self.z0[rows], t_hat, rows)}
+    drawn = self.parts.config.reconstruction.omega > 0
+    def function(rows, t_hat):
+        keys = [self.image_keys[r] for r in rows] if drawn else rows
+        return {'z_hat': reconstruct_latents(self.parts, self.z0[rows], t_hat, keys)}
     return self.cached('reconstructions', self.reconstructions_key, function, 'reconstructions')
 
 # %% ../nbs/14a_cache.ipynb #dfff407b

@@ -43,7 +43,7 @@ def held_out_images(
     held, size = split_normal(dataset, c.data, c.seed)[1], c.data.image_size
     if images_key(held, dataset.fingerprint, size) != detector.held_out_set.key:
         raise DataError(f"{dataset.root}: the normal images have changed since the fit; fit again to learn from them")
-    return load_images(held, size, progress=False)
+    return load_images(held, size, max_pixels=c.data.max_pixels)
 
 # %% ../nbs/18h_cautions.ipynb #a382f92d
 def unlike(

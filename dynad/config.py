@@ -11,12 +11,12 @@ from typing import Annotated, Any, Callable, Iterable, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
 # %% auto #0
-__all__ = ['BACKBONES', 'Layer', 'UNKEYED_DENOISER_SETTINGS', 'PRESETS', 'WORDS', 'NUMBER', 'DynadError', 'ConfigError',
-           'Settings', 'DataSettings', 'check_backbone', 'FeatureSettings', 'LatentSettings', 'DiffusionSettings',
-           'DenoiserSettings', 'DICSettings', 'ReconstructionSettings', 'AdaptationSettings', 'FusionSettings',
-           'check_together', 'Config', 'did_you_mean', 'nested', 'merged', 'allowed_values', 'setting_names',
-           'parse_config', 'make_config', 'with_overrides', 'parse_value', 'parse_pairs', 'parse_overrides',
-           'dump_config', 'load_config', 'content_key', 'data_root', 'weights_root']
+__all__ = ['UNKEYED_DATA_SETTINGS', 'BACKBONES', 'Layer', 'UNKEYED_DENOISER_SETTINGS', 'PRESETS', 'WORDS', 'NUMBER', 'DynadError',
+           'ConfigError', 'Settings', 'DataSettings', 'check_backbone', 'FeatureSettings', 'LatentSettings',
+           'DiffusionSettings', 'DenoiserSettings', 'DICSettings', 'ReconstructionSettings', 'AdaptationSettings',
+           'FusionSettings', 'check_together', 'Config', 'did_you_mean', 'nested', 'merged', 'allowed_values',
+           'setting_names', 'parse_config', 'make_config', 'with_overrides', 'parse_value', 'parse_pairs',
+           'parse_overrides', 'dump_config', 'load_config', 'content_key', 'data_root', 'weights_root']
 
 # %% ../nbs/00_config.ipynb #b5371bd3
 class DynadError(Exception):
@@ -37,6 +37,16 @@ class DataSettings(Settings):
     holdout: float = Field(.2, gt=0, lt=1)                        # share of the normal training images
     min_holdout: int = Field(5, ge=1)                             # at least so many
     max_calibration: int = Field(256, ge=2)                       # at most so many are reconstructed for calibration
+    max_pixels: int | None = Field(None, ge=1)                    # of one image file; None: Pillow's limit, 89 478 485
+    mask_rule: Literal['half', 'nonzero'] | None = None           # what a mask marks; None: as its layout says
+
+    @model_serializer(mode='wrap')
+    def _dump(self, dump):
+        # results from before there were these settings keep their keys
+        return {k: v for k, v in dump(self).items() if k not in UNKEYED_DATA_SETTINGS or v is not None}
+
+# they decide what is admitted and what is counted as anomalous in an evaluation, not what is learned or predicted
+UNKEYED_DATA_SETTINGS = frozenset({'max_pixels', 'mask_rule'})
 
 # %% ../nbs/00_config.ipynb #80ae5110
 # weights of PyPI and torchvision

@@ -17,24 +17,24 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from .collector import EXTENSIONS, DataError, Finding, check_strict, count, subfolders, summary_line
 from .config import DataSettings, did_you_mean
-from .images import check_size, image_size, read_image, read_mask, to_float
+from .guard import tqdm
+from .images import Notes, check_size, image_size, read_image, read_mask, to_float
 from .layouts import LAYOUTS, Sample, elpv_root, find_layout
 from .show import Figure, grid, overlay
 from .paths import expanded, printable
 from .store import content_key, file_sha256
 
 # %% auto #0
-__all__ = ['AnomalyDataset', 'split_normal', 'images_key', 'FindingWarning', 'open_dataset', 'open_folder', 'load_images',
-           'load_masks', 'contact_sheet']
+__all__ = ['mapped', 'AnomalyDataset', 'split_normal', 'images_key', 'check_mask_size', 'FindingWarning', 'open_dataset',
+           'open_folder', 'load_images', 'with_mask_rule', 'load_masks', 'contact_sheet']
 
 # %% ../nbs/03b_data.ipynb #82e30f1c
 def _pool() -> ThreadPoolExecutor: return ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 2))
 
-def _mapped(
+def mapped(
     work: Callable, items: Sequence,
     what: str, # label of the progress bar
     progress: bool = False
@@ -94,7 +94,7 @@ class AnomalyDataset:
     def fingerprint(self) -> str:
         "sha256 over names, labels, splits and the contents of images and masks; computed once."
         h = hashlib.sha256()
-        for line in _mapped(_fingerprint_line, sorted(self.samples, key=lambda s: s.name), 'fingerprint'):
+        for line in mapped(_fingerprint_line, sorted(self.samples, key=lambda s: s.name), 'fingerprint'):
             h.update(line.encode('utf-8', 'surrogatepass')) # names that are not UTF-8
         return h.hexdigest()
 
@@ -214,13 +214,14 @@ def limited(self: AnomalyDataset,
     return replace(self, name=f'{self.name} ({size})', samples=kept)
 
 # %% ../nbs/03b_data.ipynb #d307e875
-def _check_mask_size(sample: Sample) -> None:
-    "Raises `DataError` when the mask does not have the size of its image."
+def check_mask_size(sample: Sample, notes: Notes) -> None:
+    "Raises `DataError` when the mask has not the proportions of its image; another size is noted."
     if sample.mask is None: return
-    (w, h), (mw, mh) = image_size(sample.image), image_size(sample.mask)
-    if (w, h) != (mw, mh):
+    (w, h), (mw, mh) = image_size(sample.image, notes), image_size(sample.mask, notes)
+    if abs(w*mh - h*mw) > max(w, h): # by more than the rounding of a side
         raise DataError(f"{sample.mask}: the mask is {mw}×{mh} pixels, but its image {sample.image.name} is {w}×{h}; "
                         f"make a mask of the image's size")
+    if (w, h) != (mw, mh): notes.add('mask size', sample.mask, f'{mw}×{mh} for an image of {w}×{h}')
 
 # %% ../nbs/03b_data.ipynb #00116655
 def _choose_layout(root: Path, layout: str) -> str:
@@ -284,7 +285,9 @@ def _opened(path: str | Path, layout: str, category: str | None, seed: int, stri
     samples, findings = LAYOUTS[layout].read(root, category, seed)
     data = AnomalyDataset(name, root, layout, category, tuple(samples), tuple(findings), _remark(root, given))
     if strict: check_strict(data.findings, data.root)
-    for _ in _mapped(_check_mask_size, data.samples, 'sizes'): pass
+    notes = Notes()
+    for _ in mapped(lambda s: check_mask_size(s, notes), data.samples, 'sizes'): pass
+    notes.say()
     return data
 
 # %% ../nbs/03b_data.ipynb #98f3ac27
@@ -320,37 +323,49 @@ def open_folder(
 # %% ../nbs/03b_data.ipynb #d1b025eb
 def load_images(
     samples: Sequence[Sample],
-    size: int,              # side of the square in pixels
-    progress: bool = False  # a progress bar, when it takes longer than two seconds
-) -> Tensor:                # [N,3,size,size] uint8
+    size: int,                    # side of the square in pixels
+    progress: bool = False,       # a progress bar, when it takes longer than two seconds
+    max_pixels: int | None = None # of one file, more are refused; None: Pillow's limit
+) -> Tensor:                      # [N,3,size,size] uint8
     "The images of samples, read by several threads."
-    side = check_size(size)
+    side, notes = check_size(size), Notes()
     out = torch.empty(len(samples), 3, side, side, dtype=torch.uint8)
-    for i, x in enumerate(_mapped(lambda s: read_image(s.image, side), samples, 'images', progress)):
-        out[i] = (x*255).round().to(torch.uint8)
+    read = lambda s: read_image(s.image, side, max_pixels, notes)
+    for i, x in enumerate(mapped(read, samples, 'images', progress)): out[i] = (x*255).round().to(torch.uint8)
+    notes.say()
     if len(out) and out.max() <= 16:
         warnings.warn(f"{samples[0].image}: all {len(out)} images are nearly black (highest value {out.max()} of 255); "
                       f"12-bit values in a 16-bit file must be scaled beforehand", stacklevel=2)
     return out
 
 # %% ../nbs/03b_data.ipynb #4ecb991c
-def _load_mask(s: Sample, side: int) -> Tensor: # [1,side,side] bool
+def with_mask_rule(
+    samples: Sequence[Sample],
+    rule: str | None # 'half' or 'nonzero', for all; None: each keeps that of its layout
+) -> list[Sample]:
+    "The samples with another rule of what their masks mark (`data.mask_rule`)."
+    return [replace(s, mask_rule=rule) for s in samples] if rule else list(samples)
+
+def _load_mask(s: Sample, side: int, max_pixels: int | None, notes: Notes) -> Tensor: # [1,side,side] bool
     "The mask of a sample, empty where there is none."
     if s.label == 0 or s.mask is None: return torch.zeros(1, side, side, dtype=torch.bool)
-    _check_mask_size(s)
-    return read_mask(s.mask, side, s.mask_rule == 'nonzero')
+    check_mask_size(s, notes)
+    return read_mask(s.mask, side, s.mask_rule == 'nonzero', max_pixels, notes)
 
 # %% ../nbs/03b_data.ipynb #9fe68d33
 def load_masks(
     samples: Sequence[Sample],
-    size: int                # side of the square in pixels
+    size: int,                   # side of the square in pixels
+    max_pixels: int | None = None # as for `load_images`
 ) -> tuple[Tensor, Tensor]:  # [N,1,size,size] bool; [N] bool: whether the image counts at pixel level
     """Ground truth, empty for normal images.
 
     An anomalous image without a mask, or whose mask is empty at this size, counts at image level only."""
-    side = check_size(size)
+    side, notes = check_size(size), Notes()
     masks = torch.zeros(len(samples), 1, side, side, dtype=torch.bool)
-    for i, m in enumerate(_mapped(lambda s: _load_mask(s, side), samples, 'masks')): masks[i] = m
+    load = lambda s: _load_mask(s, side, max_pixels, notes)
+    for i, m in enumerate(mapped(load, samples, 'masks')): masks[i] = m
+    notes.say()
     normal = torch.tensor([s.label == 0 for s in samples], dtype=torch.bool)
     return masks, normal | masks.flatten(1).any(1)
 

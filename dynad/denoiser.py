@@ -114,7 +114,9 @@ def make_unet(
     settings: DenoiserSettings,
     latent_channels: int, # C
     latent_size: int,     # side of the latents, h = w
-    seed: int = 0         # of the initial weights
+    seed: int = 0,        # of the initial weights
+    out_channels: int | None = None, # of the prediction; None: C, the noise alone
+    classes: int = 0      # labels that its UNet asks for beside z_t and t; 0: none
 ) -> Denoiser:
     "A UNet with random weights, in eval mode. Raises `DenoiserError` when latent and levels do not fit."
     check_denoiser(settings, latent_size)
@@ -123,7 +125,8 @@ def make_unet(
     channels = latent_channels*p**2
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = UNet2DModel(sample_size=latent_size//p, in_channels=channels, out_channels=channels,
+        unet = UNet2DModel(sample_size=latent_size//p, in_channels=channels,
+                           out_channels=(out_channels or latent_channels)*p**2, num_class_embeds=classes or None,
                            layers_per_block=settings.layers_per_block, block_out_channels=w,
                            down_block_types=kind('Down'), up_block_types=kind('Up')[::-1],
                            norm_num_groups=math.gcd(32, *w), attention_head_dim=w[-1]//settings.heads)

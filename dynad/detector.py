@@ -76,7 +76,7 @@ class DynAD(Method):
 
     def load(self, stages): load_parts(self, stages)
 
-    def predict_batch(self, images, rows): return finished(self, walk(self.parts, images, rows))
+    def predict_batch(self, images, rows): return finished(self, walk(self.parts, images))
 
 # %% ../nbs/16_detector.ipynb #9f65147a
 DynAD.prediction_class = DynADPrediction
@@ -107,7 +107,7 @@ def train_parts(method: DynAD, hooks: Hooks) -> dict[str, Path]:
         stages['phi'] = fit_phi(method, phi0, hooks)
         load_phi(method, stages['phi'])
         fit_bank(method)
-        method.held_out.features # an opened run finds them without the images
+        method.held_out.features, method.held_out.image_keys # an opened run finds them without the images
     return stages
 
 # %% ../nbs/16_detector.ipynb #a520c57a
@@ -151,7 +151,8 @@ def denoiser_key(method: DynAD, z0: Tensor) -> dict[str, Any]:
     c, walk = method.config, method.training
     settings = (c.denoiser.model_dump(mode='json', exclude={*UNKEYED_DENOISER_SETTINGS, 'min_epochs'})
                 | dict(epochs=None, steps=c.denoiser.total_steps(len(z0))))
-    latents = content_key(dict(images=walk.set.key, **walk.latents_key))
+    drawn = {k: v for k, v in walk.latents_key.items() if k != 'draws'} # any draw of the posterior is as good
+    latents = content_key(dict(images=walk.set.key, **drawn))
     return dict(z0=latents, settings=settings, diffusion=c.diffusion.model_dump(mode='json'),
                 seed=c.seed, precision=c.precision)
 
@@ -385,8 +386,9 @@ def predict(self: DynAD,
     warnings.warn("fusion.calibration = 'test' scales by the smallest and largest value of these very images: "
                   "maps and scores of another call are on another scale; "
                   "use 'train' to predict on single images", stacklevel=2)
-    x, size = checked_images(images, self.config.data.image_size), self.config.data.image_size
-    outputs = [walk(self.parts, x[b], b) for b in batches(len(x), self.config.batch, 'images', True)]
+    c = self.config.data
+    x, size = checked_images(images, c.image_size, c.max_pixels), c.image_size
+    outputs = [walk(self.parts, x[b]) for b in batches(len(x), self.config.batch, 'images', True)]
     l = torch.cat([w.raw.latent for w in outputs])
     f = {j: torch.cat([w.raw.features[j] for w in outputs]) for j in outputs[0].raw.features}
     scaled = self.on_scale_of(Calibration.of_test_set(upsample(l, size), feature_map(f, size)))

@@ -15,7 +15,8 @@ from torch import Tensor
 from .config import DICSettings
 
 # %% auto #0
-__all__ = ['pooled', 'cap_neighbours', 'drop_self', 'neighbours', 'bin_edges', 'lookup', 't_hat', 't_grid', 'DIC']
+__all__ = ['ROUNDING', 'pooled', 'cap_neighbours', 'drop_self', 'neighbours', 'bin_edges', 'lookup', 't_hat', 't_grid',
+           'mean_distance', 'rounding_of', 'DIC']
 
 # %% ../nbs/10_dic.ipynb #d3c9fbbc
 def pooled(
@@ -93,21 +94,28 @@ def neighbours(
     find = {'faiss': _knn_faiss, 'torch': _knn_torch}[backend]
     return drop_self(*find(query, bank, K + 1)) if own else find(query, bank, K)
 
-# %% ../nbs/10_dic.ipynb #56c66052
+# %% ../nbs/10_dic.ipynb #dcee5c50
+ROUNDING = 1e-5 # of the largest value: what is closer counts as equal
+
 def bin_edges(
-    distances: Tensor,  # [N] mean distances of the normal images
-    bins: int = 10      # |B|
-) -> Tensor:            # [|B|+1] float64, rising
-    "Evenly spaced edges from min to max; equal distances get a range of ±½ around them (as `numpy.histogram` does)."
-    return torch.from_numpy(np.histogram_bin_edges(distances.double().numpy(), bins))
+    distances: Tensor,    # [N] mean distances of the normal images
+    bins: int = 10,       # |B|
+    rounding: float = 0., # distances closer than this are equal; at least `ROUNDING` of the largest
+) -> Tensor:              # [|B|+1] float64, rising
+    "Evenly spaced edges from min to max; of equal distances one value, just above the largest, for all edges."
+    d = distances.double().numpy()
+    margin = max(rounding, ROUNDING*float(d.max()))
+    if d.max() - d.min() <= margin: return torch.full((bins + 1,), d.max() + margin, dtype=torch.float64)
+    return torch.from_numpy(np.histogram_bin_edges(d, bins))
 
 # %% ../nbs/10_dic.ipynb #d1eaee38
 def lookup(
     distances: Tensor,  # [M]
     edges: Tensor       # [|B|+1]
 ) -> Tensor:            # [M] int64 in 0…|B|
-    "ψ of Algorithm 2: the bin b with edge[b-1] < distance ≤ edge[b]; beyond the last edge |B|."
-    return torch.searchsorted(edges, distances.double(), side='left').clamp(max=len(edges) - 1)
+    "ψ of Algorithm 2: the bin b with edge[b-1] < distance ≤ edge[b], but for rounding; beyond the last edge |B|."
+    margin = ROUNDING*(edges[-1] - edges[0])
+    return torch.searchsorted(edges + margin, distances.double(), side='left').clamp(max=len(edges) - 1)
 
 # %% ../nbs/10_dic.ipynb #d38c5494
 def t_hat(
@@ -129,6 +137,19 @@ def t_grid(
     "Every possible T̂, rising."
     return sorted(set(t_hat(torch.arange(bins + 1), t_max, bins, S, floor).tolist()))
 
+# %% ../nbs/10_dic.ipynb #f53dcadb
+def mean_distance(
+    d: Tensor   # [M,K] distances to the neighbours
+) -> Tensor:    # [M] float32
+    "The mean of each row, summed in float64."
+    return d.double().mean(1).float()
+
+def rounding_of(
+    bank: Tensor   # [N,D]
+) -> float:
+    "What the distance of two equal images may be by rounding: `ROUNDING` of the mean length (L1) of the vectors."
+    return ROUNDING*float(bank.double().abs().sum(1).mean())
+
 # %% ../nbs/10_dic.ipynb #e27bfdc2
 @dataclass
 class DIC:
@@ -145,16 +166,21 @@ class DIC:
     ) -> DIC:
         "Distances of the normal images among themselves, and the bins (Section 4.1)."
         d, _ = neighbours(bank, bank, settings.K, own=settings.self_match == 'exclude')
-        return cls(bank, d.mean(1), bin_edges(d.mean(1), settings.bins), settings)
+        mean = mean_distance(d)
+        return cls(bank, mean, bin_edges(mean, settings.bins, rounding_of(bank)), settings)
+
+    @property
+    def K(self) -> int:
+        "Neighbours of a training image, and of a new one: at most as many as a training image has."
+        return min(self.settings.K, len(self.bank) - (self.settings.self_match == 'exclude'))
 
     def severity(self,
         query: Tensor                    # [M,D]
     ) -> tuple[Tensor, Tensor, Tensor]:  # [M] mean distance, [M] bin, [M,K] rows of the bank
         "Algorithm 2, lines 5 to 7."
-        with warnings.catch_warnings():  # `fit` has warned already
-            warnings.filterwarnings('ignore', message='K = ')
-            d, rows = neighbours(query, self.bank, self.settings.K)
-        return d.mean(1), lookup(d.mean(1), self.edges), rows
+        d, rows = neighbours(query, self.bank, self.K)
+        mean = mean_distance(d)
+        return mean, lookup(mean, self.edges), rows
 
     def t_hat(self, bins: Tensor, t_max: int, S: int) -> Tensor:
         "Algorithm 2, line 8."
@@ -166,5 +192,6 @@ class DIC:
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor], settings: DICSettings) -> DIC:
-        "From `state()`."
-        return cls(state['bank'], state['train_distance'], state['edges'], settings)
+        "From `state()`; the edges follow from the distances."
+        bank, d = state['bank'], state['train_distance']
+        return cls(bank, d, bin_edges(d, settings.bins, rounding_of(bank)), settings)

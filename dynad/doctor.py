@@ -46,6 +46,8 @@ def packages() -> Iterator[Finding]:
     faiss = next((f'{p} {installed(p)}' for p in ('faiss-gpu', 'faiss-cpu') if installed(p)), None)
     yield Finding('faiss', faiss or 'missing: neighbours are searched with torch',
                   '' if faiss else "pip install -e '.[faiss-cpu]' (or '.[faiss-gpu]'); same results")
+    yield Finding('anomalib', installed('anomalib') or 'not installed: its methods do not run (rd4ad, fastflow, …)',
+                  '' if installed('anomalib') else "pip install -e '.[baselines]'")
     for name, package in TRACKERS.items():
         yield Finding(f'tracker: {name}', installed(package) or 'not installed',
                       '' if installed(package) else f'pip install {package}, for --tracker {name}')

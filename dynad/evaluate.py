@@ -19,20 +19,21 @@ from torch import Tensor
 
 from . import __version__
 from .cache import ImageSet
-from .collector import printable
-from .data import AnomalyDataset, DataError, Sample, load_masks
+from .checks import data_warnings
+from .collector import Finding
+from .data import AnomalyDataset, DataError, Sample, load_masks, with_mask_rule
 from .exports import export_to
 from .machine import peak_memory_mb
-from .method import Method, Prediction, method_named
+from .method import Method, Prediction, above, method_named
 from .metrics import Metric, StreamingPixelMetrics, image_metrics, pixel_metrics
 from .paths import expanded, printable
 from .store import atomic_write, replacing
 
 # %% auto #0
-__all__ = ['KEYS', 'NAMES', 'EXACT', 'ORIGIN', 'PRESET_NOTES', 'MEASURED', 'as_json', 'all_metrics', 'MetricAccumulator',
-           'Scored', 'HeldMaps', 'StreamedMaps', 'decided', 'Evaluation', 'evaluate', 'timing', 'versions', 'described',
-           'protocol', 'fitted_baseline', 'write_result', 'save_maps', 'save_table', 'masks_note', 'metrics_table',
-           'method_title']
+__all__ = ['KEYS', 'NAMES', 'EXACT', 'ORIGIN', 'PRESET_NOTES', 'MASK_RULES', 'MEASURED', 'as_json', 'all_metrics',
+           'MetricAccumulator', 'Scored', 'HeldMaps', 'StreamedMaps', 'decided', 'Evaluation', 'evaluate', 'timing',
+           'versions', 'described', 'protocol', 'pixel_reason', 'explain_pixels', 'fitted_baseline', 'write_result',
+           'save_maps', 'save_table', 'masks_note', 'metrics_table', 'undefined', 'method_title']
 
 # %% ../nbs/17_evaluate.ipynb #eb662a68
 KEYS = ('i_auroc', 'p_auroc', 'pro', 'i_ap', 'p_ap', 'i_f1_max', 'p_f1_max') # the metrics of every result
@@ -96,7 +97,7 @@ def __call__(self: MetricAccumulator,
         for k, v in p.per_image.items(): per_image.setdefault(k, torch.zeros(n, dtype=v.dtype))[rows] = v
         if p.map is None: continue
         pixels.add(rows, p.map)
-        if threshold is not None: self.count_overlap(overlap, rows, p.map > threshold)
+        if threshold is not None: self.count_overlap(overlap, rows, above(p.map, threshold))
     images = image_metrics(scores, self.labels, n_boot=self.n_boot, seed=self.seed)
     return Scored(as_json(images | pixels.metrics()), scores, per_image, tuple(overlap))
 
@@ -138,7 +139,7 @@ class StreamedMaps:
 # %% ../nbs/17_evaluate.ipynb #c972f1ed
 def decided(scored: Scored, labels: Tensor, method: Method) -> dict[str, Any]:
     "Counts and F1 at the method's own thresholds."
-    hit, y, both = scored.scores > method.decision.image_threshold, labels.bool(), scored.overlap
+    hit, y, both = above(scored.scores, method.decision.image_threshold), labels.bool(), scored.overlap
     tp, fp, fn = int((hit & y).sum()), int((hit & ~y).sum()), int((~hit & y).sum())
     return {'image_threshold': method.decision.image_threshold, 'threshold': method.decision.pixel_threshold,
             'true_positives': tp, 'false_positives': fp, 'false_negatives': fn,
@@ -191,8 +192,9 @@ def evaluate(
 ) -> Evaluation:
     "The data set's test images by a fitted method. Raises DataError when there is none."
     if not dataset.test: raise DataError(f"{dataset.name}: no test image; put some under test/good and test/<defect>")
-    c, samples = method.config, dataset.test
-    masks, has_mask = load_masks(samples, c.data.image_size)
+    c = method.config
+    samples, found = with_mask_rule(dataset.test, c.data.mask_rule), data_warnings(dataset, c.data)
+    masks, has_mask = load_masks(samples, c.data.image_size, c.data.max_pixels)
     truth = MetricAccumulator(torch.tensor([s.label for s in samples]), masks, has_mask, n_boot, c.seed)
     images = method.test_images(samples, dataset, progress)
     method = method.for_test_set(images)
@@ -206,7 +208,9 @@ def evaluate(
         result['baseline'] = {b.name: truth(b.predict_set(b.test_images(samples, dataset, progress))).metrics
                               for b in baselines}
     result |= {'peak_memory_mb': peak_memory_mb(), 'method': method.name, 'settings': c.model_dump(mode='json'),
-               'protocol': protocol(method, truth, dataset.remark), 'versions': versions(), 'data': described(dataset)}
+               'protocol': protocol(method, truth, dataset.remark, found), 'versions': versions(),
+               'data': described(dataset)}
+    explain_pixels(result, samples, truth)
     return Evaluation(result, samples, scored.scores, scored.per_image, masks, has_mask, method, images)
 
 # %% ../nbs/17_evaluate.ipynb #ce68f32e
@@ -244,9 +248,13 @@ ORIGIN = { # where the fixed settings of a preset come from
 PRESET_NOTES = {'small': 'small preset: not the scale of the paper',
                 'smoke': 'smoke preset: a test of the machinery, not a result'}
 
+MASK_RULES = {'half': 'above half of the range', 'nonzero': 'every value but 0',
+              None: "above half of the range, or every value but 0 where the data set's layout paints so"}
+
 def protocol(
     method: Method, truth: MetricAccumulator,
-    remark: str = '' # of the data folder
+    remark: str = '',              # of the data folder
+    found: Sequence[Finding] = () # of `data_findings`
 ) -> dict[str, Any]:
     "What a reader must know to compare a figure."
     c, y = method.config, truth.labels.bool()
@@ -256,16 +264,40 @@ def protocol(
             'training_images': len(method.training_set), 'held_out_images': len(method.held_out_set),
             'test_good': int((~y).sum()), 'test_defective': int(y.sum()),
             'image_level_only': int((y & ~truth.has_mask).sum()),
+            'masks_lost_to_resizing': sum(len(f.files) for f in found if f.kind == 'vanishing masks'),
+            'warnings': [f.text for f in found],
             'settings_from': ORIGIN.get(c.preset, ''),
             'calibration': ('minimum and maximum of the test set (looks at what it judges)' if at_test
                             else 'quantiles of held-out normal training images, per T̂'),
             'threshold': f"quantile {c.fusion.threshold_quantile} of held-out normal training images",
             'image': f"square resize to {c.data.image_size}, antialiased",
-            'masks': 'nearest-neighbour resize, then > 0.5',
+            'masks': f"{MASK_RULES[c.data.mask_rule]}, resized to the nearest pixel",
             'pro': f"{'exact' if truth.exact else 'streaming, within 1e-4 of exact'}, 8-connected regions, "
                    "false positive rate up to 0.3",
             'interval': f"95 % percentile bootstrap over images, {truth.n_boot} resamples, seed {c.seed}",
             'seed': c.seed}
+
+# %% ../nbs/17_evaluate.ipynb #ee2cdf9f
+def pixel_reason(
+    samples: Sequence[Sample], # of the test
+    masks: Tensor,             # [N,1,H,W] bool
+    has_mask: Tensor           # [N] bool
+) -> str | None:
+    "Why no pixel metric is defined, in words; None where they are."
+    bad = [i for i, s in enumerate(samples) if s.label]
+    if not bad: return 'no anomalous test image'
+    n = sum(samples[i].mask is not None for i in bad)
+    if not n: return 'no mask of an anomalous test image'
+    if not has_mask[bad].any():
+        return f"{'the only mask is' if n == 1 else f'all {n} masks are'} empty at {masks.shape[-1]} pixels"
+    return 'no normal pixel' if masks[has_mask].all() else None
+
+def explain_pixels(result: dict[str, Any], samples: Sequence[Sample], truth: MetricAccumulator) -> None:
+    "Give the pixel metrics without a value, of every row of a result, this reason."
+    why = pixel_reason(samples, truth.masks, truth.has_mask)
+    for row in (result, *result.get('null_models', {}).values(), *result.get('baseline', {}).values()):
+        for k in ('p_auroc', 'pro', 'p_ap', 'p_f1_max'):
+            if why and row.get(k) and row[k]['value'] is None: row[k] = {**row[k], 'reason': why}
 
 # %% ../nbs/17_evaluate.ipynb #e8b028db
 def fitted_baseline(
@@ -338,9 +370,15 @@ def metrics_table(
             **{f"null: {k.replace('_', ' ')}": v for k, v in result.get('null_models', {}).items()},
             **{f'baseline: {k}': v for k, v in result.get('baseline', {}).items()}}
     interval = lambda m: '' if m['low'] is None else f" [{m['low']:.3f}, {m['high']:.3f}]"
-    show = lambda m: '—' if not m or m['value'] is None else f"{m['value']:.3f}{interval(m)}"
+    show = lambda m: undefined(m) or f"{m['value']:.3f}{interval(m)}"
     table = pd.DataFrame({NAMES[k]: {n: show(r.get(k)) for n, r in rows.items()} for k in KEYS})
     return table.rename_axis(masks_note(result) or None)
+
+def undefined(m: dict[str, Any] | None) -> str:
+    "A dash with the reason in words where a metric of a result has no value; '' where it has one."
+    if m is None: return '— (no map)'
+    if m['value'] is not None: return ''
+    return f"— ({m['reason']})" if m.get('reason') else '—'
 
 def method_title(result: dict[str, Any]) -> str:
     "The method of a result, as tables name it."

@@ -107,8 +107,11 @@ EXPERIMENTS = ( # in the order of the list and the book; minutes were measured o
     Experiment('spaces', 'table', minutes=1.6, small=24., trains=True),
     Experiment('sensitivity', 'table', minutes=.5),
     Experiment('attribution'),
+    Experiment('scorers', 'table', minutes=.8, trains=True),
+    Experiment('ran', 'table', ('mvtec',), minutes=.8, trains=True),
     Experiment('severity', 'table'),
     Experiment('speed', 'timings', minutes=.5),
+    Experiment('compare', 'table', minutes=.8, trains=True),
     Experiment('parity', 'table', minutes=2., committed={'data': 'cookies', 'preset': 'small'}))
 
 # %% ../nbs/19_experiments.ipynb #736ade7a

@@ -153,7 +153,7 @@ def refresh(self: Explorer) -> None:
     self.draw()
     if self.model.measured_version != self.model.version: set_stale(True, self.metrics)
     self.worker.poke(); self.rest.poke()
-    for f in self.observers: f(self.setting)
+    for f in self.observers: self.safely(f)(self.setting)
 
 # %% ../nbs/18e_explorer.ipynb #a75eb248
 @patch

@@ -18,6 +18,7 @@ from .config import Config, ConfigError
 from .images import DataError, read_image
 from .live import error_text
 from .map_cache import MapCache, Setting
+from .method import above
 from .session import Session
 from .show import png_bytes
 from .view import Jobs
@@ -301,7 +302,8 @@ def _find_neighbours(self: ExplorerModel, i: int) -> bool:
     except DataError as e: self.no_neighbours = error_text(e)
     else:
         nearest = self.session.severity['neighbours'][i].tolist()
-        self.neighbours[i] = contact_sheet([read_image(samples[k].image, 56) for k in nearest])
+        most = self.session.model.config.data.max_pixels
+        self.neighbours[i] = contact_sheet([read_image(samples[k].image, 56, most) for k in nearest])
     self.changed('neighbours')
     return True
 
@@ -340,6 +342,6 @@ def measure(self: ExplorerModel) -> bool:
 # %% ../nbs/18c_explorer_model.ipynb #18da1eb3
 @patch
 def _measured(self: ExplorerModel, version: int, metrics: dict, scores: np.ndarray, threshold: float) -> None:
-    self.measured = Measured(scores, scores > threshold, threshold, metrics)
+    self.measured = Measured(scores, above(scores, threshold), threshold, metrics)
     self.measured_version = version
     self.changed('metrics')

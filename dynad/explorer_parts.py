@@ -15,6 +15,7 @@ from PIL import Image
 from .charts import color_bar, histogram
 from .explorer_model import Blend, ExplorerModel
 from .map_cache import Setting
+from .method import above
 from .show import BLANK, BLUE, MARK, paint_heat, paint_mask, png_bytes, shade
 from .view import ImagePanels, Quiet, button, labelled, row, set_stale, severity_buttons, soft
 
@@ -134,7 +135,7 @@ def draw_pending(self: ExplorerPanels, t_hat: int) -> None:
 def draw_maps(self: ExplorerPanels, b: Blend, t_hat: int) -> None:
     "The maps of the selected image, the mask and the overlay."
     s, i = self.model.setting, self.model.image
-    at, heat, mask = (i, s.maps_key, s.sigma), shade(b.anomaly, b.anomaly_top), b.anomaly > b.threshold
+    at, heat, mask = (i, s.maps_key, s.sigma), shade(b.anomaly, b.anomaly_top), above(b.anomaly, b.threshold)
     drawn = *at, s.lam, b.threshold
     self.put('l_map', at, lambda: png_bytes(shade(b.latent, b.top[0])))
     self.put('f_map', at, lambda: png_bytes(shade(b.feature, b.top[1])))
@@ -201,7 +202,7 @@ def decision_html(
     about: str = ''      # before the threshold
 ) -> tuple[str, str]:   # the comparison; the decision
     "Score, threshold, and whether the decision is right."
-    called = score > threshold
+    called = above(score, threshold)
     right = '✓ right' if called == anomalous else '<b>✗ wrong</b>'
     word = 'anomalous' if called else 'normal'
     return f'{score:.2f} {"&gt;" if called else "≤"} {about}{threshold:.2f}', f'classified as <b>{word}</b>, {right}'

@@ -89,8 +89,8 @@ def rescale(
     low: Tensor,   # [B,1,1,1], becomes 0
     high: Tensor   # [B,1,1,1], becomes 1
 ) -> Tensor:       # [B,1,H,W]
-    "Linear rescaling; only shifted where low and high are equal."
-    return (m - low)/torch.where(high - low > 1e-12, high - low, torch.ones_like(high))
+    "Linear rescaling; only shifted where low and high are equal but for rounding."
+    return (m - low)/torch.where(high - low > 1e-6*high.abs().clamp(min=1), high - low, torch.ones_like(high))
 
 # %% ../nbs/12_fusion.ipynb #fde3439a
 @dataclass

@@ -4,18 +4,21 @@
 
 # %% ../nbs/03_images.ipynb #2d0e3a93
 from __future__ import annotations
+import io, threading, warnings
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, BinaryIO, Callable, Iterator
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from .collector import DataError
+from .collector import DataError, printable
+from .metadata import Metadata, read_exif, read_metadata, without_items, xmp_orientation
 
 # %% auto #0
-__all__ = ['check_size', 'to_float', 'read_image', 'read_mask', 'image_size']
+__all__ = ['NOTES', 'SAID', 'Notes', 'check_size', 'to_float', 'decode', 'read_image', 'marked_pixels', 'nearest', 'read_mask',
+           'image_size']
 
 # %% ../nbs/03_images.ipynb #aa429865
 _CAUSES = ( # the first kind that fits
@@ -24,39 +27,146 @@ _CAUSES = ( # the first kind that fits
     (IsADirectoryError, "a folder, not an image file"),
     (UnidentifiedImageError, "not an image that can be read ({size} bytes); convert it to PNG or remove it"),
     ((Image.DecompressionBombError, Image.DecompressionBombWarning),
-     "too large to be decoded safely ({error}; allowed {limit} pixels); "
-     "shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"),
+     "too large to be decoded safely ({error}); shrink it, or admit it, if you trust it, "
+     "with --set data.max_pixels={admit}"),
     (Exception, "damaged or cut off ({kind}: {error}); copy it again or remove it"))
+
+def _admitting(pixels: int) -> int:
+    "A round number of pixels that is not below `pixels`, e.g. 100000000 for 96 million."
+    unit = 10**(len(str(max(1, pixels))) - 1)
+    return -(-pixels//unit)*unit
 
 def _file_error(path: Path, e: Exception) -> DataError:
     "The `DataError` for an exception raised while `path` was read."
     if isinstance(e, DataError): return e
     text = next(text for kind, text in _CAUSES if isinstance(e, kind))
     size = path.stat().st_size if isinstance(e, UnidentifiedImageError) else 0
-    return DataError(f"{path}: " + text.format(
-        size=size, error=e, limit=Image.MAX_IMAGE_PIXELS, kind=type(e).__name__))
+    admit = _admitting(getattr(e, 'pixels', 0))
+    return DataError(f"{path}: " + text.format(size=size, error=e, admit=admit, kind=type(e).__name__))
 
-# %% ../nbs/03_images.ipynb #da5cc951
-def _upright(im: Image.Image) -> Image.Image:
-    "The decoded image with its EXIF rotation applied."
+# %% ../nbs/03_images.ipynb #7543ad44
+NOTES = {'metadata': 'metadata that cannot be read is left out, the pixels are not affected',
+         'pages': 'more than one page or frame, of which only the first is used',
+         'mask size': 'a mask of another size than its image, in the same proportions, is resized to it'}
+SAID: set[tuple[str, Path]] = set() # kind and file
+
+class Notes:
+    "What is to be said of files that were read, by kind and file; filled by several threads."
+    def __init__(self): self.found: dict[str, dict[Path, str]] = {k: {} for k in NOTES}
+
+    def add(self, kind: str, path: Path, detail: str) -> None: self.found[kind][path] = detail
+
+    def texts(self, again: bool = True) -> Iterator[tuple[str, str, tuple[Path, ...]]]: # kind, text, files
+        "A sentence per kind; `again`: also of files of which it was said before."
+        for kind, found in self.found.items():
+            files = sorted(p for p in found if again or (kind, p) not in SAID)
+            if not files: continue
+            more = f", as in {len(files) - 1} more file{'s'*(len(files) > 2)}" if len(files) > 1 else ''
+            yield kind, f'{printable(files[0])}: {NOTES[kind]} ({found[files[0]]}{more})', tuple(files)
+
+    def say(self) -> None:
+        "Warn of what was not said before."
+        for kind, text, files in list(self.texts(again=False)):
+            SAID.update((kind, p) for p in files)
+            warnings.warn(text, stacklevel=2)
+
+# %% ../nbs/03_images.ipynb #50a47df1
+_LOCK = threading.Lock()
+
+def _opened(
+    source: Path | BinaryIO
+) -> tuple[Image.Image, int | None]: # the image, not decoded; Pillow's limit
+    "Open a file, however many pixels it has."
+    with _LOCK:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try: return Image.open(source), limit
+        finally: Image.MAX_IMAGE_PIXELS = limit
+
+def _check_pixels(im: Image.Image, limit: int | None) -> None:
+    n = im.width*im.height
+    if not limit or n <= limit: return
+    e = Image.DecompressionBombError(f"{im.width}×{im.height} pixels, and {limit} are allowed")
+    e.pixels = n
+    raise e
+
+# %% ../nbs/03_images.ipynb #7580fc7d
+def _turn(im: Image.Image, meta: Metadata) -> int:
+    "The orientation that is still to be applied, 1 … 8."
+    if im.format == 'TIFF': # Pillow turns it when it is decoded
+        try: return im.getexif().get(274, 1)
+        except Exception: return 1
+    if meta.orientation != 1 or not (block := im.info.get('exif')):
+        xmp = im.info.get('xmp')
+        return meta.orientation if meta.parts or not isinstance(xmp, bytes) else xmp_orientation(xmp) or 1
+    return read_exif(block)[0] or 1
+
+_TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+          8: Image.Transpose.ROTATE_90}
+
+def _upright(im: Image.Image, meta: Metadata) -> Image.Image:
+    "The decoded image with its rotation applied."
     im.load()
-    return ImageOps.exif_transpose(im)
+    turn = _TURNS.get(_turn(im, meta))
+    return im if turn is None else im.transpose(turn)
+
+# %% ../nbs/03_images.ipynb #0f1d217a
+def _pages(im: Image.Image, meta: Metadata) -> int:
+    "Pages or frames of an open image; a PSD has layers instead."
+    if im.format in ('PNG', 'JPEG', 'MPO', 'WEBP', 'TIFF', 'PSD'): return meta.pages
+    try: return getattr(im, 'n_frames', 1)
+    except Exception: return 1 # a later frame is damaged
+
+def _read(
+    path: Path, source: Path | BinaryIO, meta: Metadata,
+    use: Callable[[Image.Image, Metadata], Any],
+    max_pixels: int | None, notes: Notes
+) -> Any:
+    "The result of `use` on the opened image; notes are added when it has worked."
+    im, limit = _opened(source)
+    with im:
+        if use is _upright: _check_pixels(im, max_pixels or limit)
+        pages = _pages(im, meta)
+        block = im.info.get('exif') if im.format in ('AVIF', 'HEIF') else None
+        result = use(im, meta)
+    troubles = meta.troubles or tuple(filter(None, [read_exif(block)[1]] if block else ()))
+    if pages > 1: notes.add('pages', path, f'{pages} pages')
+    if troubles: notes.add('metadata', path, ', '.join(troubles))
+    return result
+
+def _attempts(path: Path) -> Iterator[tuple[Path | BinaryIO, Metadata]]:
+    "The file without its metadata, the file as it is, and for AVIF and HEIC with its metadata hidden."
+    with open(path, 'rb') as f:
+        meta = read_metadata(f)
+        if meta.parts: yield io.BytesIO(meta.pixels(f)), meta
+        yield path, meta
+        if hidden := without_items(f): yield io.BytesIO(hidden), Metadata(troubles=('EXIF, XMP or ICC profile',))
 
 # %% ../nbs/03_images.ipynb #fd1239f1
 def _open(
     path: Path,
-    use: Callable = _upright # what to take from the open file
+    use: Callable[[Image.Image, Metadata], Any] = _upright, # what to take from the open file
+    max_pixels: int | None = None, # None: Pillow's limit
+    notes: Notes | None = None     # None: what is found is said at once
 ) -> Any:
     "The result of `use` on an image file. Raises `DataError` when the file cannot be read."
+    own = notes or Notes()
     try:
         if path.stat().st_size == 0:
             raise DataError(f"{path}: the file is empty (0 bytes); copy it again or remove it")
-        with Image.open(path) as im:
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit and im.width*im.height > limit:
-                raise Image.DecompressionBombError(f"{im.width}×{im.height} pixels")
-            return use(im)
+        result = _first(path, use, max_pixels, own)
     except Exception as e: raise _file_error(path, e) from None
+    if notes is None: own.say()
+    return result
+
+def _first(path: Path, use: Callable, max_pixels: int | None, notes: Notes) -> Any:
+    "The first attempt that works. Raises the first error when none does."
+    error = None
+    for source, meta in _attempts(path):
+        try: return _read(path, source, meta, use, max_pixels, notes)
+        except Image.DecompressionBombError: raise
+        except Exception as e: error = error or e
+    raise error
 
 # %% ../nbs/03_images.ipynb #b8cf2511
 def _is_deep(im: Image.Image) -> bool:
@@ -102,13 +212,23 @@ def to_float(
     return images.float()/255
 
 # %% ../nbs/03_images.ipynb #a7101601
+def decode(
+    path: str | Path,
+    max_pixels: int | None = None, # more are refused; None: Pillow's limit, 89 478 485 unless it was changed
+    notes: Notes | None = None     # collects what is to be said of the file; None: it is said at once
+) -> Image.Image:
+    "The first image of a file, decoded and upright, in the mode of the file. Raises `DataError`."
+    return _open(Path(path), max_pixels=max_pixels, notes=notes)
+
 def read_image(
     path: str | Path,
-    size: int # side of the square in pixels
+    size: int,                     # side of the square in pixels
+    max_pixels: int | None = None, # as for `decode`
+    notes: Notes | None = None
 ) -> Tensor:  # [3,size,size] float32 in [0,1]
     "Read one image file. 8-bit files are resized in 8 bits, deeper ones in float."
     path, side = Path(path), (check_size(size),)*2
-    im = _open(path)
+    im = decode(path, max_pixels, notes)
     if _is_deep(im):
         a = np.asarray(Image.fromarray(_scale_deep(im, path)).resize(side, Image.Resampling.BILINEAR))
         return torch.from_numpy(a.copy()).clamp(0, 1).expand(3, -1, -1).clone()
@@ -129,32 +249,48 @@ def _above_half(im: Image.Image, path: Path) -> np.ndarray:
     a = _scale_deep(im, path)*255 if _is_deep(im) else np.asarray(_to_rgb(im, path)).max(-1)
     if 0 < a.max() <= 127:
         raise DataError(f"{path}: mask values from {a.min():g} to {a.max():g} of 255, none above half, so that nothing "
-                        f"would be anomalous; write anomalous pixels as 255, normal ones as 0")
+                        f"would be anomalous; write anomalous pixels as 255, normal ones as 0, "
+                        f"or take every value but 0 with --set data.mask_rule=nonzero")
     return a > 127.5
 
 # %% ../nbs/03_images.ipynb #1805c5d1
+def marked_pixels(
+    im: Image.Image,       # a decoded mask
+    path: Path,            # its file, for errors
+    nonzero: bool = False  # True: every value but 0 is anomalous, as in VisA; False: values above half of the range
+) -> np.ndarray:           # [H,W] bool
+    "The anomalous pixels of a mask."
+    return (_nonzero if nonzero else _above_half)(im, path)
+
+def nearest(
+    m: np.ndarray, # [H,W]
+    size: int      # side of the square
+) -> np.ndarray:   # [size,size]
+    "The pixel below each centre, in integers: (2i + 1)/2n of the side."
+    rows, cols = ((2*np.arange(size) + 1)*k//(2*size) for k in m.shape)
+    return m[rows[:, None], cols]
+
 def read_mask(
     path: str | Path,
     size: int,             # side of the square in pixels
-    nonzero: bool = False  # True: every value but 0 is anomalous, as in VisA; False: values above half of the range
+    nonzero: bool = False, # as for `marked_pixels`
+    max_pixels: int | None = None, # as for `decode`
+    notes: Notes | None = None
 ) -> Tensor:               # [1,size,size] bool
     "Read one mask file, resized to its nearest neighbours."
     path, n = Path(path), check_size(size)
-    m = (_nonzero if nonzero else _above_half)(_open(path), path)
-    # the pixel below each centre, in integers: (2i + 1)/2n of the side
-    rows, cols = ((2*np.arange(n) + 1)*k//(2*n) for k in m.shape)
-    return torch.from_numpy(m[rows[:, None], cols])[None]
+    return torch.from_numpy(nearest(marked_pixels(decode(path, max_pixels, notes), path, nonzero), n))[None]
 
 # %% ../nbs/03_images.ipynb #b438d4c8
-def _upright_size(im: Image.Image) -> tuple[int, int]:
-    "(width, height) after the EXIF rotation, from the header alone."
-    # a PNG's EXIF is read only where it stands before the pixels
-    turn = im.getexif().get(0x0112, 1) if im.format != 'PNG' or 'exif' in im.info else 1
-    return im.size[::-1] if turn in (5, 6, 7, 8) else im.size
+def _upright_size(im: Image.Image, meta: Metadata) -> tuple[int, int]:
+    "(width, height) after the rotation, from the header alone."
+    size = (im.tag_v2[256], im.tag_v2[257]) if im.format == 'TIFF' else im.size # some versions turn a TIFF's size
+    return size[::-1] if _turn(im, meta) in (5, 6, 7, 8) else size
 
 # %% ../nbs/03_images.ipynb #1c312a12
 def image_size(
-    path: str | Path
+    path: str | Path,
+    notes: Notes | None = None # as for `decode`
 ) -> tuple[int, int]: # (width, height), upright
-    "The size of an image file, read from its header."
-    return _open(Path(path), _upright_size)
+    "The size of an image file, read from its header; however large it is."
+    return _open(Path(path), _upright_size, notes=notes)

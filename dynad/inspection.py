@@ -20,6 +20,7 @@ from .data import AnomalyDataset, open_folder, split_normal
 from .exports import export_to
 from .detector import DynAD, DynADPrediction
 from .collector import EXTENSIONS, DataError
+from .guard import Aside
 from .images import read_image
 from .output import result_stems, rows_csv
 from .paths import expanded, file_name, name_key, numbered, printable
@@ -35,7 +36,8 @@ __all__ = ['STAGES', 'LOSSES', 'save_uploads', 'upload_name', 'full_scale', 'hea
 # %% ../nbs/18i_inspection.ipynb #54928739
 def save_uploads(
     uploads: Any,       # value of an ipywidgets.FileUpload
-    folder: str | Path
+    folder: str | Path,
+    max_pixels: int | None = None # of one file, as for `read_image`
 ) -> list[Path]:
     """Write uploaded files, all of them or none. Raises DataError for one that is no image.
 
@@ -53,7 +55,7 @@ def save_uploads(
             path = folder/numbered(name, taken)
             tmp = all_or_none.enter_context(replacing(path))
             tmp.write_bytes(content)
-            try: read_image(tmp, 8)
+            try: read_image(tmp, 8, max_pixels)
             except DataError as e: raise DataError(str(e).replace(str(tmp), name) + none) from None
             taken[name_key(path.stem)], new[path] = path, content
             out.append(path)
@@ -98,7 +100,7 @@ def result_sheet(
         small = Image.fromarray(to_uint8(x)).resize((size, size), Image.Resampling.BILINEAR)
         return np.pad(np.asarray(small), ((0, 6), (0, 6), (0, 0)), constant_values=255)
     def row(i: int) -> np.ndarray:
-        x = read_image(files[i], detector.config.data.image_size)
+        x = read_image(files[i], detector.config.data.image_size, detector.config.data.max_pixels)
         heat = colorize(p.map[i], 0, full_scale(p, i, detector))
         return np.hstack([panel(v) for v in (x, heat_overlay(x, p, i, detector), heat, p.reconstruction[i])])
     return png_bytes(np.vstack([row(i) for i in rows]))
@@ -148,7 +150,7 @@ def write_results(
 
 def _write_maps(p: DynADPrediction, i: int, file: Path, stem: Path, detector: DynAD) -> None:
     "The three files of one image."
-    x = read_image(file, detector.config.data.image_size)
+    x = read_image(file, detector.config.data.image_size, detector.config.data.max_pixels)
     np.save(f'{stem}_map.npy', p.map[i, 0].numpy().astype(np.float32))
     save_png(colorize(p.map[i], 0, full_scale(p, i, detector)), Path(f'{stem}_map.png'))
     save_png(heat_overlay(x, p, i, detector), Path(f'{stem}_overlay.png'))
@@ -249,7 +251,7 @@ def fit(self: Inspector,
     "Fit, or go on where it was stopped. Raises TrainingStopped when `stopped` is set meanwhile."
     c, dataset = make_config(preset, self.overrides), open_folder(images)
     self.progress = FitProgress.of(c, len(split_normal(dataset, c.data, c.seed)[0]))
-    self.begun(dataset)
+    Aside('the view')(self.begun, dataset)
     callback, should_stop = lambda *step: self.step_done(*step), lambda: self.stopped
     detector = DynAD(c).fit(dataset, self.run, progress=False, callback=callback, should_stop=should_stop)
     self.prediction = None  # of another detector
@@ -259,6 +261,7 @@ def fit(self: Inspector,
 @patch
 def _fitted(self: Inspector, detector: DynAD, dataset: AnomalyDataset | None) -> None:
     "The losses of all sessions, and the cautions."
+    self.detector = detector # whatever happens below, there is one
     paths = {k: detector.stages[k]/'data.safetensors' for k in STAGES}
     self.progress.losses = {k: load_tensors(p)['losses'].tolist() for k, p in paths.items() if p.is_file()}
     try:
@@ -268,7 +271,6 @@ def _fitted(self: Inspector, detector: DynAD, dataset: AnomalyDataset | None) ->
     except DataError: self.cautions = soft(
         f'The normal images in {html.escape(detector.info["data"]["root"])} are gone or have changed since the fit: '
         'no warnings can be computed. Press fit to learn from them as they are now.')
-    self.detector = detector
 
 # %% ../nbs/18i_inspection.ipynb #c46f64b3
 @patch

@@ -20,7 +20,8 @@ from .runner import (
     read_json, swap_folder, why_not)
 
 # %% auto #0
-__all__ = ['Outcome', 'log_event', 'own_roots', 'on_this_machine', 'run_job', 'local_workers', 'cluster', 'run_jobs']
+__all__ = ['Outcome', 'log_event', 'own_roots', 'on_this_machine', 'run_job', 'local_workers', 'cluster', 'run_jobs',
+           'map_on_cluster']
 
 # %% ../nbs/19d_jobs.ipynb #821de999
 @dataclass(frozen=True)
@@ -306,3 +307,20 @@ def run_jobs(
     else: outcomes = _on_cluster(todo, scheduler, workers) if todo else ()
     for o in outcomes: take(o)
     return [found[j.name] for j in jobs]
+
+# %% ../nbs/19d_jobs.ipynb #9007d107
+def map_on_cluster(
+    function: Callable[[Any], Any],
+    items: list[Any],             # picklable
+    scheduler: str | None = None, # as for `cluster`; its workers must see the same files under the same names
+    workers: int = 1
+) -> Iterator[tuple[Any, Any]]:   # item, and its result or the exception
+    "A function of each item on the cluster, in the order in which they come."
+    from distributed import as_completed
+    with cluster(scheduler, workers) as client:
+        known = client.scheduler_info(n_workers=-1)['workers'].values()
+        gpu = known and all(w.get('resources', {}).get('GPU') for w in known)
+        futures = {client.submit(function, x, pure=False, resources={'GPU': 1} if gpu else None): x for x in items}
+        for f in as_completed(futures, loop=client.loop):
+            e = f.exception()
+            yield futures[f], e if e is not None else f.result()

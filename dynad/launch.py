@@ -17,11 +17,12 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from .config import ConfigError
+from .guard import Aside
 from .store import Store
 
 # %% auto #0
-__all__ = ['PATIENCE', 'TRACKERS', 'processes', 'accelerator', 'OneProcess', 'check_trackers', 'tracked', 'processes_now',
-           'run_collectively']
+__all__ = ['PATIENCE', 'TRACKERS', 'processes', 'accelerator', 'OneProcess', 'check_trackers', 'open_trackers', 'tracked',
+           'processes_now', 'run_collectively']
 
 # %% ../nbs/07a_launch.ipynb #24bc6502
 PATIENCE = timedelta(days=1) # how long a process waits for the first one, which makes the stages that need only one
@@ -79,6 +80,21 @@ def check_trackers(names: tuple[str, ...]) -> None:
                               f"pip install {TRACKERS[n]}, "
                               f"or leave the tracker out (on the command line: --tracker none)")
 
+# %% ../nbs/07a_launch.ipynb #b8c10321
+def open_trackers(
+    acc: Accelerator, # of `accelerator`, with the trackers
+    name: str, settings: dict[str, Any] # as in `tracked`
+) -> None:
+    "Make the logs' folder and start the trackers."
+    plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items()}
+    logs = Path(acc.project_dir)
+    if acc.is_main_process: logs.mkdir(parents=True, exist_ok=True)
+    names = {str(getattr(l, 'value', l)) for l in acc.log_with}
+    if 'mlflow' in names and 'MLFLOW_TRACKING_URI' not in os.environ:
+        import mlflow
+        mlflow.set_tracking_uri(f'sqlite:///{logs.absolute()}/mlflow.db')
+    acc.init_trackers(name, plain, init_kwargs={'wandb': {'dir': str(logs)}} if 'wandb' in names else {})
+
 # %% ../nbs/07a_launch.ipynb #dec6b148
 @contextmanager
 def tracked(
@@ -90,17 +106,13 @@ def tracked(
     if not acc.log_with:
         yield lambda values, step: None
         return
-    plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items()}
-    logs = Path(acc.project_dir)
-    if acc.is_main_process: logs.mkdir(parents=True, exist_ok=True)
-    names = {str(getattr(l, 'value', l)) for l in acc.log_with}
-    if 'mlflow' in names and 'MLFLOW_TRACKING_URI' not in os.environ:
-        import mlflow
-        mlflow.set_tracking_uri(f'sqlite:///{logs.absolute()}/mlflow.db')
-    acc.init_trackers(name, plain, init_kwargs={'wandb': {'dir': str(logs)}} if 'wandb' in names else {})
-    try: yield lambda values, step: acc.log(values, step=step)
+    Aside(f'a tracker of {acc.project_dir}')(open_trackers, acc, name, settings)
+    beside = [(t, Aside(f'the tracker {t.name} of {acc.project_dir}')) for t in acc.trackers]
+    def write(values, step):
+        for t, call in beside: call(t.log, values, step=step)
+    try: yield write
     finally:
-        for t in acc.trackers: t.finish()
+        for t, call in beside: call(t.finish)
 
 # %% ../nbs/07a_launch.ipynb #e080090c
 def processes_now() -> PartialState:

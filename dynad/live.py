@@ -14,12 +14,14 @@ from fastcore.basics import patch
 
 from .charts import css
 from .config import DynadError
+from .guard import Aside
 
 # %% auto #0
 __all__ = ['CSS', 'Background', 'error_text', 'guarded']
 
 # %% ../nbs/18a_live.ipynb #a6df57e4
 _open_threads: WeakSet[Background] = WeakSet()
+_saying = Aside('the message of an error') # a view that is gone does not end its thread
 
 @atexit.register
 def _end_threads() -> None:
@@ -60,7 +62,7 @@ def _run(self: Background) -> None:
     while self._awake():
         try:
             while not self.closed and self.step(): pass
-        except Exception as e: self.failed(e)
+        except Exception as e: _saying(self.failed, e)
 
 # %% ../nbs/18a_live.ipynb #82069c18
 @patch
@@ -98,7 +100,7 @@ def guarded(f: Callable) -> Callable:
     @wraps(f)
     def call(self, *args, **kwargs):
         try: return f(self, *args, **kwargs)
-        except Exception as e: self.failed(e)
+        except Exception as e: _saying(self.failed, e)
     return call
 
 # %% ../nbs/18a_live.ipynb #a6bc2b11

@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib, json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Callable, ClassVar, Iterator
@@ -18,18 +19,22 @@ from torch import Tensor
 
 from . import __version__
 from .cache import Cached, ImageSet, batches, image_set
-from .config import (Config, ConfigError, DynadError, Settings, content_key, did_you_mean, dump_config, load_config,
-                          make_config, with_overrides)
+from .checks import data_warnings
+from .config import (UNKEYED_DATA_SETTINGS, Config, ConfigError, DynadError, Settings, content_key, did_you_mean,
+                          dump_config, load_config, make_config, with_overrides)
 from .data import AnomalyDataset, read_image, split_normal, to_float
+from .dic import ROUNDING
 from .fusion import quantile
+from .guard import aside
+from .images import Notes
 from .launch import check_trackers, processes
 from .paths import check_space, expanded
 from .store import REPAIR_HINT, Store, StoreError, atomic_write, check_run, load_json
 
 # %% auto #0
-__all__ = ['METHODS', 'FORMAT', 'Prediction', 'Decision', 'register', 'method_named', 'import_methods', 'Hooks', 'NoOptions',
-           'Method', 'checked_options', 'trained_settings', 'run_info', 'load_info', 'images_not_at_hand', 'open_run',
-           'checked_images', 'ImageError', 'NotFittedError']
+__all__ = ['METHODS', 'FORMAT', 'Prediction', 'above', 'Decision', 'register', 'method_named', 'import_methods', 'Hooks',
+           'NoOptions', 'Method', 'checked_options', 'trained_settings', 'run_info', 'load_info', 'images_not_at_hand',
+           'open_run', 'checked_images', 'ImageError', 'NotFittedError']
 
 # %% ../nbs/15_method.ipynb #7189f4b1
 @dataclass
@@ -56,6 +61,14 @@ def per_image(self: Prediction) -> dict[str, Tensor]: # name -> [B]
     named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ('score', 'anomalous')}
     return {k: v for k, v in named.items() if v is not None and v.ndim == 1}
 
+# %% ../nbs/15_method.ipynb #5d6941f7
+def above(
+    values: Any,      # scores or a map: tensor, array or number
+    threshold: float
+) -> Any:             # bool, of the same shape
+    "Whether values exceed a threshold by more than rounding (1e-5, and 1e-5 of a threshold beyond 1)."
+    return values > threshold + ROUNDING*max(1., abs(threshold))
+
 # %% ../nbs/15_method.ipynb #4a7d82b7
 @dataclass(frozen=True)
 class Decision:
@@ -74,8 +87,8 @@ class Decision:
 
     def applied(self, p: Prediction) -> Prediction:
         "The prediction with `mask` and `anomalous`."
-        mask = None if p.map is None else p.map > self.pixel_threshold
-        return replace(p, mask=mask, anomalous=p.score > self.image_threshold)
+        mask = None if p.map is None else above(p.map, self.pixel_threshold)
+        return replace(p, mask=mask, anomalous=above(p.score, self.image_threshold))
 
 # %% ../nbs/15_method.ipynb #fe8eb8ca
 METHODS: dict[str, type[Method]] = {} # name -> class
@@ -110,7 +123,7 @@ class Hooks:
 
     def of(self, stage: str) -> Callable[[int, float], None] | None:
         "The callback of one stage, called with step and loss."
-        return self.callback and (lambda step, loss: self.callback(stage, step, loss))
+        return self.callback and aside(f'the callback of the stage {stage}')(partial(self.callback, stage))
 
 # %% ../nbs/15_method.ipynb #64f9a7a7
 class NoOptions(Settings):
@@ -174,7 +187,8 @@ def checked_options(options: type[Settings], given: dict[str, Any]) -> Settings:
 @patch(as_prop=True)
 def prediction_key(self: Method) -> dict[str, Any]:
     "What a prediction depends on, beside the image."
-    settings = self.config.model_dump(mode='json', exclude={'batch', 'device', 'trackers', 'preset'})
+    unkeyed = {**dict.fromkeys(('batch', 'device', 'trackers', 'preset'), True), 'data': set(UNKEYED_DATA_SETTINGS)}
+    settings = self.config.model_dump(mode='json', exclude=unkeyed)
     return dict(method=self.name, stages={k: p.name for k, p in self.stages.items()}, settings=settings)
 
 @patch
@@ -218,7 +232,7 @@ def fit(self: Method,
     dataset: AnomalyDataset,
     run_dir: str | Path,
     progress: bool = True,
-    callback: Callable[[str, int, float], None] | None = None, # (stage, step, loss) while something trains
+    callback: Callable[[str, int, float], None] | None = None, # (stage, step, loss); its errors become a warning
     should_stop: Callable[[], bool] | None = None # True: keep a checkpoint where there is one and raise TrainingStopped
 ) -> Method:
     "Train on the normal training images, all stages kept in `run_dir`. Raises DataError for too few images."
@@ -228,11 +242,13 @@ def fit(self: Method,
     run_dir = check_run(run_dir)
     if not (run_dir/'run.json').exists(): check_space(run_dir, self.disk_space(len(training)), 'the files of this fit')
     state, store = processes(c.device), Store(run_dir)
+    if state.is_main_process: data_warnings(dataset, c.data) # what will be lost is said before any training
     hooks = Hooks(progress and state.is_main_process, callback, should_stop)
     new = not (store.root/'run.json').exists() # a finished run stays whole until another fit has ended
     if new and state.is_main_process: atomic_write(store.root/'config.json', dump_config(c))
-    self.training_set, self.held_out_set = (image_set(store, s, dataset, c.data.image_size, hooks.progress)
-                                            for s in (training, held_out))
+    sets = (image_set(store, s, dataset, c.data.image_size, hooks.progress, c.data.max_pixels)
+            for s in (training, held_out))
+    self.training_set, self.held_out_set = sets
     if new:
         self.training_set.images, self.held_out_set.images # an image that cannot be read is named before any training
     self.stages = self.train(hooks)
@@ -251,10 +267,9 @@ def held_out_prediction(self: Method) -> Prediction:
 
 # %% ../nbs/15_method.ipynb #68f01413
 def trained_settings(method: Method | type[Method], config: Config) -> dict[str, Any]:
-    "The settings that fitting depends on, and no switch of mere speed."
-    raw = config.model_dump(mode='json')
-    return {k: {s: v for s, v in raw[k].items() if s != 'compile'} if k == 'denoiser' else raw[k]
-            for k in method.trains_on}
+    "The settings that fitting depends on, and no switch of mere speed or of what is admitted or counted."
+    raw = config.model_dump(mode='json', exclude={'denoiser': {'compile'}, 'data': set(UNKEYED_DATA_SETTINGS)})
+    return {k: raw[k] for k in method.trains_on}
 
 def run_info(method: Method, dataset: AnomalyDataset, training: list, held_out: list) -> dict[str, Any]:
     "What run.json holds."
@@ -337,17 +352,22 @@ def test_images(self: Method,
     progress: bool = False
 ) -> ImageSet:
     "Images of a data set, whose predictions are kept in the run's store (needs `fit` or `open`)."
-    return image_set(self.training_set.store, samples, dataset, self.config.data.image_size, progress)
+    c = self.config.data
+    return image_set(self.training_set.store, samples, dataset, c.image_size, progress, c.max_pixels)
 
 # %% ../nbs/15_method.ipynb #5928feb5
 def checked_images(
     images: Tensor | list[str | Path], # [B,3,H,W] in [0,1], or image files
-    size: int                          # side that the method was fitted at
+    size: int,                         # side that the method was fitted at
+    max_pixels: int | None = None      # of one file, as for `read_image`
 ) -> Tensor:                           # [B,3,size,size], multiples of 1/255
     """Images ready to be predicted.
 
     Raises ValueError for a wrong size or range, DataError for a file that cannot be read."""
-    if not isinstance(images, Tensor): images = torch.stack([read_image(Path(p), size) for p in images])
+    if not isinstance(images, Tensor):
+        notes = Notes()
+        images = torch.stack([read_image(Path(p), size, max_pixels, notes) for p in images])
+        notes.say()
     if images.ndim != 4 or images.shape[1:] != (3, size, size):
         raise ImageError(f"images of shape {tuple(images.shape)}: expected [B,3,{size},{size}] as fitted")
     if not torch.isfinite(images).all() or images.min() < -1e-4 or images.max() > 1.0001:
@@ -371,6 +391,6 @@ def predict(self: Method,
     Raises ValueError for a wrong size or range, DataError for a file that cannot be read."""
     if self.decision is None:
         raise NotFittedError(f"this {type(self).__name__} is not fitted; call fit, open or from_pretrained first")
-    x = checked_images(images, self.config.data.image_size)
+    x = checked_images(images, self.config.data.image_size, self.config.data.max_pixels)
     parts = [self.predict_batch(x[b], b) for b in batches(len(x), self.config.batch, 'images', True)]
     return self.decision.applied(type(parts[0]).concatenated(parts))

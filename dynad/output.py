@@ -8,12 +8,12 @@ import csv, io
 from pathlib import Path
 from typing import Any, Sequence
 
-from tqdm.auto import tqdm
 
 from .collector import collect_places
 from .config import ConfigError
 from .data import read_image
 from .exports import check_export, export_to
+from .guard import tqdm
 from .detector import DynAD
 from .method import Method, Prediction, open_run
 from .paths import check_space, expanded, file_name, printable
@@ -80,9 +80,9 @@ def write_predictions(
     out: Path             # folder for PNGs and scores.csv
 ) -> list[dict[str, Any]]:# the rows of scores.csv
     "Maps, overlays and, where the method has them, reconstructions as PNG, and one row per image; all or nothing."
-    size, rows, batch, stems = method.config.data.image_size, [], method.config.batch, result_stems(files)
-    out = check_output(out, files, size, '')
-    for f in tqdm(files, desc='checking', leave=False, delay=2): read_image(f, size)
+    c, rows, batch, stems = method.config.data, [], method.config.batch, result_stems(files)
+    out = check_output(out, files, c.image_size, '')
+    for f in tqdm(files, desc='checking', leave=False, delay=2): read_image(f, c.image_size, c.max_pixels)
     with export_to(out) as work:
         for a in range(0, len(files), batch):
             part = files[a:a+batch]
@@ -100,10 +100,11 @@ def rows_csv(rows: list[dict[str, Any]]) -> str:
 # %% ../nbs/17c_output.ipynb #d37efb32
 def write_one(method: Method, p: Prediction, i: int, file: Path, stem: str, out: Path) -> dict[str, Any]:
     "The pictures of one image, and its row."
-    x, d = read_image(file, method.config.data.image_size), method.decision
+    c, d = method.config.data, method.decision
+    x = read_image(file, c.image_size, c.max_pixels)
     drawn = {}
     if p.map is not None:
-        drawn = {'map': colorize(p.map[i], 0, max(2*d.pixel_threshold, float(p.map[i].max()))),
+        drawn = {'map': colorize(p.map[i], 0, max(2*d.pixel_threshold, float(p.map[i].max()), 1e-6)),
                  'overlay': overlay(x, map=p.map[i], mask=p.mask[i])}
     if getattr(p, 'reconstruction', None) is not None: drawn['reconstruction'] = p.reconstruction[i]
     for kind, image in drawn.items(): save_png(image, out/f'{stem}_{kind}.png')

@@ -12,6 +12,7 @@ import ipywidgets as W
 from fastcore.basics import patch
 
 from .data import AnomalyDataset
+from .guard import aside
 from .store import TrainingStopped
 from .collector import DataError, collect, count, list_images, summary_line
 from .inspection import Inspector, losses_figure, result_sheet, save_uploads, scores_html
@@ -235,6 +236,7 @@ def step_done(self: OwnImages, stage: str, step: int, loss: float) -> None:
 
 # %% ../nbs/18j_own_images.ipynb #022a93d0
 @patch
+@aside('the curve of the losses', tries=2)
 def _draw_losses(self: OwnImages) -> None:
     self._drawn = time.perf_counter()
     if (fig := losses_figure(self.model.progress.losses)) is None: return

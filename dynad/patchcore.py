@@ -19,6 +19,7 @@ from torch import Tensor
 from .cache import batches
 from .config import DynadError, Settings
 from .data import to_float
+from .dic import ROUNDING
 from .features import load_features
 from .fusion import smooth
 from .method import Method, Prediction, register
@@ -83,10 +84,11 @@ def nearest(
     "Exact nearest neighbours."
     if not 1 <= k <= len(bank):
         raise PatchCoreError(f"k = {k} neighbours of a bank with {len(bank)} patches: give 1…{len(bank)}")
-    i = _search(x, bank, k, backend, chunk)
-    rows = max(1, 8192//k)
+    # products round: among a few more than k, the exact distance chooses
+    i = _search(x, bank, min(k + 3, len(bank)), backend, chunk)
+    rows = max(1, 8192//i.shape[1])
     d = torch.cat([(q[:, None] - bank[j]).norm(dim=2) for q, j in zip(x.split(rows), i.split(rows))])
-    d, order = d.sort(1)
+    d, order = (v[:, :k] for v in d.sort(dim=1, stable=True))
     return d, i.gather(1, order)
 
 # %% ../nbs/16a_patchcore.ipynb #22bf99c2
@@ -171,7 +173,8 @@ def reweighted_score(
     backend: str | None = None # see `nearest`
 ) -> Tensor:                   # [B] ≥ 0
     "Image score: the largest distance, weighted by how rare its nearest normal patch is (Eq. 7)."
-    s, p = d.max(1)
+    s = d.amax(1)
+    p = (d >= (1 - ROUNDING)*s[:, None]).float().argmax(1) # the first of equally far patches, in any batch
     b, rows = min(neighbours, len(bank)), torch.arange(len(d), device=d.device)
     if b == 1: return s
     around = nearest(bank[i[rows, p]], bank, b, backend)[1]

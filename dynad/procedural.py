@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np, torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from .guard import tqdm
 from .synthetic import PRODUCTS, nominal
 
 # %% auto #0

@@ -4,7 +4,7 @@
 
 # %% ../nbs/09_reconstruction.ipynb #e8efac67
 from __future__ import annotations
-import math, warnings
+import hashlib, math, warnings
 from dataclasses import dataclass, field
 from typing import Callable
 
@@ -15,7 +15,7 @@ from .diffusion import Schedule, abar_at, broadcast_coefficients, predict_x0, q_
 
 # %% auto #0
 __all__ = ['timesteps', 'plan_timesteps', 'start_index', 'guide', 'ddim_step', 'pull', 'overshoots', 'Reconstruction',
-           'check_t_hat', 'reconstruct', 'generators_for', 'noise_for']
+           'check_t_hat', 'reconstruct', 'noise_keys', 'generators_for', 'noise_for']
 
 # %% ../nbs/09_reconstruction.ipynb #f4aec101
 def timesteps(
@@ -173,20 +173,29 @@ def reconstruct(
     out.z_hat = z
     return out
 
+# %% ../nbs/09_reconstruction.ipynb #acd0e99c
+def noise_keys(
+    images: Tensor   # [B,3,H,W] uint8, or float in [0,1]
+) -> list[int]:      # below 2^48
+    "A number per image that follows from its pixels (in 8 bits) alone."
+    pixels = images if images.dtype == torch.uint8 else (images*255).round().to(torch.uint8)
+    digests = (hashlib.sha256(x.contiguous().numpy().tobytes()).digest() for x in pixels.cpu())
+    return [int.from_bytes(d[:6], 'big') for d in digests]
+
 # %% ../nbs/09_reconstruction.ipynb #c3261adf
 def generators_for(
-    index: list[int],        # positions of the images in their set
+    keys: list[int],         # one per image, of `noise_keys`
     seed: int
 ) -> list[torch.Generator]:  # on the CPU
     "One random generator per image: the same in every batch."
-    return [torch.Generator().manual_seed((seed*1_000_003 + i) % 2**63) for i in index]
+    return [torch.Generator().manual_seed((seed*1_000_003 + k) % 2**63) for k in keys]
 
 # %% ../nbs/09_reconstruction.ipynb #5aef6c67
 def noise_for(
-    index: list[int],        # positions of the images in their set
+    keys: list[int],         # one per image, of `noise_keys`
     shape: tuple[int, ...],  # (C,h,w)
     seed: int
-) -> Tensor:                 # [len(index),C,h,w] standard normal
+) -> Tensor:                 # [len(keys),C,h,w] standard normal
     "Noise per image: the same in every batch."
-    if not index: return torch.empty(0, *shape)
-    return torch.stack([torch.randn(shape, generator=g) for g in generators_for(index, seed)])
+    if not keys: return torch.empty(0, *shape)
+    return torch.stack([torch.randn(shape, generator=g) for g in generators_for(keys, seed)])

@@ -16,8 +16,9 @@ from torch import Tensor
 from .charts import css, gradient, histogram, render, score_chart, t_hat_chart
 from .config import DynadError
 from .data import Sample
+from .evaluate import KEYS, method_title, undefined, write_result
+from .method import above
 from .paths import check_folder, move, printable
-from .evaluate import KEYS, method_title, write_result
 from .show import MARKED, TRUTH, colorize, marked, save_png
 from .store import atomic_write
 
@@ -68,7 +69,7 @@ def report_data(e: Evaluation) -> ReportData:
 def _pools(scores: Tensor, labels: Tensor, threshold: float) -> dict[str, list[int]]:
     "Positions of all images by group, the most telling first."
     s, y = scores.double(), labels.bool()
-    wrong = (s > threshold) != y
+    wrong = above(s, threshold) != y
     groups = {'wrong': wrong, 'found': y & ~wrong, 'normal': ~y & ~wrong}
     pools = {k: torch.nonzero(m).flatten().tolist() for k, m in groups.items()}
     pools['wrong'].sort(key=lambda i: -abs(float(s[i]) - threshold))
@@ -125,7 +126,7 @@ def images_of(
         out[i] = {'input': x[k], 'truth': None if truth is None else marked(x[k], truth, TRUTH)}
         out[i] |= {name: v[k] for name, v in back.items()}
         out[i] |= {name: colorize(m[k], 0, ends[name]) for name, m in maps.items()}
-        out[i]['mask'] = marked(x[k], maps['A_map'][k] > threshold, MARKED, truth)
+        out[i]['mask'] = marked(x[k], above(maps['A_map'][k], threshold), MARKED, truth)
     return out
 
 # %% ../nbs/17a_report.ipynb #5db5c85b
@@ -167,7 +168,8 @@ def metric_rows(result: dict[str, Any]) -> list[dict[str, Any]]: # name, note, o
         for k, v in result.get(part, {}).items():
             name, note = NOTES.get(k, (k.replace('_', ' '), ''))
             named.append((word + name, note, v, False))
-    return [dict(name=n, note=t, own=own, cells=[metric_cell(r.get(k)) for k in KEYS]) for n, t, r, own in named]
+    cells = lambda r: [metric_cell(r.get(k)) or {'undefined': undefined(r.get(k))} for k in KEYS]
+    return [dict(name=n, note=t, own=own, cells=cells(r)) for n, t, r, own in named]
 
 # %% ../nbs/17a_report.ipynb #071567be
 def tiles_of(result: dict[str, Any]) -> list[dict[str, str]]: # name, value, note
@@ -175,7 +177,8 @@ def tiles_of(result: dict[str, Any]) -> list[dict[str, str]]: # name, value, not
     out = []
     for k, head in zip(KEYS[:3], HEADS):
         m = metric_cell(result.get(k))
-        note = f"95 %: {m['low']} – {m['high']}" if m else 'not defined for these images'
+        why = undefined(result.get(k)).strip('— ()')
+        note = f"95 %: {m['low']} – {m['high']}" if m else f"not defined{f': {why}' if why else ' for these images'}"
         out.append(dict(name=head, value=m['value'] if m else '—', note=note))
     c, p = result['decision'], result['protocol']
     return [*out, dict(name='decided by the learned threshold', value=f"{c['true_positives']} of {p['test_defective']}",
@@ -227,7 +230,8 @@ def sections_of(r: dict[str, Any]) -> list[dict[str, Any]]: # title, groups of n
     s = r['settings']
     cost = {f'{k} (s)': v for k, v in r['seconds_by_stage'].items()}
     cost |= {'images per second': r['images_per_second'], 'peak memory (MB)': r['peak_memory_mb']}
-    about = [_group(k, r[k]) for k in ('protocol', 'data', 'decision')]
+    shown = {k: v for k, v in r['protocol'].items() if k != 'warnings'}
+    about = [_group('protocol', shown), *(_group(k, r[k]) for k in ('data', 'decision'))]
     measured = [_group('test images', cost), _group('versions', r['versions'])]
     settings = [_group('run', s), *(_group(k, v) for k, v in s.items() if isinstance(v, dict))]
     return [dict(title='Protocol and data', groups=about), dict(title='Settings', groups=settings),
@@ -261,7 +265,7 @@ def write_gallery(
     chosen = choose(d.scores, y, threshold, n)
     shown = images_of(d, [i for rows in chosen.values() for i in rows], ends)
     def entry(i):
-        hit, label = bool(d.scores[i] > threshold), int(y[i])
+        hit, label = bool(above(d.scores[i], threshold)), int(y[i])
         s, t_hat = d.samples[i], None if d.t_hat is None else int(d.t_hat[i])
         return dict(name=printable(s.name), label=label, kind=s.defect if label else 'normal', wrong=hit != label, t_hat=t_hat,
                     score=f'{float(d.scores[i]):.3f}', decision=DECISIONS[hit, bool(label)],
@@ -322,7 +326,8 @@ def page_html(
     return render('report.html', title=title, style=css('page.css', 'report.css'), heads=HEADS, rows=metric_rows(r),
                   tiles=tiles_of(r), walk=walk_text(r['settings']), n_normal=p['test_good'],
                   n_anomalous=p['test_defective'], charts=charts_of(d), gallery=gallery, ramp=gradient(),
-                  ends=', '.join(f'{v:.2g} ({k})' for k, v in ends.items()), sections=sections_of(r), **chips_of(r))
+                  ends=', '.join(f'{v:.2g} ({k})' for k, v in ends.items()), sections=sections_of(r),
+                  findings=p.get('warnings', []), **chips_of(r))
 
 # %% ../nbs/17a_report.ipynb #76eccf70
 def write_report(

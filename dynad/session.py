@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .cache import CachedWalk, ImageSet
 from .config import Config
-from .data import AnomalyDataset, Sample, images_key, load_masks, open_dataset, open_folder, split_normal
+from .data import (AnomalyDataset, Sample, images_key, load_masks, open_dataset, open_folder, split_normal,
+                        with_mask_rule)
 from .demo import NOTE
 from .detector import DynAD, calibration_of_set
 from .fusion import Calibration
@@ -113,13 +114,14 @@ class Session:
         self.run = Path(run) if not isinstance(run, DynAD) else run.training_set.store.root
         self.model = model = run if isinstance(run, DynAD) else DynAD.open(run, progress=False)
         self.dataset = _opened(data, model)
-        self.samples, self.size = self.dataset.test, model.config.data.image_size
+        c = model.config.data
+        self.samples, self.size = with_mask_rule(self.dataset.test, c.mask_rule), c.image_size
         if not self.samples:
             raise ValueError(f"{self.dataset.name}: no test image; put some under test/good and test/<defect>")
         self.test_set = model.test_images(self.samples, self.dataset)
         self.staged = model.cached_walk(self.test_set)  # under the run's own settings
         self.labels = torch.tensor([s.label for s in self.samples])
-        self.masks, self.has_mask = load_masks(self.samples, self.size)
+        self.masks, self.has_mask = load_masks(self.samples, self.size, model.config.data.max_pixels)
         self.quick_metrics = QuickMetrics(self.labels, self.masks, self.has_mask)
         self.map_caches: dict[tuple, MapCache] = {}  # by `Setting.maps_key`
         self.lock = threading.RLock()  # one thread at a time calls the model

@@ -7,13 +7,14 @@ from __future__ import annotations
 import io, threading
 from functools import wraps
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import matplotlib.figure
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib import colormaps
+from matplotlib.mathtext import MathTextParser
 from PIL import Image
 from torch import Tensor
 
@@ -21,9 +22,9 @@ from .store import atomic_write, replacing
 
 # %% auto #0
 __all__ = ['LUT', 'BLANK', 'drawing_lock', 'TRUTH', 'PREDICTED', 'MARKED', 'MARK', 'BLUE', 'COLORS', 'TRAIN', 'TEST',
-           'palette_png', 'png_bytes', 'SmallImage', 'Figure', 'figure_png', 'to_uint8', 'save_png', 'colorize', 'grid',
-           'mask_border', 'overlay', 'marked', 'shade', 'outline', 'paint_mask', 'paint_heat', 'panel', 'smoothed',
-           'curve']
+           'palette_png', 'png_bytes', 'SmallImage', 'Figure', 'figure_png', 'one_at_a_time', 'to_uint8', 'save_png',
+           'colorize', 'grid', 'mask_border', 'overlay', 'marked', 'shade', 'outline', 'paint_mask', 'paint_heat',
+           'panel', 'smoothed', 'curve']
 
 # %% ../nbs/02_show.ipynb #af5e92f6
 def palette_png(
@@ -106,6 +107,18 @@ def figure_png(
 
 # %% ../nbs/02_show.ipynb #b915c146
 def _figure(width: float, height: float) -> Figure: return Figure(figsize=(width, height), dpi=75)
+
+# %% ../nbs/02_show.ipynb #644238b8
+def one_at_a_time(f: Callable) -> Callable:
+    "A function that one thread at a time may be in."
+    if hasattr(f, 'lock'): return f
+    @wraps(f)
+    def call(*args, **kwargs):
+        with call.lock: return f(*args, **kwargs)
+    call.lock = threading.RLock()
+    return call
+
+MathTextParser.parse = one_at_a_time(MathTextParser.parse)
 
 # %% ../nbs/02_show.ipynb #6875c06c
 def to_uint8(

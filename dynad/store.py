@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .config import DynadError, content_key
 from .paths import PathError, check_folder, expanded, move, printable, shortened
+from .guard import Stop
 
 # %% auto #0
 __all__ = ['REPAIR_HINT', 'DISK_ERRORS', 'SCHEMA', 'StoreError', 'TrainingStopped', 'WriteError', 'write_error', 'replacing',
@@ -30,7 +31,7 @@ __all__ = ['REPAIR_HINT', 'DISK_ERRORS', 'SCHEMA', 'StoreError', 'TrainingStoppe
 class StoreError(DynadError, RuntimeError):
     "An artefact that cannot be read or written: the text names the file, what is wrong and the cure."
 
-class TrainingStopped(DynadError, RuntimeError):
+class TrainingStopped(Stop, RuntimeError):
     "A training ended because it was asked to; what is finished is kept."
 
 class WriteError(StoreError, OSError):

@@ -15,7 +15,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from .config import Config, ConfigError, data_root, make_config
-from .data import AnomalyDataset, load_masks, open_dataset
+from .data import AnomalyDataset, load_masks, open_dataset, with_mask_rule
 from .detector import DynAD, untrained
 from .download import count, missing
 from .evaluate import KEYS, all_metrics
@@ -197,7 +197,8 @@ def _metrics(scores, labels, maps, masks, has_mask, config: Config | None, n_boo
 # %% ../nbs/19a_subjects.ipynb #d5778142
 def _measured(scores: Tensor, maps: Tensor | None, data: AnomalyDataset, config: Config, n_boot: int):
     labels = torch.tensor([s.label for s in data.test])
-    masks, has_mask = _truth(tuple(data.test), config.data.image_size, data.fingerprint)
+    c = config.data
+    masks, has_mask = _truth(tuple(with_mask_rule(data.test, c.mask_rule)), c.image_size, data.fingerprint)
     return _metrics(scores, labels, maps, masks, has_mask, config, n_boot, config.seed)
 
 # %% ../nbs/19a_subjects.ipynb #443e058e

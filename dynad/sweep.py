@@ -20,6 +20,7 @@ from .config import ConfigError
 from .detector import DynAD
 from .explorer import Explorer
 from .explorer_model import t_max_grid
+from .guard import aside
 from .map_cache import Setting
 from .session import Session
 from .show import BLANK, Figure, figure_png
@@ -371,6 +372,7 @@ def paint(self: Sweep) -> None:
 
 # %% ../nbs/18f_sweep.ipynb #b21e4086
 @patch
+@aside('the curves of the sweep', tries=2)
 def draw_curves(self: Sweep) -> None:
     "The curves at the selected λ."
     with self.model.lock:

@@ -14,9 +14,9 @@ import torch
 from accelerate import Accelerator
 from fastcore.basics import patch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .config import DynadError
+from .guard import Aside, tqdm
 from .launch import OneProcess, tracked
 from .store import TrainingStopped, load_tensors, open_tensors, save_tensors
 
@@ -262,13 +262,14 @@ def train(
     path: Path | str | None = None,            # of the checkpoint, also of an interrupted run; None: no checkpoints
     acc: Accelerator | OneProcess | None=None, # from `launch.accelerator`; None: this process, the module's device
     progress: bool = True,
-    callback: Callable[[int, float], None] | None = None, # called with step and loss after each step
+    callback: Callable[[int, float], None] | None = None, # called with step and loss; its errors become a warning
     should_stop: Callable[[], bool] | None = None         # asked after each step; True: checkpoint, `TrainingStopped`
 ) -> TrainLog:
     "Carry out a training, from its checkpoint if there is one. Leaves the moving average in the module, if it has one."
     run = Run(training, Path(path) if path is not None else None, acc)
     log, steps = run.log, training.steps
     identity = training.identity() if run.acc.log_with else {}
+    beside = Aside(f"the callback of {training.subject}'s training")
     try:
         with progress_bar(run, progress) as advance, tracked(run.acc, training.name, identity) as write:
             for k in range(log.steps, steps):
@@ -276,7 +277,7 @@ def train(
                 write({'loss': loss, 'learning rate': training.rate(k)}, k)
                 advance()
                 if (k + 1) % training.checkpoint_every == 0 or k + 1 == steps: run.save()
-                if callback: callback(k, loss)
+                if callback: beside(callback, k, loss)
                 if should_stop: run.stop_if(should_stop())
     finally: run.acc.unwrap_model(run.model, keep_fp32_wrapper=False)
     if training.ema: training.ema.copy_to(training.module)

@@ -48,12 +48,12 @@ def reconstruct_steps(
     t_hat: int,     # T̂
     eta: float,
     omega: float,
-    row: int = 0    # position of the image: it fixes the noise
+    key: int = 0    # of `noise_keys`: it fixes the noise
 ) -> Steps:
     "Every step decoded, by the run's own sampler. Raises ValueError for T̂ < 1."
     if t_hat < 1: raise ValueError(f"T̂ = {t_hat}: there is no step to show; choose at least 1")
     parts, settings = model.parts, sampler_settings(model.config) | dict(eta=eta, omega=omega)
-    noise = noise_for([row], tuple(z0.shape[1:]), model.config.seed).to(model.device)
+    noise = noise_for([key], tuple(z0.shape[1:]), model.config.seed).to(model.device)
     rec = reconstruct(parts.denoiser, z0.to(model.device), t_hat, parts.schedule,
                       noise=noise, trajectory=True, **settings)
     t, most = [int(k['t'][0]) for k in rec.trajectory], 1. if model.config.reconstruction.clamp_pull else np.inf
@@ -68,10 +68,10 @@ def diffused(
     z0: Tensor,       # [1,C,h,w] latent of the image
     ts: list[int],    # 0-based steps
     omega: float,
-    row: int = 0      # position of the image: it fixes the noise
+    key: int = 0      # of `noise_keys`: it fixes the noise
 ) -> np.ndarray:      # [len(ts),H,W,3] uint8
     "The forward process, decoded at the steps `ts`."
-    noise = noise_for([row], tuple(z0.shape[1:]), model.config.seed)
+    noise = noise_for([key], tuple(z0.shape[1:]), model.config.seed)
     abar = model.parts.schedule.abar.cpu()
     z = torch.cat([q_sample(z0, torch.tensor([t]), abar, noise=noise, omega=omega) for t in ts])
     return decode_images(model, z)
@@ -157,9 +157,9 @@ class TrajectoryModel:
         key = self.selected
         if key == self.ready or not self.jobs.wanted(key): return False
         (i, t_hat, eta), m = key, self.session.model
-        z0 = self.session.latents[i:i+1]
-        steps = {w: reconstruct_steps(m, z0, t_hat, eta, w, i) for w in PAIRS}
-        out = {w: diffused(m, z0, self.ts, w, i) for w in PAIRS}
+        z0, drawn_by = self.session.latents[i:i+1], self.session.staged.image_keys[i]
+        steps = {w: reconstruct_steps(m, z0, t_hat, eta, w, drawn_by) for w in PAIRS}
+        out = {w: diffused(m, z0, self.ts, w, drawn_by) for w in PAIRS}
         if key != self.selected: return True
         self.ready = None  # sliders show nothing until all is in place
         self.steps, self.diffused = steps, out

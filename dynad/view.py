@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from PIL import Image, ImageDraw
 
 from .charts import error_html
+from .guard import Aside
 from .live import CSS, Background, error_text
 from .session import Session
 from .show import BLANK, SmallImage
@@ -26,7 +27,7 @@ __all__ = ['StateFile', 'Jobs', 'Quiet', 'labelled', 'button', 'severity_buttons
 # %% ../nbs/18b_view.ipynb #e588e148
 class StateFile:
     "The state of a view on disk."
-    def __init__(self, path: str | Path): self.path = Path(path)
+    def __init__(self, path: str | Path): self.path, self.keep = Path(path), Aside(f'keeping the view in {path}')
 
     def read(self,
         parse: Callable[[dict], dict] = dict  # checks and converts; raises ValueError, TypeError or KeyError
@@ -41,8 +42,8 @@ class StateFile:
             return {}, f'{self.path}: cannot be used ({error_text(e)})'
 
     def write(self, state: dict[str, Any]) -> None:
-        "Replace the file."
-        atomic_write(self.path, json.dumps(state, indent=1, ensure_ascii=False))
+        "Replace the file; a warning where it cannot be written."
+        self.keep(lambda: atomic_write(self.path, json.dumps(state, indent=1, ensure_ascii=False)))
 
 # %% ../nbs/18b_view.ipynb #86456ee0
 class Jobs:
@@ -229,7 +230,7 @@ def safely(self: View, f: Callable) -> Callable:
     "A callback whose errors are shown in the view."
     def call(*args):
         try: return f(*args)
-        except Exception as e: self.failed(e)
+        except Exception as e: Aside('the message of an error')(self.failed, e)
     return call
 
 # %% ../nbs/18b_view.ipynb #ee654ae7

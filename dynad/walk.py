@@ -19,7 +19,7 @@ from .diffusion import Schedule, make_schedule
 from .features import FeatureExtractor
 from .fusion import feature_maps, latent_map
 from .latents import Autoencoder
-from .reconstruction import generators_for, noise_for, reconstruct
+from .reconstruction import generators_for, noise_for, noise_keys, reconstruct
 
 # %% auto #0
 __all__ = ['Parts', 'extract_features', 'Severity', 'severity', 'choose_t_hat', 'encode', 'decode', 'sampler_settings',
@@ -91,18 +91,18 @@ def choose_t_hat(
     return parts.dic.t_hat(bin, r.t_max, r.S)
 
 # %% ../nbs/14_walk.ipynb #584eaa84
-_SAMPLED = 2**40 # keeps the draws of sampled latents apart from those of the noise
+_SAMPLED = 2**50 # keeps the draws of sampled latents apart from those of the noise
 
 @torch.no_grad()
 def encode(
     parts: Parts,
     image: Tensor,                # [B,3,H,W] in [0,1]
-    rows: list[int] | None = None # positions in their set (default: in the batch)
+    keys: list[int] | None = None # of the draws (default: the images' own)
 ) -> Tensor:                      # [B,C,h,w] float32 on the CPU
     "z_0 of images; with `latents.latent_sampling = 'sample'` drawn from the posterior."
-    c, rows = parts.config, range(len(image)) if rows is None else rows
-    draws = None
-    if c.latents.latent_sampling == 'sample': draws = generators_for([i + _SAMPLED for i in rows], c.seed)
+    c, draws = parts.config, None
+    if c.latents.latent_sampling == 'sample':
+        draws = generators_for([k + _SAMPLED for k in (noise_keys(image) if keys is None else keys)], c.seed)
     with parts.autocast(): return parts.autoencoder.encode(image.to(parts.device), draws).float().cpu()
 
 # %% ../nbs/14_walk.ipynb #a04c2fc2
@@ -131,11 +131,11 @@ def reconstruct_latents(
     parts: Parts,
     z0: Tensor,       # [B,C,h,w]
     t_hat: Tensor,    # [B] int64; 0 leaves a latent as it is
-    rows: list[int]   # positions in their set: they fix the noise when ω > 0
+    keys: list[int]   # of `noise_keys`: they fix the noise when ω > 0
 ) -> Tensor:          # [B,C,h,w] ẑ_0, float32 on the CPU
     "Algorithm 1 under the settings, one T̂ per image in one batch."
     c, how = parts.config, sampler_settings(parts.config)
-    noise = noise_for(rows, tuple(z0.shape[1:]), c.seed).to(parts.device) if how['omega'] > 0 else None
+    noise = noise_for(keys, tuple(z0.shape[1:]), c.seed).to(parts.device) if how['omega'] > 0 else None
     with parts.autocast():
         return reconstruct(parts.denoiser, z0.to(parts.device), t_hat, parts.schedule, noise=noise,
                            **how).z_hat.float().cpu()
@@ -184,15 +184,15 @@ class WalkOutputs:
 def walk(
     parts: Parts,
     image: Tensor,                # [B,3,H,W] in [0,1]
-    rows: list[int] | None = None # positions in their set (default: in the batch)
+    keys: list[int] | None = None # of the draws (default: the images' own)
 ) -> WalkOutputs:
     "The method from the image to its two maps (Figures 3 and 4)."
-    rows = list(range(len(image))) if rows is None else rows
+    keys = noise_keys(image) if keys is None else keys
     features = extract_features(parts, image)
     s = severity(parts, features)
     t_hat = choose_t_hat(parts, s.bin)
-    z0 = encode(parts, image, rows)
-    z_hat = reconstruct_latents(parts, z0, t_hat, rows)
+    z0 = encode(parts, image, keys)
+    z_hat = reconstruct_latents(parts, z0, t_hat, keys)
     x_hat = decode(parts, z_hat)
     raw = compare(parts, z0, z_hat, features, extract_features(parts, x_hat))
     return WalkOutputs(features, s, t_hat, z0, z_hat, x_hat, raw)

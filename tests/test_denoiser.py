@@ -26,7 +26,7 @@ def gen(seed=0): return torch.Generator().manual_seed(seed)
 LATENTS = torch.randn(5, 2, 8, 8, generator=gen())
 def train(unet, s, workdir, seed=0, latents=LATENTS, **kw): return train_denoiser(unet, latents, SCHEDULE, s, seed, workdir, device='cpu', progress=False, **kw)
 
-class Cut(Exception): pass
+class Cut(BaseException): pass # as Ctrl-C: other errors of a callback do not end a training
 def cut_after(k):
     def callback(step, loss):
         if step == k: raise Cut

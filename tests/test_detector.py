@@ -145,7 +145,7 @@ def test_the_same_seed_gives_the_same_result(smoke, boards, tmp_path):
 
 def test_a_fit_that_is_stopped_goes_on_and_ends_the_same(smoke, boards, tmp_path):
     model, _ = smoke
-    class Stop(Exception): pass
+    class Stop(BaseException): pass
     def stop(stage, step, loss):
         if stage == 'denoiser' and step >= 25: raise Stop
     with pytest.raises(Stop): DynAD(make_config('smoke', SMOKE)).fit(boards, tmp_path/'run', progress=False, callback=stop)

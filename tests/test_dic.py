@@ -35,12 +35,14 @@ def test_own_neighbours_never_are_the_image_itself(x, K):
     assert d.shape == (len(x), K) and (d.diff(dim=1) >= -1e-5).all()
 
 
-@given(hnp.arrays(np.float64, st.integers(2, 40), elements=st.floats(0, 1e4)), st.integers(2, 20))
+@given(hnp.arrays(np.float64, st.integers(2, 40), elements=st.integers(0, 10**4)), st.integers(2, 20))
 def test_edges_and_lookup_are_numpys(train, bins):
     edges = bin_edges(torch.from_numpy(train), bins)
+    if train.min() == train.max(): return # a case of its own, see test_company.py
     np.testing.assert_array_equal(edges, np.histogram(train, bins)[1])
+    on_edge = (np.abs(train[:, None] - edges.numpy()) < 1e-4*np.ptp(train)).any(1)
     b = lookup(torch.from_numpy(train), edges)
-    np.testing.assert_array_equal(b, np.clip(np.digitize(train, edges.numpy(), right=True), 0, bins))
+    np.testing.assert_array_equal(b[~on_edge], np.clip(np.digitize(train, edges.numpy(), right=True), 0, bins)[~on_edge])
     assert lookup(edges[-1:] + 1, edges) == bins and lookup(edges[:1] - 1, edges) == 0
 
 
@@ -77,7 +79,7 @@ def test_features_that_are_not_finite_are_named(value):
 def test_equal_images_have_defined_bins():
     d = DIC.fit(torch.ones(8, 3), DICSettings(K=3))
     distance, b, rows = d.severity(torch.ones(1, 3))
-    assert distance == 0 and 0 <= int(b) <= 10 and rows.shape == (1, 3)
+    assert distance == 0 and int(b) == 0 and rows.shape == (1, 3)
     assert int(d.severity(torch.full((1, 3), 9.))[1]) == 10
 
 

@@ -99,7 +99,7 @@ def test_the_null_model_without_a_walk_has_no_latent_residual(smoke, boards, eva
 def test_the_table_names_every_row(evaluation):
     t = metrics_table(evaluation.result)
     assert list(t.index) == ['DynAD', 'null: t hat 0', 'null: untrained denoiser', 'null: neighbour distance', 'baseline: patchcore']
-    assert t.loc['null: neighbour distance', 'PRO'] == '—'
+    assert t.loc['null: neighbour distance', 'PRO'] == '— (no map)'
 
 
 def test_a_data_set_without_test_images(smoke, boards):

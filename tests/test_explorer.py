@@ -528,7 +528,7 @@ def test_best_settings():
 
 def test_the_steps_end_where_the_detector_does(session):
     m, z0 = session.model, session.latents[3:4]
-    w = reconstruct_steps(m, z0, 160, 0., 0., row=3)
+    w = reconstruct_steps(m, z0, 160, 0., 0., key=3)
     x = decode(m.parts, reconstruct_latents(m.parts, z0, torch.tensor([160]), [3]))
     assert w.t == [159, 143, 127, 111, 95, 79, 63, 47, 31, 15] and len(w.x0) == 11
     assert np.abs(w.z_t[-1].astype(float)/255 - x[0].permute(1, 2, 0).numpy()).max() < .01
@@ -540,7 +540,7 @@ def test_the_steps_are_the_runs_own(session):
     for switches in ({'clamp_pull': True}, {'severity': 'static', 'static_sampler': 'authors'}, {'steps': 'stride', 'indices': 'authors'}):
         m = session.model.with_settings({f'reconstruction.{k}': v for k, v in switches.items()} | {'reconstruction.eta': 8.})
         z0 = session.latents[3:4]
-        w, x = reconstruct_steps(m, z0, 160, 8., 0., row=3), decode(m.parts, reconstruct_latents(m.parts, z0, torch.tensor([160]), [3]))
+        w, x = reconstruct_steps(m, z0, 160, 8., 0., key=3), decode(m.parts, reconstruct_latents(m.parts, z0, torch.tensor([160]), [3]))
         assert np.abs(w.z_t[-1].astype(float)/255 - x[0].permute(1, 2, 0).numpy()).max() < .01
         assert (max(w.pulls) == 1.) == ('clamp_pull' in switches)
 

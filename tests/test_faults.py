@@ -312,7 +312,7 @@ def test_features_that_are_gone_are_asked_of_a_fit(fitted, run, gears):
     assert DynAD.open(run, {'dic.layer': 1}, progress=False).parts.layers == (1, 2, 3)
 
 def test_checkpoints_that_are_torn_or_of_another_training(fitted, gears, tmp_path):
-    class Stop(Exception): pass
+    class Stop(BaseException): pass
     def stop(stage, step, loss):
         if step == 5: raise Stop
     run = tmp_path/'run'
@@ -329,7 +329,7 @@ def test_checkpoints_that_are_torn_or_of_another_training(fitted, gears, tmp_pat
 @pytest.mark.parametrize('content', [b'torn', None])
 def test_a_checkpoint_of_the_autoencoder_that_is_torn_or_foreign(gears, tmp_path, content):
     run = tmp_path/'run'
-    class Stop(Exception): pass
+    class Stop(BaseException): pass
     import dynad.detector as room
     keep = room.finetune
     def dies(ae, images, s, phi, seed, progress, work, **how): raise Stop(str(work))

@@ -27,7 +27,7 @@ def training(seed=0, steps=10, lr=.05, ema=None, clip=None, every=4, loss=None):
 def state(t): return {k: v.clone() for k, v in t.module.state_dict().items()}
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
-class Cut(Exception): pass
+class Cut(BaseException): pass # as Ctrl-C: other errors of a callback do not end a training
 def cut_after(k):
     def callback(step, loss):
         if step == k: raise Cut

@@ -1,0 +1,54 @@
+"16e_skip_ganomaly: networks, losses, score; the method in a run."
+import pytest
+import torch
+
+from dynad.config import make_config
+from dynad.method import open_run
+from dynad.skip_ganomaly import GAN, SkipGANomaly, SkipGANomalyError, SkipGANomalyOptions, discriminator_loss, gan_maps, generator_loss
+
+SMALL = {'options': {'widths': [8, 16], 'steps': 12, 'batch': 4}}
+
+
+@pytest.mark.parametrize('widths, size', [((4, 8), 32), ((4, 8, 8, 16), 64)])
+def test_copies_have_the_size_of_the_images(widths, size):
+    gan = GAN(widths)
+    x = torch.rand(2, 3, size, size)*2 - 1
+    copy = gan(x)
+    assert copy.shape == x.shape and copy.abs().max() <= 1
+    assert gan.D(x)[1].shape == (2, widths[-1], size//2**len(widths), size//2**len(widths))
+
+
+def test_losses_are_weighted_as_asked_and_reach_one_network_each():
+    torch.manual_seed(0)
+    gan, x = GAN((4, 8)), torch.rand(4, 3, 32, 32)*2 - 1
+    copy = gan(x)
+    con = generator_loss(gan, x, copy, SkipGANomalyOptions(w_adv=0, w_con=1, w_lat=0))
+    assert torch.isclose(con, (x - copy).abs().mean())
+    before = {k: v.clone() for k, v in gan.D.named_buffers()}
+    generator_loss(gan, x, copy, SkipGANomalyOptions()).backward()
+    assert all(p.grad is None for p in gan.D.parameters()) and all(p.grad is not None for p in gan.G.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in gan.D.named_buffers()) # its statistics stay those of its own loss
+    gan.zero_grad(set_to_none=True)
+    discriminator_loss(gan, x, gan(x)).backward()
+    assert all(p.grad is None for p in gan.G.parameters()) and all(p.grad is not None for p in gan.D.parameters())
+
+
+def test_the_mean_of_the_map_is_the_score_of_equation_5():
+    torch.manual_seed(0)
+    gan, x = GAN((4, 8)).eval(), torch.rand(3, 3, 32, 32)*2 - 1
+    with torch.no_grad(): copy = gan(x); features = (gan.D(x)[1] - gan.D(copy)[1]).square().flatten(1).mean(1)
+    want = .9*(x - copy).abs().flatten(1).mean(1) + .1*features
+    torch.testing.assert_close(gan_maps(gan, x).mean((1, 2, 3)), want.detach())
+
+
+def test_a_run_fits_opens_and_predicts(boards, tmp_path):
+    method = SkipGANomaly(make_config('smoke', SMALL)).fit(boards, tmp_path/'run', progress=False)
+    files = [s.image for s in boards.test]
+    p, q = method.predict(files), open_run(tmp_path/'run', progress=False).predict(files)
+    assert torch.equal(p.map, q.map) and torch.equal(p.score, q.score) and p.map.shape == (len(files), 1, 64, 64)
+
+
+def test_an_image_that_cannot_be_halved_so_often_is_named(boards, tmp_path):
+    config = make_config('smoke', {'data.image_size': 96, 'options': {'widths': [4]*6}})
+    with pytest.raises(SkipGANomalyError, match='6 halvings need images whose side is a multiple of 64, and data.image_size = 96'):
+        SkipGANomaly(config).fit(boards, tmp_path/'run', progress=False)
