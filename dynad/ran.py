@@ -184,15 +184,17 @@ def sample_step(
     x: Tensor,       # [B,3,H,W] in [-1,1]
     t: int,          # in the steps of `chain`
     rows: list[int], # positions of the images in their set: they fix the noise
-    chain: Chain
+    chain: Chain,
+    temperature: float = 1. # of the noise; 0: the mean
 ) -> Tensor:         # [B,3,H,W]
     "One sample of p_θ(x_{t-1}|x_t)."
     o, at = method.options, torch.full((len(x),), t)
     label = torch.full((len(x),), o.label, device=x.device) if o.classes else None
     out = method.net(x, chain.steps[at].to(x.device), label)
     mean, log_variance = reverse_step(x, out.eps, out.v, at, chain.schedule, chain.posterior, clip=True)
-    if t == 0: return mean
-    return mean + (log_variance/2).exp()*noise_for(rows, tuple(x.shape[1:]), 1009*(t + 1) + method.config.seed).to(x)
+    if t == 0 or not temperature: return mean
+    noise = noise_for(rows, tuple(x.shape[1:]), 1009*(t + 1) + method.config.seed).to(x)
+    return mean + temperature*(log_variance/2).exp()*noise
 
 # %% ../nbs/16j_ran.ipynb #093c6d59
 @patch
@@ -203,8 +205,9 @@ def gradient_denoising(self: RAN,
 ) -> GradientDenoising:            # in [-1,1]
     "RAN's reconstruction."
     o, chain, rows = self.options, chain_of('full'), rows or list(range(len(images)))
-    return gradient_denoise(2*images.to(self.device) - 1, self.distance(), chain.schedule,
-                            lambda x, t: sample_step(self, x, t, rows, chain), o.start, o.scale, o.every, keep)
+    sample = lambda x, t: sample_step(self, x, t, rows, chain, o.temperature)
+    return gradient_denoise(2*images.to(self.device) - 1, self.distance(), chain.schedule, sample, o.start, o.scale,
+                            o.every, keep)
 
 @patch
 def partial_noising(self: RAN,

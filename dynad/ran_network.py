@@ -56,6 +56,7 @@ class RANOptions(Settings):
     start: int = Field(100, ge=1)                           # gradient denoising: iterations, and t of the first
     scale: float = Field(.02, gt=0)                         # s
     every: int = Field(5, ge=1)                             # iterations between two samples of the network
+    temperature: float = Field(1., ge=0, le=1)              # of the noise in a sample; 0: its mean
     dims: int = Field(40, ge=1)                             # channels of the features' Gaussian
 
 # %% ../nbs/16i_ran_network.ipynb #719f2aa2
@@ -68,7 +69,7 @@ RAN_PRESETS: dict[str, dict[str, Any]] = {
     'smoke': dict(widths=(32, 64), attention=(), layers_per_block=1, patch=4, steps=80, batch=8, lr=2e-3, below=500)}
 
 # the score and the reconstruction can be asked for otherwise without training again
-ASKED_LATER = frozenset({'timesteps', 'at', 'alpha', 'sigma', 'start', 'scale', 'every', 'dims'})
+ASKED_LATER = frozenset({'timesteps', 'at', 'alpha', 'sigma', 'start', 'scale', 'every', 'temperature', 'dims'})
 
 def resolved(options: RANOptions, preset: str) -> RANOptions:
     "The options with the preset's values where none was given."

@@ -69,7 +69,6 @@ def test_reverse_step_is_that_of_diffusers(t):
                          clip_sample=False)
     _, x_t, eps, v = tensors()
     mean, log_variance = reverse_step(x_t, eps, v, torch.full((3,), t), SCHEDULE, P)
-    class Silent: pass
     draws = []
     import diffusers.schedulers.scheduling_ddpm as module
     real, module.randn_tensor = module.randn_tensor, lambda shape, **k: draws.append(1) or torch.zeros(shape)
@@ -256,10 +255,17 @@ def test_reconstruction_is_the_same_in_every_batch(ran, gears):
     both, one = model.reconstructions(images, [3, 1]), model.reconstructions(images, [1])
     assert both.shape == (2, 3, 64, 64) and torch.allclose(both[1:], one, atol=1e-3) and both.min() >= 0 and both.max() <= 1
 
+def test_samples_carry_noise_and_means_do_not(ran, gears):
+    model, _ = ran
+    x = to_float(load_images([s for s in gears.test if not s.label][:2], 64))
+    change = {v: float((model.asked(temperature=v).gradient_denoising(x).x - (2*x - 1)).abs().mean()) for v in (0., .5, 1.)}
+    assert change[0.] < change[.5] < change[1.]
+
 def test_rotation_mirrors_what_comes_in():
     x = torch.rand(2, 3, 16, 16)
     assert torch.allclose(rotated(x, torch.zeros(2)), x, atol=1e-4)
-    assert torch.allclose(rotated(x, torch.full((2,), 90.)), x.rot90(-1, (2, 3)), atol=1e-4) or torch.allclose(rotated(x, torch.full((2,), 90.)), x.rot90(1, (2, 3)), atol=1e-4)
+    quarter = rotated(x, torch.full((2,), 90.))
+    assert any(torch.allclose(quarter, x.rot90(k, (2, 3)), atol=1e-4) for k in (1, -1))
     assert rotated(torch.full((1, 3, 16, 16), .7), torch.tensor([5.])).allclose(torch.tensor(.7), atol=1e-4) # no black corners
 
 @pytest.mark.parametrize('options, words', [
