@@ -99,4 +99,4 @@ def test_map_of_anoddpm_is_the_squared_error(kept, boards):
     want = smooth((x - x_hat).square().mean(1, keepdim=True), m.config.fusion.sigma)
     assert torch.allclose(p.map, want, atol=1e-6) and torch.allclose(p.score, want.amax((1, 2, 3)), atol=1e-6)
     assert p.reconstruction is None and m.predict([boards.test[0].image]).reconstruction is not None
-    assert m.decision.threshold > 0
+    assert m.decision.pixel_threshold > 0
