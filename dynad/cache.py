@@ -16,14 +16,15 @@ from torch import Tensor
 from .config import content_key
 from .data import AnomalyDataset, Sample, images_key, load_images, to_float
 from .dic import pooled
+from .fusion import feature_maps, latent_map
 from .guard import tqdm
 from .reconstruction import noise_keys
 from .store import Shards, Store
-from .walk import (Parts, RawMaps, Severity, choose_t_hat, compare, decode, encode, extract_features,
-                        reconstruct_latents, sampler_settings)
+from .walk import (Parts, RawMaps, Severity, averaged_t_hat, choose_t_hat, decode, encode, extract_features,
+                        map_layers, neighbour_maps, reconstruct_latents, sampler_settings)
 
 # %% auto #0
-__all__ = ['BY_PIXELS', 'batches', 'ImageSet', 'image_set', 'Cached', 'FeatureRows', 'CachedWalk']
+__all__ = ['BY_PIXELS', 'MAP_NAMES', 'batches', 'ImageSet', 'image_set', 'Cached', 'FeatureRows', 'CachedWalk']
 
 # %% ../nbs/14a_cache.ipynb #7fc88d0f
 def batches(
@@ -240,10 +241,14 @@ def features(self: CachedWalk) -> dict[int, FeatureRows]:
 # %% ../nbs/14a_cache.ipynb #d33f36cc
 @patch(as_prop=True)
 def pooled_features(self: CachedWalk) -> Tensor:
-    "[N,D] what DIC compares."
-    d = self.parts.config.dic
-    rows = self.features[d.layer]
-    return torch.cat([pooled(rows[b], d.pool) for b in batches(len(self), 64)])
+    "[N,D] what DIC compares; of a set whose features are not on disk only this is kept."
+    p, d, n = self.parts, self.parts.config.dic, len(self)
+    if not self.cached_features.missing(list(range(n))):
+        return torch.cat([pooled(self.features[d.layer][b], d.pool) for b in batches(n, 64)])
+    def make():
+        rows = batches(n, p.config.batch, 'features', self.set.progress)
+        return {'pooled': torch.cat([pooled(extract_features(p, self.pixels(r))[d.layer], d.pool) for r in rows])}
+    return self.set.tensors('pooled', self.depends_on(phi=p.hashes['phi'], layer=d.layer, pool=d.pool), make)['pooled']
 
 # %% ../nbs/14a_cache.ipynb #0ca028c3
 @patch(as_prop=True)
@@ -309,17 +314,29 @@ def reconstructions(self: CachedWalk,
                       for b in batches(len(z), self.parts.config.batch, 'decoding', self.set.progress)])
 
 # %% ../nbs/14a_cache.ipynb #c6f8b716
+MAP_NAMES = {'input': 'f{}', 'decoded': 'd{}'} # of the layers of f_map in the store, by their reference
+
+@patch(as_prop=True)
+def references(self: CachedWalk) -> tuple[str, ...]:
+    "The references of f_map that are stored: that of the settings, or all that a choice may take."
+    f = self.parts.config.fusion
+    return tuple(MAP_NAMES) if f.choice == 'synthetic' else (f.reference,)
+
 @patch(as_prop=True)
 def cached_maps(self: CachedWalk) -> Cached:
     "The comparison of input and reconstruction, wrapped."
-    p, layers = self.parts, self.parts.config.fusion.layers
+    p, layers, references = self.parts, map_layers(self.parts.config), self.references
     def function(rows, t_hat):
         z = self.cached_latents(rows, t_hat)['z_hat']
-        features = {j: self.features[j][rows] for j in layers}
-        raw = compare(p, self.z0[rows], z, features, extract_features(p, decode(p, z)))
-        return {'l': raw.latent, **{f'f{j}': v for j, v in raw.features.items()}}
+        seen, out = extract_features(p, decode(p, z)), {'l': latent_map(self.z0[rows], z)}
+        for r in references:
+            if r == 'input': against = {j: self.features[j][rows] for j in layers}
+            else: against = extract_features(p, decode(p, self.z0[rows]))
+            out |= {MAP_NAMES[r].format(j): m for j, m in feature_maps(against, seen, layers).items()}
+        return out
     depends = dict(reconstructions=content_key(dict(images=self.set.key, **self.reconstructions_key)),
                    phi=p.hashes['phi'], layers=layers)
+    if references != ('input',): depends['references'] = references
     return self.cached('maps', depends, function, 'maps')
 
 # %% ../nbs/14a_cache.ipynb #d78b0021
@@ -330,8 +347,32 @@ def raw_maps(self: CachedWalk,
     "l_map and the layers of f_map of images at their T̂, before calibration."
     rows, t = _rows_and_t_hat(self, t_hat, rows)
     if self.cached_maps.missing(rows, t): self.cached_latents(rows, t) # all of them in common batches
-    got = self.cached_maps(rows, t)
-    return RawMaps(got['l'], {j: got[f'f{j}'] for j in self.parts.config.fusion.layers})
+    got, f = self.cached_maps(rows, t), self.parts.config.fusion
+    return RawMaps(got['l'], {j: got[MAP_NAMES[f.reference].format(j)] for j in f.layers})
+
+@patch
+def neighbour_maps(self: CachedWalk,
+    rows: list[int] | None = None   # of these images only (default: all)
+) -> tuple[Tensor, ...]:            # [len(rows),1,h,w] each
+    "The parts of n_map."
+    if not self.parts.spatial: return ()
+    p, rows = self.parts, list(range(len(self))) if rows is None else list(rows)
+    def function(rows):
+        maps = neighbour_maps(p, {j: f[rows] for j, f in self.features.items()})
+        return {f'n{k}': m for k, m in enumerate(maps)}
+    depends = self.depends_on(phi=p.hashes['phi'], spatial=p.hashes['spatial'])
+    got = self.cached('neighbours', depends, function, 'neighbour maps')(rows)
+    return tuple(got[f'n{k}'] for k in range(len(p.spatial)))
+
+@patch
+def averaged_maps(self: CachedWalk,
+    t_hat: Tensor | None = None, rows: list[int] | None = None # as in `z_hat`; a T̂ that is given is the only one
+) -> list[tuple[RawMaps, Tensor]]: # raw maps and T̂ [len(rows)]
+    "The raw maps that the settings average: at each T̂ of `averaged_t_hat`, or at that of DIC."
+    several = averaged_t_hat(self.parts.config) if t_hat is None else []
+    each = [torch.full((len(self),), T) for T in several] or [self.t_hat if t_hat is None else t_hat]
+    rows = list(range(len(self))) if rows is None else list(rows)
+    return [(self.raw_maps(t, rows), t[rows]) for t in each]
 
 @patch
 def missing(self: CachedWalk,

@@ -139,8 +139,11 @@ def fit(
         cls, dataset = method_named(method), dataset_of(data, layout, category, seed, strict)
         if strict: check_data(dataset, cfg.data)
         start = time.perf_counter()
-        cls(cfg).fit(dataset, out)
+        fitted = cls(cfg).fit(dataset, out)
         echo(f'fitted in {(time.perf_counter() - start)/60:.1f} minutes: {out}')
+        if (promise := fitted.decision.guarantee) is not None:
+            from dynad.conformal import in_words
+            echo(in_words(promise))
 
 # %% ../nbs/20_cli.ipynb #2fafcdcb
 def opened(run: Path, data: str, layout: str, category: str | None,

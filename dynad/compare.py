@@ -4,7 +4,8 @@
 
 # %% ../nbs/17g_compare.ipynb #ecc1a98b
 from __future__ import annotations
-import importlib, json, os, subprocess, sys, time, traceback
+import importlib, json, subprocess, sys, time, traceback, warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
@@ -24,15 +25,15 @@ from .evaluate import KEYS, NAMES, Evaluation, described, evaluate, versions
 from .machine import machine, peak_memory_mb
 from .method import METHODS, Method, method_named
 from .metrics import StreamingPixelMetrics, paired_bootstrap
-from .show import Figure, TRUTH, colorize, figure_png, marked, panel
+from .show import Figure, TRUTH, figure_png, marked, panel
 from .store import atomic_write, load_json, load_tensors, make_folder, save_tensors
 from .training import TrainingError
 
 # %% auto #0
-__all__ = ['NOT_HERE', 'COLUMNS', 'COSTS', 'Task', 'resolved', 'packed', 'unpacked', 'keep_predictions', 'work', 'refusal',
-           'run_here', 'run_apart', 'one_after_another', 'in_this_process', 'Comparison', 'chosen_rows', 'value_of',
-           'over_seeds', 'summary_of', 'cell_text', 'table_of', 'difference', 'title_of', 'compare', 'outcome_text',
-           'write_comparison_page', 'difference_lines']
+__all__ = ['NOT_HERE', 'COLUMNS', 'COSTS', 'Task', 'resolved', 'packed', 'unpacked', 'keep_predictions', 'work', 'own_warnings',
+           'refusal', 'run_here', 'run_apart', 'one_after_another', 'in_this_process', 'Comparison', 'chosen_rows',
+           'value_of', 'over_seeds', 'summary_of', 'cell_text', 'table_of', 'difference', 'title_of', 'compare',
+           'outcome_text', 'write_comparison_page', 'difference_lines']
 
 # %% ../nbs/17g_compare.ipynb #0ffa7654
 NOT_HERE = { # name -> title, what it would take
@@ -119,13 +120,26 @@ def work(task: Task) -> dict[str, Any]: # the result
     config = make_config(task.preset, task.overrides, seed=task.seed, method=cls.name)
     dataset = open_dataset(task.data, layout=task.layout, category=task.category, seed=0)
     run = Path(task.folder)/'run'
-    resumed, start, progress = (run/'config.json').exists(), time.perf_counter(), sys.stderr.isatty()
-    method = cls(config).fit(dataset, run, progress=progress)
-    minutes, after_fit = (time.perf_counter() - start)/60, peak_memory_mb()
-    e = evaluate(method, dataset, n_boot=task.n_boot, null_models=False, progress=progress)
-    keep_predictions(e, task)
-    return e.result | {'status': 'done', 'title': cls.title or cls.name, 'fit_minutes': minutes, 'resumed': resumed,
-                       'fit_memory_mb': after_fit, 'machine': machine()}
+    resumed, progress = (run/'config.json').exists(), sys.stderr.isatty()
+    start, cpu = time.perf_counter(), time.process_time()
+    with own_warnings() as said:
+        method = cls(config).fit(dataset, run, progress=progress)
+        minutes, cpu_minutes = ((now - then)/60 for now, then in ((time.perf_counter(), start), (time.process_time(), cpu)))
+        after_fit = peak_memory_mb()
+        e = evaluate(method, dataset, n_boot=task.n_boot, null_models=False, progress=progress)
+        keep_predictions(e, task)
+    return e.result | {'status': 'done', 'title': cls.title or cls.name, 'fit_minutes': minutes,
+                       'fit_cpu_minutes': cpu_minutes, 'resumed': resumed, 'fit_memory_mb': after_fit, 'warnings': said, 'machine': machine()}
+
+@contextmanager
+def own_warnings() -> Iterator[list[str]]:
+    "What the package warns of within the block, each text once; filled at its end."
+    said: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        yield said
+    for w in caught:
+        if 'dynad' in Path(w.filename).parts and str(w.message) not in said: said.append(str(w.message))
 
 # %% ../nbs/17g_compare.ipynb #69069b37
 def refusal(e: Exception) -> dict[str, Any]:
@@ -248,8 +262,9 @@ def summary_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         missing = [f"{r['status']} (seed {r['seed']}): {r['reason']}" for r in own if r.get('reason')]
         shared = {r['reason'] for r in own if r.get('reason')}
         if len(shared) == 1 and len(missing) == len(own): missing = [f"{own[0]['status']}: {shared.pop()}"]
+        warned = list(dict.fromkeys(w for r in done for w in r.get('warnings', ())))
         entry = {'method': method, 'title': own[0]['title'], 'seeds': [r['seed'] for r in done], 'missing': missing,
-                 'resumed': any(r.get('resumed') for r in done)}
+                 'warnings': warned, 'resumed': any(r.get('resumed') for r in done)}
         out.append(entry | {k: over_seeds(done, k) for k in (*KEYS, *COSTS)})
     return out
 
@@ -266,7 +281,8 @@ def table_of(summary: list[dict[str, Any]]) -> pd.DataFrame:
         cells = {name: cell_text(s[k], 100) for k, name in COLUMNS.items()}
         cells |= {name: cell_text(s[k], 1, digits) for k, (name, digits) in COSTS.items()}
         if s['resumed']: cells['fit, min'] = '≥ ' + cells['fit, min']
-        return cells | {'seeds': ', '.join(map(str, s['seeds'])) or '—', 'note': '; '.join(s['missing'])}
+        note = '; '.join([*s['missing'], *s['warnings']])
+        return cells | {'seeds': ', '.join(map(str, s['seeds'])) or '—', 'note': note}
     return pd.DataFrame({s['title']: line(s) for s in summary}).T
 
 # %% ../nbs/17g_compare.ipynb #153580a3
@@ -322,7 +338,7 @@ def state(self: Comparison, rows: list[dict[str, Any]], more: dict[str, Any] | N
     "What compare.json holds."
     done = [r for r in rows if r['status'] == 'done']
     keep = ('method', 'title', 'seed', 'status', 'reason', 'traceback', 'folder', *KEYS, *COSTS, 'resumed',
-            'fit_memory_mb', 'seconds_by_stage', 'decision', 'machine')
+            'fit_cpu_minutes', 'fit_memory_mb', 'warnings', 'seconds_by_stage', 'decision', 'machine')
     return {'data': described(self.dataset), 'preset': self.preset,
             'seeds': list(self.seeds), 'methods': list(self.methods), 'overrides': self.overrides,
             'n_boot': self.n_boot, 'finished': all(r['status'] != 'waiting' for r in rows), 'summary': summary_of(rows),

@@ -6,17 +6,17 @@
 from __future__ import annotations
 import difflib, hashlib, json, math, os, re
 from pathlib import Path
-from typing import Annotated, Any, Callable, Iterable, Literal
+from typing import Annotated, Any, Callable, ClassVar, Iterable, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
 # %% auto #0
-__all__ = ['UNKEYED_DATA_SETTINGS', 'BACKBONES', 'Layer', 'UNKEYED_DENOISER_SETTINGS', 'PRESETS', 'WORDS', 'NUMBER', 'DynadError',
-           'ConfigError', 'Settings', 'DataSettings', 'check_backbone', 'FeatureSettings', 'LatentSettings',
-           'DiffusionSettings', 'DenoiserSettings', 'DICSettings', 'ReconstructionSettings', 'AdaptationSettings',
-           'FusionSettings', 'check_together', 'Config', 'did_you_mean', 'nested', 'merged', 'allowed_values',
-           'setting_names', 'parse_config', 'make_config', 'with_overrides', 'parse_value', 'parse_pairs',
-           'parse_overrides', 'dump_config', 'load_config', 'content_key', 'data_root', 'weights_root']
+__all__ = ['UNKEYED_DATA_SETTINGS', 'BACKBONES', 'Layer', 'UNKEYED_DENOISER_SETTINGS', 'PRESETS', 'CHOSEN', 'WORDS', 'NUMBER',
+           'DynadError', 'ConfigError', 'Settings', 'DataSettings', 'check_backbone', 'FeatureSettings',
+           'LatentSettings', 'DiffusionSettings', 'DenoiserSettings', 'DICSettings', 'ReconstructionSettings',
+           'AdaptationSettings', 'FusionSettings', 'check_together', 'Config', 'did_you_mean', 'nested', 'merged',
+           'allowed_values', 'setting_names', 'parse_config', 'make_config', 'with_overrides', 'parse_value',
+           'parse_pairs', 'parse_overrides', 'dump_config', 'load_config', 'content_key', 'data_root', 'weights_root']
 
 # %% ../nbs/00_config.ipynb #b5371bd3
 class DynadError(Exception):
@@ -29,6 +29,12 @@ class ConfigError(DynadError, ValueError):
 class Settings(BaseModel):
     "Base of all groups: unknown keys are errors, values cannot be changed in place."
     model_config = ConfigDict(extra='forbid', frozen=True, validate_default=True, allow_inf_nan=False)
+    LATER: ClassVar[dict[str, Any]] = {}  # settings that came later, and the value that is as if there were none
+
+    @model_serializer(mode='wrap')
+    def _dump(self, dump):
+        # runs and stages from before there was a setting keep their keys
+        return {k: v for k, v in dump(self).items() if k not in self.LATER or getattr(self, k) != self.LATER[k]}
 
 # %% ../nbs/00_config.ipynb #d3c70aad
 class DataSettings(Settings):
@@ -77,6 +83,8 @@ class FeatureSettings(Settings):
         description=f"{', '.join(BACKBONES)}, or any name of timm.list_models(), with or without a tag",
     )
     weights: str | None = None                                    # file; None: DYNAD_WEIGHTS, a package or download
+    enlarge: int = Field(1, ge=1, le=4)                           # the image is made so many times larger before φ
+    LATER: ClassVar[dict[str, Any]] = {'enlarge': 1}
 
     @field_validator('backbone')
     @classmethod
@@ -119,10 +127,7 @@ class DenoiserSettings(Settings):
     gradient_checkpointing: bool = False                          # less memory, more time, the same gradients
     compile: bool = False                                         # torch.compile, also at inference
 
-    @model_serializer(mode='wrap')
-    def _dump(self, dump):
-        # runs and stages from before there was `patch` keep their keys
-        return {k: v for k, v in dump(self).items() if (k, v) != ('patch', 1)}
+    LATER: ClassVar[dict[str, Any]] = {'patch': 1}
 
     def total_steps(self, n: int) -> int:
         "Optimiser steps of a training on n normal images; those that `min_epochs` asks for come in blocks of 200."
@@ -156,6 +161,8 @@ class ReconstructionSettings(Settings):
     severity: Literal['dynamic', 'static'] = 'dynamic'            # T̂ by DIC, or one T̂ = static_t for all
     static_t: int | None = Field(None, ge=1)                      # None: T_max
     static_sampler: Literal['same', 'authors'] = 'same'
+    average: int = Field(0, ge=0, le=10)                          # dynamic: mean over so many T̂; 0: the one of DIC
+    LATER: ClassVar[dict[str, Any]] = {'average': 0}
 
 # %% ../nbs/00_config.ipynb #1df8ed37
 class AdaptationSettings(Settings):
@@ -182,6 +189,15 @@ class FusionSettings(Settings):
     calibration: Literal['train', 'test'] = 'train'               # authors: 'test', a leak
     quantile: float = Field(.99, gt=.5, lt=1)                     # upper quantile of held-out maps that is mapped to 1
     threshold_quantile: float = Field(.995, gt=.5, lt=1)          # of held-out pixels: above is anomalous
+    false_alarms: float | None = Field(None, gt=0, lt=1)          # share of normal images; None: `threshold_quantile`
+    neighbour: float = Field(0., ge=0, le=1)                      # λ_n, the weight of the neighbour map
+    neighbour_layers: tuple[tuple[Layer, ...], ...] = Field(      # each group gives a map, n_map is their mean
+        ((1, 2), (2, 3)), min_length=1, description='groups of layer numbers, e.g. [[1,2],[2,3]]')
+    reference: Literal['input', 'decoded'] = 'input'              # f_map compares φ(x̂_0) with φ(x_0) or φ(D(z_0))
+    score: Literal['max', 'top'] = 'max'                          # image score: largest value, or mean of the top 1 %
+    choice: Literal['fixed', 'synthetic'] = 'fixed'               # 'synthetic': λ, λ_n, … are chosen when it is fitted
+    LATER: ClassVar[dict[str, Any]] = {'false_alarms': None, 'neighbour': 0., 'reference': 'input', 'score': 'max',
+                                       'neighbour_layers': ((1, 2), (2, 3)), 'choice': 'fixed'}
 
 # %% ../nbs/00_config.ipynb #c19ffd54
 def check_together(config: Config) -> None:
@@ -230,11 +246,12 @@ PRESETS: dict[str, dict] = {
                     reconstruction=dict(eta=4., indices='authors', static_sampler='authors'),
                     adaptation=dict(eta=4., loss='flat', batch=30), fusion=dict(calibration='test')),
     'small': dict(
-        data=dict(image_size=128), features=dict(backbone='efficientnet_lite0'),
+        data=dict(image_size=128), features=dict(backbone='efficientnet_lite0', enlarge=2),
         latents=dict(kind='tiny', finetune_steps=240),
         denoiser=dict(widths=(64, 128, 128), attention=(2,), epochs=None, steps=800, min_epochs=60, batch=16,
                       lr=4e-4, lr_schedule='one_cycle', ema=.995),
-        reconstruction=dict(t_max=640, eta=0.), adaptation=dict(t_max=160, eta=0.)),
+        reconstruction=dict(t_max=640, eta=0., average=3), adaptation=dict(gamma=0, t_max=160, eta=0.),
+        fusion=dict(lam=.5, neighbour=.75, layers=(1, 2), false_alarms=.05, choice='synthetic')),
     'smoke': dict(
         data=dict(image_size=64), features=dict(backbone='efficientnet_lite0'),
         latents=dict(kind='tiny', finetune_steps=20),
@@ -268,6 +285,10 @@ def nested(
                                   "give one of the two")
         node[leaf] = value
     return out
+
+# %% ../nbs/00_config.ipynb #f6210cd8
+CHOSEN = {'fusion': ('lam', 'layers', 'neighbour', 'reference', 'sigma', 'score'),
+          'reconstruction': ('average', 'severity', 'static_t')}
 
 # %% ../nbs/00_config.ipynb #6d33de56
 def merged(base: dict, more: dict) -> dict:
@@ -330,6 +351,9 @@ def make_config(
     asked = nested(overrides or {})
     # steps given by name are taken as they are
     if isinstance(d := asked.get('denoiser'), dict) and 'steps' in d: d.setdefault('min_epochs', 0)
+    # and so is what a choice on synthetic defects would decide
+    if any(k in CHOSEN.get(g, ()) for g, given in asked.items() if isinstance(given, dict) for k in given):
+        if isinstance(f := asked.setdefault('fusion', {}), dict): f.setdefault('choice', 'fixed')
     return parse_config(merged(merged({'preset': preset, **kwargs}, PRESETS[preset]), asked))
 
 # %% ../nbs/00_config.ipynb #aa8b16c0

@@ -5,7 +5,7 @@
 # %% ../nbs/16_detector.ipynb #95f5f119
 from __future__ import annotations
 import copy, json, warnings
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -15,27 +15,31 @@ from torch import Tensor, nn
 
 from .adaptation import adapt
 from .cache import CachedWalk, ImageSet, batches
+from .choosing import chosen, fit_spatial
 from .config import (UNKEYED_DENOISER_SETTINGS, Config, ConfigError, content_key, dump_config, load_config,
                           with_overrides)
 from .autoencoder import FINETUNE_CHECKPOINT, finetune
 from .denoiser import check_denoiser, load_denoiser, make_unet, save_denoiser, set_compiled, train_denoiser
 from .dic import DIC, pooled, t_grid
 from .features import FeatureExtractor, load_features
-from .fusion import Calibration, anomaly_map, feature_map, score, upsample
+from .fusion import Calibration, feature_map, map_range, mean_map, score, upsample
 from .latents import load_latents
 from .launch import processes, run_collectively
 from .method import Decision, Hooks, Method, Prediction, checked_images, register
 from .paths import expanded
 from .reconstruction import overshoots
+from .spatial_dic import SpatialDIC, SpatialDICError
 from .store import (REPAIR_HINT, StoreError, atomic_write, load_json, load_state, load_tensors, save_tensors,
                          state_hash)
 from .training import CHECKPOINT
-from .walk import Parts, WalkOutputs, adaptation_parts, decode, extract_features, reconstruct_latents, walk
+from .walk import (Parts, WalkOutputs, adaptation_parts, averaged_t_hat, decode, extract_features,
+                        neighbour_groups, reconstruct_latents, walk)
 
 # %% auto #0
-__all__ = ['DynADPrediction', 'DynAD', 'phi_of', 'train_parts', 'fit_autoencoder', 'denoiser_key', 'fit_phi', 'phi_key',
-           'fit_bank', 'load_autoencoder', 'load_unet', 'load_phi', 'load_parts', 'measured_level', 'finished',
-           'refuse_retraining', 'calibration_of_set', 'untrained', 'possible_t_hat', 'load_bank', 'load_calibration']
+__all__ = ['DynADPrediction', 'DynAD', 'phi_of', 'train_parts', 'choose_mixture', 'fit_autoencoder', 'denoiser_key', 'fit_phi',
+           'phi_key', 'fit_bank', 'load_autoencoder', 'load_unet', 'load_phi', 'load_parts', 'neighbour_ranges',
+           'measured_level', 'finished', 'refuse_retraining', 'calibration_of_set', 'untrained', 'possible_t_hat',
+           'load_bank', 'load_spatial', 'load_calibration']
 
 # %% ../nbs/16_detector.ipynb #c2d2088e
 @dataclass
@@ -45,6 +49,7 @@ class DynADPrediction(Prediction):
     t_hat: Tensor | None = None           # [B] T̂
     latent_map: Tensor | None = None      # [B,1,H,W] calibrated l_map
     feature_map: Tensor | None = None     # [B,1,H,W] calibrated f_map
+    neighbour_map: Tensor | None = None   # [B,1,H,W] calibrated n_map, where it has a weight
     distance: Tensor | None = None        # [B] mean distance to the K nearest normal images
 
 # %% ../nbs/16_detector.ipynb #a5c28116
@@ -97,8 +102,10 @@ def train_parts(method: DynAD, hooks: Hooks) -> dict[str, Path]:
     "All trainings, in the order in which they need each other; returns the stages by name."
     state, stages = processes(method.config.device), {}
     phi0 = phi_of(method.config).to(method.device)
+    plain = copy.copy(phi0)
+    plain.enlarge = 1 # the autoencoder is judged at the image's own size, in a fraction of the time
     with state.main_process_first():
-        stages['autoencoder'] = fit_autoencoder(method, phi0, hooks)
+        stages['autoencoder'] = fit_autoencoder(method, plain, hooks)
         load_autoencoder(method, stages['autoencoder'])
         method.training.z0
     stages['denoiser'] = method.fit_denoiser(hooks)
@@ -108,7 +115,13 @@ def train_parts(method: DynAD, hooks: Hooks) -> dict[str, Path]:
         load_phi(method, stages['phi'])
         fit_bank(method)
         method.held_out.features, method.held_out.image_keys # an opened run finds them without the images
+        if method.config.fusion.choice == 'synthetic': choose_mixture(method)
     return stages
+
+def choose_mixture(method: DynAD) -> None:
+    "The settings that synthetic defects in the held-out images choose become those of the method."
+    config = with_overrides(method.config, chosen(method.parts, method.held_out_set)['settings'])
+    method.config, method.parts = config, replace(method.parts, config=config)
 
 # %% ../nbs/16_detector.ipynb #a520c57a
 def fit_autoencoder(method: DynAD, phi0: nn.Module, hooks: Hooks) -> Path:
@@ -187,6 +200,7 @@ def fit_bank(method: DynAD) -> None:
     c, h = method.config, method.parts.hashes
     hashes = h | {'bank': content_key([method.training_set.key, h['phi'], c.dic.model_dump(mode='json')])}
     method.parts = replace(method.parts, dic=DIC.fit(method.training.pooled_features, c.dic), hashes=hashes)
+    method.parts = fit_spatial(method.parts, method.training_set)
     r = c.reconstruction
     if r.eta and not r.clamp_pull: overshoots(r.eta, r.t_max, method.parts.schedule, r.S)
 
@@ -232,12 +246,22 @@ def calibrated(self: DynAD,
     if self.fixed_calibration is not None: return self.fixed_calibration
     held, levels = self.held_out, {}
     key = content_key([held.reconstructions_key, self.parts.hashes['phi'], self.config.fusion.layers,
-                       self.config.fusion.quantile])
+                       self.config.fusion.quantile, self.config.fusion.reference])
     known = self.held_out_set.memory.setdefault(('calibration', key), {})
     for T in sorted(set(torch.as_tensor(t_hat).tolist())):
         if T not in known: known[T] = measured_level(held, T)
         levels[T] = known[T]
-    return Calibration(levels)
+    return Calibration(levels, neighbour_ranges(self))
+
+def neighbour_ranges(method: DynAD) -> tuple[tuple[float, float], ...]:
+    "Median and upper quantile of each part of n_map on the held-out normal images."
+    if not method.parts.spatial: return ()
+    c, p, memory = method.config, method.parts, method.held_out_set.memory
+    key = 'neighbour ranges', content_key([p.hashes['spatial'], c.fusion.quantile])
+    if key not in memory:
+        memory[key] = tuple(map_range(upsample(m, c.data.image_size, aligned=False), c.fusion.quantile)
+                            for m in method.held_out.neighbour_maps())
+    return memory[key]
 
 def measured_level(held_out: CachedWalk, T: int) -> tuple[float, float, float, float]:
     "Median and upper quantile of both maps of held-out normal images that were all reconstructed at T̂ = T."
@@ -249,10 +273,13 @@ def measured_level(held_out: CachedWalk, T: int) -> tuple[float, float, float, f
 def finished(method: DynAD, w: WalkOutputs) -> DynADPrediction:
     "The calibrated, fused and smoothed maps of a walk, and the score (Eq. 10)."
     c = method.config
-    A, l, f = anomaly_map(w.raw.latent, w.raw.features, w.t_hat, method.calibrated(w.t_hat), c.fusion,
-                          c.data.image_size)
-    return DynADPrediction(score(A), A, reconstruction=w.x_hat, t_hat=w.t_hat, latent_map=l, feature_map=f,
-                           distance=w.severity.distance)
+    raw = w.averaged or ((w.raw, w.t_hat),)
+    calibration = method.calibrated(torch.cat([t for _, t in raw]))
+    A, l, f = mean_map([(r.latent, r.features, t) for r, t in raw], calibration, c.fusion, c.data.image_size,
+                       w.neighbour)
+    n = calibration.neighbour_map(w.neighbour, c.data.image_size) if w.neighbour else None
+    return DynADPrediction(score(A, c.fusion.score), A, reconstruction=w.x_hat, t_hat=w.t_hat, latent_map=l,
+                           feature_map=f, neighbour_map=n, distance=w.severity.distance)
 
 # %% ../nbs/16_detector.ipynb #b7ee969e
 @patch
@@ -262,13 +289,12 @@ def maps(self: DynAD,
     rows: list[int] | None = None   # of these images only (default: all)
 ) -> Iterator[tuple[list[int], tuple[Tensor, Tensor, Tensor]]]: # rows; A_map, calibrated l_map, f_map: [B,1,H,W]
     "The finished maps of a set in batches, from stored raw maps; no model is called for what is stored."
-    c, t_hat = self.config, walk.t_hat if t_hat is None else t_hat
-    rows = list(range(len(walk))) if rows is None else rows
-    raw, calibration = walk.raw_maps(t_hat, rows), self.calibrated(t_hat[rows])
+    c, rows = self.config, list(range(len(walk))) if rows is None else rows
+    raw = walk.averaged_maps(t_hat, rows)
+    near, calibration = walk.neighbour_maps(rows), self.calibrated(torch.cat([t for _, t in raw]))
     for b in batches(len(rows), 64):
-        r = [rows[k] for k in b]
-        yield r, anomaly_map(raw.latent[b], {j: v[b] for j, v in raw.features.items()}, t_hat[r], calibration,
-                             c.fusion, c.data.image_size)
+        part = [(r.latent[b], {j: v[b] for j, v in r.features.items()}, t[b]) for r, t in raw]
+        yield [rows[k] for k in b], mean_map(part, calibration, c.fusion, c.data.image_size, [n[b] for n in near])
 
 # %% ../nbs/16_detector.ipynb #2c9418ec
 @patch
@@ -291,8 +317,9 @@ def predict_set(self: DynAD,
     "The predictions of a set in batches, from the stored walk."
     walk = self.cached_walk(images)
     T, distance = walk.t_hat, walk.severity.distance
-    for r, (A, l, f) in self.maps(walk, T, rows):
-        yield r, DynADPrediction(score(A), A, t_hat=T[r], latent_map=l, feature_map=f, distance=distance[r])
+    rule = self.config.fusion.score
+    for r, (A, l, f) in self.maps(walk, None, rows):
+        yield r, DynADPrediction(score(A, rule), A, t_hat=T[r], latent_map=l, feature_map=f, distance=distance[r])
 
 DynAD.reconstructs = True
 
@@ -328,6 +355,8 @@ def with_parts(self: DynAD,
     other.parts = replace(self.parts, **changes)
     other.config = other.parts.config
     if other.parts.dic is not None and other.config.dic != self.config.dic: fit_bank(other)
+    elif neighbour_groups(other.config) != neighbour_groups(self.config):
+        other.parts = fit_spatial(other.parts, other.training_set)
     other._decision = None # learned when it is asked for
     return other
 
@@ -354,7 +383,7 @@ def refuse_retraining(method: Method, config: Config, overrides: dict[str, Any])
 def on_scale_of(self: DynAD, calibration: Calibration) -> DynAD:
     "The same method with one fixed scale, and the thresholds that its held-out images have on it."
     other = copy.copy(self)
-    other.fixed_calibration, other._decision = calibration, None
+    other.fixed_calibration, other._decision = replace(calibration, neighbour=neighbour_ranges(self)), None
     return other
 
 @patch
@@ -389,8 +418,9 @@ def predict(self: DynAD,
     c = self.config.data
     x, size = checked_images(images, c.image_size, c.max_pixels), c.image_size
     outputs = [walk(self.parts, x[b]) for b in batches(len(x), self.config.batch, 'images', True)]
-    l = torch.cat([w.raw.latent for w in outputs])
-    f = {j: torch.cat([w.raw.features[j] for w in outputs]) for j in outputs[0].raw.features}
+    raw = [r for w in outputs for r in ([a for a, _ in w.averaged] or [w.raw])]
+    l = torch.cat([r.latent for r in raw])
+    f = {j: torch.cat([r.features[j] for r in raw]) for j in raw[0].features}
     scaled = self.on_scale_of(Calibration.of_test_set(upsample(l, size), feature_map(f, size)))
     return scaled.decision.applied(DynADPrediction.concatenated([finished(scaled, w) for w in outputs]))
 
@@ -409,7 +439,8 @@ def null_models(self: DynAD,
     "The rows that tell what the diffusion adds."
     walk = self.cached_walk(images)
     zero, rows = torch.zeros(len(images), dtype=torch.long), list(range(len(images)))
-    return {'t_hat_0': ((r, Prediction(score(A), A)) for r, (A, _, _) in self.maps(walk, zero)),
+    rule = self.config.fusion.score
+    return {'t_hat_0': ((r, Prediction(score(A, rule), A)) for r, (A, _, _) in self.maps(walk, zero)),
             'untrained_denoiser': untrained(self).predict_set(images),
             'neighbour_distance': iter([(rows, Prediction(walk.severity.distance))])}
 
@@ -423,16 +454,21 @@ def save_pretrained(self: DynAD, folder: str | Path) -> Path:
     save_denoiser(p.denoiser, folder/'unet')
     save_tensors(folder/'phi.safetensors', p.phi.state_dict())
     save_tensors(folder/'dic.safetensors', p.dic.state())
-    levels = (self.calibrated(torch.cat([self.held_out.t_hat, possible_t_hat(self)])).levels
-              if self.fixed_calibration is None else self.fixed_calibration.levels)
-    decision = {'threshold': self.decision.pixel_threshold, 'image_threshold': self.decision.image_threshold}
-    atomic_write(folder/'calibration.json', json.dumps({'levels': levels, **decision}, indent=1))
+    if p.spatial:
+        save_tensors(folder/'spatial.safetensors', {f'{n}{k}': t for k, b in enumerate(p.spatial)
+                                                    for n, t in b.state().items()})
+    scale = self.fixed_calibration
+    if scale is None: scale = self.calibrated(torch.cat([self.held_out.t_hat, possible_t_hat(self)]))
+    decision = asdict(self.decision)
+    decision['threshold'] = decision.pop('pixel_threshold') # the name of before
+    atomic_write(folder/'calibration.json', json.dumps(asdict(scale) | decision, indent=1))
     atomic_write(folder/'config.json', dump_config(self.config))
     return folder
 
 def possible_t_hat(method: DynAD) -> Tensor:
     "Every T̂ that these settings can choose."
     r, d = method.config.reconstruction, method.config.dic
+    if averaged := averaged_t_hat(method.config): return torch.tensor(averaged)
     if r.severity == 'static': return torch.tensor([r.t_max if r.static_t is None else r.static_t])
     return torch.tensor(t_grid(r.t_max, d.bins, r.S, d.floor))
 
@@ -446,6 +482,8 @@ def from_pretrained(cls: DynAD, folder: str | Path) -> DynAD:
     load_unet(self, folder)
     load_phi(self, folder)
     self.parts = replace(self.parts, dic=load_bank(self, folder/'dic.safetensors'))
+    if neighbour_groups(self.config):
+        self.parts = replace(self.parts, spatial=load_spatial(self, folder/'spatial.safetensors'))
     self.fixed_calibration, self._decision = load_calibration(folder/'calibration.json')
     return self
 
@@ -461,11 +499,25 @@ def load_bank(method: DynAD, file: Path) -> DIC:
                          f"{REPAIR_HINT}")
     return dic
 
+def load_spatial(method: DynAD, file: Path) -> tuple[SpatialDIC, ...]:
+    "The banks of the neighbour map. Raises StoreError when φ gives patches of another length."
+    state, side = load_tensors(file), method.config.data.image_size
+    blank = extract_features(method.parts, torch.zeros(1, 3, side, side))
+    banks = [SpatialDIC.from_state({n: state[f'{n}{k}'] for n in ('bank', 'layers')})
+             for k in range(len(neighbour_groups(method.config)))]
+    try:
+        for b in banks: b(blank)
+    except SpatialDICError as e: raise StoreError(f"{file}: {e}; {REPAIR_HINT}") from None
+    return tuple(banks)
+
 def load_calibration(file: Path) -> tuple[Calibration, Decision]:
     "The scales and thresholds of a saved model."
     c = load_json(file, 'levels', 'threshold', 'image_threshold')
     try:
         levels = {int(k): (float(a), float(b), float(p), float(q)) for k, (a, b, p, q) in c['levels'].items()}
-        return Calibration(levels), Decision(float(c['image_threshold']), float(c['threshold']))
+        near = tuple((float(a), float(b)) for a, b in c.get('neighbour', ()))
+        scores, rate = tuple(map(float, c.get('normal_scores', ()))), c.get('false_alarms')
+        return Calibration(levels, near), Decision(float(c['image_threshold']), float(c['threshold']), scores,
+                                                   None if rate is None else float(rate))
     except (AttributeError, TypeError, ValueError, OverflowError) as e:
         raise StoreError(f"{file}: holds no calibration ({e}); {REPAIR_HINT}") from None

@@ -21,6 +21,7 @@ from . import __version__
 from .cache import ImageSet
 from .checks import data_warnings
 from .collector import Finding
+from .conformal import in_words
 from .data import AnomalyDataset, DataError, Sample, load_masks, with_mask_rule
 from .exports import export_to
 from .machine import peak_memory_mb
@@ -32,8 +33,8 @@ from .store import atomic_write, replacing
 # %% auto #0
 __all__ = ['KEYS', 'NAMES', 'EXACT', 'ORIGIN', 'PRESET_NOTES', 'MASK_RULES', 'MEASURED', 'as_json', 'all_metrics',
            'MetricAccumulator', 'Scored', 'HeldMaps', 'StreamedMaps', 'decided', 'Evaluation', 'evaluate', 'timing',
-           'versions', 'described', 'protocol', 'pixel_reason', 'explain_pixels', 'fitted_baseline', 'write_result',
-           'save_maps', 'save_table', 'masks_note', 'metrics_table', 'undefined', 'method_title']
+           'versions', 'described', 'threshold_rule', 'protocol', 'pixel_reason', 'explain_pixels', 'fitted_baseline',
+           'write_result', 'save_maps', 'save_table', 'masks_note', 'metrics_table', 'undefined', 'method_title']
 
 # %% ../nbs/17_evaluate.ipynb #eb662a68
 KEYS = ('i_auroc', 'p_auroc', 'pro', 'i_ap', 'p_ap', 'i_f1_max', 'p_f1_max') # the metrics of every result
@@ -237,8 +238,8 @@ def described(dataset: AnomalyDataset) -> dict[str, Any]:
 
 # %% ../nbs/17_evaluate.ipynb #c39e72f9
 ORIGIN = { # where the fixed settings of a preset come from
-    'small': "fixed preset; its T_max, λ and number of steps were chosen while looking at the test images of cookies, "
-             "of magnetic tile and of synthetic boards: a first figure for other data, a tuned one for those three",
+    'small': "one preset for all data; its mixture of maps is chosen on synthetic defects in held-out normal images of "
+             "the set. Its T_max and number of steps are older: seen on test images of cookies, magnetic tile and boards",
     'smoke': 'fixed preset for tests of the machinery',
     'paper': 'as printed in the paper (η and γ within its printed ranges); not printed, and chosen here: the moving '
              'average of the weights, the batch of the adaptation, and the share of normal images that is held out',
@@ -247,6 +248,11 @@ ORIGIN = { # where the fixed settings of a preset come from
                "the public code trains as well"}
 PRESET_NOTES = {'small': 'small preset: not the scale of the paper',
                 'smoke': 'smoke preset: a test of the machinery, not a result'}
+
+def threshold_rule(method: Method) -> str:
+    "How the threshold for images was learned."
+    if (g := method.decision.guarantee) is not None: return in_words(g)
+    return f"quantile {method.config.fusion.threshold_quantile} of held-out normal training images"
 
 MASK_RULES = {'half': 'above half of the range', 'nonzero': 'every value but 0',
               None: "above half of the range, or every value but 0 where the data set's layout paints so"}
@@ -269,7 +275,7 @@ def protocol(
             'settings_from': ORIGIN.get(c.preset, ''),
             'calibration': ('minimum and maximum of the test set (looks at what it judges)' if at_test
                             else 'quantiles of held-out normal training images, per T̂'),
-            'threshold': f"quantile {c.fusion.threshold_quantile} of held-out normal training images",
+            'threshold': threshold_rule(method),
             'image': f"square resize to {c.data.image_size}, antialiased",
             'masks': f"{MASK_RULES[c.data.mask_rule]}, resized to the nearest pixel",
             'pro': f"{'exact' if truth.exact else 'streaming, within 1e-4 of exact'}, 8-connected regions, "

@@ -103,8 +103,18 @@ class Blend:
     exact: bool             # False: the thresholds are estimates
     top: tuple[float, float]        # l_map and f_map that are shown in the brightest colour
     own_threshold: float | None     # set by hand
+    near: np.ndarray | None = None  # calibrated n_map, smoothed; None: it has no weight
+    neighbour: float = 0.           # λ_n
 
-    def __post_init__(self): self.anomaly = self.lam*self.latent + (1 - self.lam)*self.feature
+    def __post_init__(self):
+        self.anomaly = self.lam*self.latent + (1 - self.lam)*self.feature
+        if self.near is not None: self.anomaly = (1 - self.neighbour)*self.anomaly + self.neighbour*self.near
+
+    @property
+    def weights(self) -> tuple[float, float, float]:
+        "Of l_map, f_map and n_map."
+        share = 0. if self.near is None else self.neighbour
+        return (1 - share)*self.lam, (1 - share)*(1 - self.lam), share
 
     @property
     def threshold(self) -> float:
@@ -232,8 +242,11 @@ def t_hat(self: ExplorerModel) -> int:
 def blend(self: ExplorerModel, cache: MapCache) -> Blend:
     "The maps of the selected image; those that λ does not change are kept."
     s, key = self.setting, (self.image, self.setting.maps_key, self.setting.sigma)
-    if self._pair[0] != key: self._pair = key, [x[0].numpy() for x in cache.pair([self.image], s.sigma)]
-    return Blend(*self._pair[1], s.lam, *cache.estimate(s.lam, s.sigma), cache.top, s.threshold)
+    if self._pair[0] != key:
+        maps = *cache.pair([self.image], s.sigma), cache.neighbour_map([self.image], s.sigma)
+        self._pair = key, [None if x is None else x[0].numpy() for x in maps]
+    l, f, n = self._pair[1]
+    return Blend(l, f, s.lam, *cache.estimate(s.lam, s.sigma), cache.top, s.threshold, n, cache.neighbour)
 
 # %% ../nbs/18c_explorer_model.ipynb #4b68eace
 @patch

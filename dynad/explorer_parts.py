@@ -20,8 +20,8 @@ from .show import BLANK, BLUE, MARK, paint_heat, paint_mask, png_bytes, shade
 from .view import ImagePanels, Quiet, button, labelled, row, set_stale, severity_buttons, soft
 
 # %% auto #0
-__all__ = ['PANELS', 'PARTS', 'UNIT', 'PER_PAGE', 'COPY', 'Controls', 'slider', 'ExplorerPanels', 'map_captions', 'image_html',
-           'severity_html', 'decision_html', 'facts_html', 'brightest_html', 'metrics_html', 'pull_html',
+__all__ = ['PANELS', 'PARTS', 'UNIT', 'PER_PAGE', 'COPY', 'Controls', 'slider', 'ExplorerPanels', 'sum_text', 'map_captions',
+           'image_html', 'severity_html', 'decision_html', 'facts_html', 'brightest_html', 'metrics_html', 'pull_html',
            'Surroundings', 'Gallery', 'CopyCell']
 
 # %% ../nbs/18d_explorer_parts.ipynb #c704f792
@@ -145,13 +145,17 @@ def draw_maps(self: ExplorerPanels, b: Blend, t_hat: int) -> None:
     for name, text in map_captions(b, s, t_hat, mask).items(): self.caption(name, text)
 
 # %% ../nbs/18d_explorer_parts.ipynb #3804c05c
+def sum_text(b: Blend) -> str:
+    "The weights of the maps that A_map is made of."
+    return ' + '.join(f'{w:.2f}·{k}' for w, k in zip(b.weights, 'lfn') if k != 'n' or w)
+
 def map_captions(b: Blend, s: Setting, t_hat: int, mask: np.ndarray) -> dict[str, str]:
     "The captions of the maps, HTML: what is shown, and its colour bar."
     about = '≈ ' if s.threshold is None and not b.exact else ''
     return {
         'l_map': f'<b>l_map</b> change of the latent, T̂ = {t_hat}{color_bar(b.top[0], UNIT)}',
         'f_map': f'<b>f_map</b> change of the features φ, T̂ = {t_hat}{color_bar(b.top[1], UNIT)}',
-        'A_map': f'<b>A_map</b> = {s.lam:.2f}·l + {1 - s.lam:.2f}·f, σ = {s.sigma:g}{color_bar(b.anomaly_top, UNIT)}',
+        'A_map': f'<b>A_map</b> = {sum_text(b)}, σ = {s.sigma:g}{color_bar(b.anomaly_top, UNIT)}',
         'mask': '<b>predicted mask</b> (truth: blue line) '
                 f'A_map &gt; {about}{b.threshold:.2f}, {mask.mean():.1%} of the pixels',
         'overlay': f'<b>overlay</b> white contour: predicted mask{color_bar(b.anomaly_top, "A_map", "inferno")}'}
@@ -221,7 +225,8 @@ def facts_html(model: ExplorerModel, b: Blend, t_hat: int) -> str:
 def brightest_html(b: Blend) -> str:
     "The value of the brightest place as a sum."
     at = r, c = np.unravel_index(b.anomaly.argmax(), b.anomaly.shape)
-    parts = f'{b.lam:.2f} × {b.latent[at]:.2f} (l_map) + {1 - b.lam:.2f} × {b.feature[at]:.2f} (f_map)'
+    maps = zip(b.weights, (b.latent, b.feature, b.near), ('l_map', 'f_map', 'n_map'))
+    parts = ' + '.join(f'{w:.2f} × {m[at]:.2f} ({k})' for w, m, k in maps if m is not None)
     return soft(f'Brightest place, row {r}, column {c}: {b.anomaly[at]:.2f} = {parts}. The first two images below are '
                 'differences of pixels: what the autoencoder alone loses, and what the denoiser changes.')
 

@@ -14,7 +14,7 @@ import timm, torch, torchvision
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import DynadError, FeatureSettings, weights_root
+from .config import DynadError, FeatureSettings, content_key, weights_root
 from .store import StoreError, file_sha256, load_tensors, state_hash
 
 # %% auto #0
@@ -105,9 +105,11 @@ class FeatureExtractor(nn.Module):
         net: nn.Module,          # timm's network with `features_only=True`; gives one map per layer
         layers: tuple[int, ...], # their numbers j, ascending
         channels: list[int],     # C_j per layer
-        backbone: Backbone
+        backbone: Backbone,
+        enlarge: int = 1         # the image is made so many times larger first, and with it every map
     ):
         super().__init__()
+        self.enlarge = enlarge
         self.net, self.layers, self.channels = net, layers, dict(zip(layers, channels))
         self.strides, self.patch, self.size = {j: backbone.strides[j] for j in layers}, backbone.patch, backbone.size
         self.register_buffer('mean', torch.tensor(backbone.mean).view(1, 3, 1, 1), persistent=False)
@@ -115,6 +117,8 @@ class FeatureExtractor(nn.Module):
 
     def normalized(self, image: Tensor) -> Tensor:
         "The image as the network expects it: colours normalized, sides multiples of a ViT's patch size."
+        if self.enlarge > 1:
+            image = F.interpolate(image, scale_factor=float(self.enlarge), mode='bicubic').clamp(0, 1)
         x = (image - self.mean)/self.std
         size = self.size or tuple(max(1, round(s/self.patch))*self.patch for s in x.shape[-2:])
         if size != tuple(x.shape[-2:]): x = F.interpolate(x, size, mode='bilinear', antialias=True)
@@ -135,8 +139,9 @@ class FeatureExtractor(nn.Module):
 
     @property
     def weights_hash(self) -> str:
-        "sha256 of the weights and statistics: the identity of this φ."
-        return state_hash(self.state_dict())
+        "sha256 of the weights and statistics (and how it sees the image): the identity of this φ."
+        weights = state_hash(self.state_dict())
+        return weights if self.enlarge == 1 else content_key([weights, self.enlarge], 64)
 
 # %% ../nbs/05_features.ipynb #e9479618
 def without_state(net: nn.Module) -> nn.Module:
@@ -374,5 +379,5 @@ def load_features(
     layers = choose_layers(backbone, layers)
     state = pretrained_state(settings, backbone) if pretrained else None
     net = create_network(backbone, layers, state)
-    phi = FeatureExtractor(net, layers, net.feature_info.channels(), backbone)
+    phi = FeatureExtractor(net, layers, net.feature_info.channels(), backbone, settings.enlarge)
     return phi.eval().to(memory_format=torch.channels_last)

@@ -5,10 +5,12 @@
 # %% ../nbs/12_fusion.ipynb #485e1e24
 from __future__ import annotations
 from dataclasses import dataclass
+from typing import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
@@ -16,7 +18,7 @@ from .config import FusionSettings
 
 # %% auto #0
 __all__ = ['INTERPOLATED_UP_TO', 'latent_map', 'feature_maps', 'upsample', 'feature_map', 'quantile', 'map_range', 'rescale',
-           'Calibration', 'fuse', 'smooth', 'score', 'anomaly_map']
+           'Calibration', 'fuse', 'smooth', 'score', 'anomaly_map', 'mean_map']
 
 # %% ../nbs/12_fusion.ipynb #8e4983c8
 def latent_map(
@@ -37,11 +39,12 @@ def feature_maps(
 
 # %% ../nbs/12_fusion.ipynb #25b98deb
 def upsample(
-    m: Tensor,  # [B,1,h,w]
-    size: int   # side in pixels
-) -> Tensor:    # [B,1,size,size]
-    "Bilinear interpolation with aligned corners, as in the public code."
-    return F.interpolate(m, size=(size, size), mode='bilinear', align_corners=True)
+    m: Tensor,            # [B,1,h,w]
+    size: int,            # side in pixels
+    aligned: bool = True  # corners; False: each value lies in the middle of its square, as for PatchCore's map
+) -> Tensor:              # [B,1,size,size]
+    "Bilinear interpolation, with aligned corners as in the public code."
+    return F.interpolate(m, size=(size, size), mode='bilinear', align_corners=aligned)
 
 # %% ../nbs/12_fusion.ipynb #57d91f80
 def feature_map(
@@ -95,8 +98,9 @@ def rescale(
 # %% ../nbs/12_fusion.ipynb #fde3439a
 @dataclass
 class Calibration:
-    "The range of l_map and of f_map on normal images, per T̂ (-1: one range for every T̂)."
+    "The range of l_map and of f_map on normal images, per T̂ (-1: one range for every T̂), and that of n_map."
     levels: dict[int, tuple[float, float, float, float]]  # T̂ -> low and high of l_map, low and high of f_map
+    neighbour: tuple[tuple[float, float], ...] = ()       # low and high of each part of n_map
 
     @staticmethod
     def measure(
@@ -131,14 +135,27 @@ class Calibration:
         raise KeyError(f"T̂ = {T} is not calibrated (there are {sorted(self.levels)}); open the run with "
                        "`DynAD.open` so that it can be, or fit with a T_max that contains it")
 
+# %% ../nbs/12_fusion.ipynb #d6446ea2
+@patch
+def neighbour_map(self: Calibration,
+    parts: Sequence[Tensor], # [B,1,h,w] each, of `SpatialDIC`
+    size: int                # side in pixels
+) -> Tensor:                 # [B,1,size,size]
+    "n_map: the mean of its calibrated parts."
+    ranges = zip(parts, self.neighbour, strict=True)
+    return sum(upsample((p - low)/max(high - low, 1e-12), size, aligned=False) for p, (low, high) in ranges)/len(parts)
+
 # %% ../nbs/12_fusion.ipynb #30b0533a
 def fuse(
-    l: Tensor,        # [B,1,H,W] calibrated
-    f: Tensor,        # [B,1,H,W] calibrated
-    lam: float = .85  # λ, the weight of the latent map
-) -> Tensor:          # [B,1,H,W]
-    "Eq. 10."
-    return lam*l + (1 - lam)*f
+    l: Tensor,                # [B,1,H,W] calibrated
+    f: Tensor,                # [B,1,H,W] calibrated
+    lam: float = .85,         # λ, the weight of the latent map
+    n: Tensor | None = None,  # [B,1,H,W] calibrated
+    neighbour: float = 0.     # λ_n, the weight of the neighbour map
+) -> Tensor:                  # [B,1,H,W]
+    "Eq. 10, and the neighbour map beside it."
+    pair = lam*l + (1 - lam)*f
+    return pair if n is None or not neighbour else (1 - neighbour)*pair + neighbour*n
 
 # %% ../nbs/12_fusion.ipynb #0e6527f6
 def smooth(
@@ -154,10 +171,13 @@ def smooth(
 
 # %% ../nbs/12_fusion.ipynb #2d298fdf
 def score(
-    a: Tensor  # [B,1,H,W] A_map
-) -> Tensor:   # [B]
-    "The image score: the largest value of the map (Section 4.2)."
-    return a.flatten(1).amax(1)
+    a: Tensor,          # [B,1,H,W] A_map
+    rule: str = 'max',  # 'max': the largest value (Section 4.2); 'top': the mean of the largest 1 %
+) -> Tensor:            # [B]
+    "The image score."
+    values = a.flatten(1)
+    if rule == 'max': return values.amax(1)
+    return values.topk(max(1, values.shape[1]//100), 1).values.mean(1)
 
 # %% ../nbs/12_fusion.ipynb #74ac95c0
 def anomaly_map(
@@ -166,8 +186,18 @@ def anomaly_map(
     t_hat: Tensor,                  # [B]
     calibration: Calibration,
     settings: FusionSettings,
-    size: int                       # side in pixels
+    size: int,                      # side in pixels
+    n: Sequence[Tensor] = ()        # parts of n_map, of `SpatialDIC`
 ) -> tuple[Tensor, Tensor, Tensor]: # A_map, calibrated l_map, calibrated f_map, each [B,1,size,size]
     "From the raw maps to the smoothed anomaly map."
-    lc, fc = calibration(upsample(l, size), feature_map(f, size), t_hat)
-    return smooth(fuse(lc, fc, settings.lam), settings.sigma), lc, fc
+    return mean_map([(l, f, t_hat)], calibration, settings, size, n)
+
+def mean_map(
+    raw: Sequence[tuple[Tensor, dict[int, Tensor], Tensor]], # l_map, layers of f_map and T̂, once for each T̂
+    calibration: Calibration, settings: FusionSettings, size: int, n: Sequence[Tensor] = () # as in `anomaly_map`
+) -> tuple[Tensor, Tensor, Tensor]: # A_map, and the means of the calibrated l_map and f_map
+    "The same for several T̂ of the same images: each is calibrated by itself, then their mean is taken."
+    pairs = [calibration(upsample(l, size), feature_map(f, size), t) for l, f, t in raw]
+    lc, fc = (sum(m)/len(pairs) for m in zip(*pairs))
+    nc = calibration.neighbour_map(n, size) if len(n) else None
+    return smooth(fuse(lc, fc, settings.lam, nc, settings.neighbour), settings.sigma), lc, fc

@@ -4,9 +4,9 @@
 
 # %% ../nbs/17f_map_cache.ipynb #ced79813
 from __future__ import annotations
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 import numpy as np
 import torch
@@ -16,20 +16,22 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from .config import Config
-from .fusion import Calibration, quantile
+from .conformal import image_threshold
+from .fusion import Calibration, quantile, score
 
 # %% auto #0
-__all__ = ['GRID_PIXELS', 'blur_matrix', 'upsample_and_smooth', 'Setting', 'calibrated_parts', 'MapCache']
+__all__ = ['GRID_PIXELS', 'blur_matrix', 'upsample_and_smooth', 'Setting', 'calibrated_parts', 'neighbour_parts', 'MapCache']
 
 # %% ../nbs/17f_map_cache.ipynb #9bf6a7c6
 @lru_cache(512)
 def blur_matrix(
-    h: int,       # side of the raw map
-    size: int,    # side of the image in pixels
-    sigma: float  # Gaussian σ in pixels at 256²
-) -> Tensor:      # [size,h]
+    h: int,              # side of the raw map
+    size: int,           # side of the image in pixels
+    sigma: float,        # Gaussian σ in pixels at 256²
+    aligned: bool = True # corners, as in `upsample`
+) -> Tensor:             # [size,h]
     "M = G·U: `upsample` and then `smooth` along one axis."
-    U = F.interpolate(torch.eye(h)[None], size=size, mode='linear', align_corners=True)[0].T
+    U = F.interpolate(torch.eye(h)[None], size=size, mode='linear', align_corners=aligned)[0].T
     s = sigma*size/256
     if s <= 0: return U.contiguous()
     k = min(2*int(4*s + .5) + 1, 2*(size - 1) + 1)
@@ -39,10 +41,11 @@ def blur_matrix(
 def upsample_and_smooth(
     m: Tensor,    # [N,h,w] raw map
     size: int,    # side of the image in pixels
-    sigma: float  # Gaussian σ in pixels at 256²
+    sigma: float, # Gaussian σ in pixels at 256²
+    aligned: bool = True # corners, as in `upsample`
 ) -> Tensor:      # [N,size,size]
     "The raw map upsampled and smoothed."
-    return blur_matrix(m.shape[1], size, sigma) @ m @ blur_matrix(m.shape[2], size, sigma).T
+    return blur_matrix(m.shape[1], size, sigma, aligned) @ m @ blur_matrix(m.shape[2], size, sigma, aligned).T
 
 # %% ../nbs/17f_map_cache.ipynb #af6c30dc
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def calibrated_parts(
     l: Tensor,                # [N,1,h,w] raw l_map
     f: dict[int, Tensor],     # layer -> [N,1,h_j,w_j] raw f_map
     t_hat: Tensor,            # [N] T̂
-    calibration: Calibration
+    calibration: Calibration,
 ) -> list[Tensor]:            # l_map [N,h,w], then the layers of f_map [N,h_j,w_j]
     "Calibrated raw maps; the layers of f_map are such that their enlarged sum is the calibrated f_map."
     first, *others = f
@@ -99,6 +102,14 @@ def calibrated_parts(
     shift = calibration(l, torch.zeros_like(f[first]), t_hat)[1]
     rest = [calibration(l, f[j], t_hat)[1] - shift[:, :, :1, :1] for j in others]
     return [x[:, 0].contiguous() for x in (lc, fc, *rest)]
+
+def neighbour_parts(
+    parts: Sequence[Tensor],  # raw parts of n_map [N,1,h,w]
+    calibration: Calibration
+) -> list[Tensor]:            # [N,h,w] each; their enlarged sum is the calibrated n_map
+    "Calibrated parts of the neighbour map, ready to be enlarged."
+    ranges = zip(parts, calibration.neighbour, strict=True)
+    return [(p[:, 0] - low)/max(high - low, 1e-12)/len(parts) for p, (low, high) in ranges]
 
 # %% ../nbs/17f_map_cache.ipynb #4cd109c9
 @dataclass
@@ -109,6 +120,11 @@ class MapCache:
     held_out: list[Tensor]    # the same of the held-out normal images
     size: int                 # side of the images in pixels
     quantile: float           # of held-out pixels, for the threshold
+    near: list[Tensor] = field(default_factory=list)          # parts of n_map [N,h,w], of `neighbour_parts`
+    near_held_out: list[Tensor] = field(default_factory=list) # the same of the held-out normal images
+    neighbour: float = 0.     # λ_n
+    score: str = 'max'        # rule of the image score
+    false_alarms: float | None = None    # share of normal images, for the threshold of images; None: `quantile`
     top: tuple[float, float] = (1., 1.)  # l_map and f_map that are shown in the brightest colour
     _exact: dict = field(default_factory=dict, init=False, repr=False)   # (λ, σ) -> thresholds
     _coarse: dict = field(default_factory=dict, init=False, repr=False)  # σ -> l_map, f_map on the grid; the last one
@@ -130,6 +146,29 @@ def pair(self: MapCache,
     l, *f = (m[rows] for m in self.maps)
     return upsample_and_smooth(l, self.size, sigma), sum(upsample_and_smooth(x, self.size, sigma) for x in f)
 
+# %% ../nbs/17f_map_cache.ipynb #588fd78d
+@patch
+def neighbour_map(self: MapCache,
+    rows: Any, sigma: float # as in `pair`
+) -> Tensor | None:         # [n,size,size], smoothed; None: it has no weight
+    "The third map, which λ does not change."
+    if not self.near or not self.neighbour: return None
+    return sum(upsample_and_smooth(p[rows], self.size, sigma, False) for p in self.near)
+
+@patch
+def mixed(self: MapCache,
+    l: Tensor, f: Tensor, n: Tensor | None, # smoothed maps
+    lam: float
+) -> Tensor:
+    "A_map."
+    A = torch.lerp(f, l, lam)
+    return A if n is None else torch.lerp(A, n, self.neighbour)
+
+@patch
+def anomaly_maps(self: MapCache, rows: Any, lam: float, sigma: float) -> Tensor: # [n,size,size]
+    "A_map of some images."
+    return self.mixed(*self.pair(rows, sigma), self.neighbour_map(rows, sigma), lam)
+
 # %% ../nbs/17f_map_cache.ipynb #c694466a
 @patch
 def held_out_maps(self: MapCache,
@@ -138,16 +177,19 @@ def held_out_maps(self: MapCache,
     alive: Callable[[], bool] = lambda: True  # False: the answer is no longer wanted
 ) -> np.ndarray | None:                       # [N,size,size] float32; None when no longer alive
     "A_map of every held-out normal image."
-    l, *f = self.held_out
-    A = np.empty((len(l), self.size, self.size), np.float32)
-    for a in range(0, len(l), 32):
+    normal = replace(self, maps=self.held_out, near=self.near_held_out)
+    A = np.empty((len(self.held_out[0]), self.size, self.size), np.float32)
+    for a in range(0, len(A), 32):
         if not alive(): return None
-        b = slice(a, a + 32)
-        fm = sum(upsample_and_smooth(x[b], self.size, sigma) for x in f)
-        torch.lerp(fm, upsample_and_smooth(l[b], self.size, sigma), lam, out=torch.from_numpy(A[b]))
+        A[a:a+32] = normal.anomaly_maps(slice(a, a + 32), lam, sigma).numpy()
     return A
 
 # %% ../nbs/17f_map_cache.ipynb #c81654b5
+@patch
+def scores(self: MapCache, maps: np.ndarray) -> np.ndarray: # [N,H,W] -> [N] float64
+    "Image scores of anomaly maps."
+    return score(torch.from_numpy(maps)[:, None], self.score).double().numpy()
+
 @patch
 def thresholds(self: MapCache,
     lam: float,
@@ -158,9 +200,10 @@ def thresholds(self: MapCache,
     if (lam, sigma) in self._exact: return self._exact[lam, sigma]
     A = self.held_out_maps(lam, sigma, alive)
     if A is None or not alive(): return None
-    scores = A.max((1, 2)).astype(np.float64)
+    scores = self.scores(A)
     if len(self._exact) > 999: self._exact.clear()
-    self._exact[lam, sigma] = quantile(A, self.quantile, overwrite_input=True), quantile(scores, self.quantile)
+    self._exact[lam, sigma] = (quantile(A, self.quantile, overwrite_input=True),
+                               image_threshold(scores, self.quantile, self.false_alarms))
     return self._exact[lam, sigma]
 
 # %% ../nbs/17f_map_cache.ipynb #e9e5a4d2
@@ -173,12 +216,14 @@ def step(self: MapCache) -> int:
 
 # %% ../nbs/17f_map_cache.ipynb #fe3dcc3e
 @patch
-def _on_grid(self: MapCache, sigma: float) -> tuple[Tensor, Tensor]:
-    "l_map and f_map of the held-out images at the grid points."
+def _on_grid(self: MapCache, sigma: float) -> tuple[Tensor, Tensor, Tensor | None]:
+    "l_map, f_map and n_map of the held-out images at the grid points."
     if (known := self._coarse.get(sigma)) is None:
-        rows = lambda m: blur_matrix(m.shape[1], self.size, sigma)[self.step//2::self.step]
-        l, *f = (rows(m) @ m @ rows(m.mT).T for m in self.held_out)
-        known = l, sum(f)
+        rows = lambda m, aligned: blur_matrix(m.shape[1], self.size, sigma, aligned)[self.step//2::self.step]
+        at = lambda m, aligned=True: rows(m, aligned) @ m @ rows(m.mT, aligned).T
+        l, *f = (at(m) for m in self.held_out)
+        n = sum(at(m, False) for m in self.near_held_out) if self.near_held_out and self.neighbour else None
+        known = l, sum(f), n
         self._coarse = {sigma: known}
     return known
 
@@ -190,7 +235,6 @@ def estimate(self: MapCache,
 ) -> tuple[float, float, bool]:  # for pixels, for images, whether they are exact
     "The thresholds at once: exact when they are known, otherwise from a regular grid of pixels with exact values."
     if known := self._exact.get((lam, sigma)): return *known, True
-    l, f = self._on_grid(sigma)
-    A = torch.lerp(f, l, lam).flatten(1).numpy()
-    image_threshold = quantile(A.max(1), self.quantile)
-    return quantile(A, self.quantile, overwrite_input=True), image_threshold, False
+    A = self.mixed(*self._on_grid(sigma), lam).numpy()
+    image = image_threshold(self.scores(A), self.quantile, self.false_alarms)
+    return quantile(A, self.quantile, overwrite_input=True), image, False

@@ -23,6 +23,7 @@ from .checks import data_warnings
 from .config import (UNKEYED_DATA_SETTINGS, Config, ConfigError, DynadError, Settings, content_key, did_you_mean,
                           dump_config, load_config, make_config, with_overrides)
 from .data import AnomalyDataset, read_image, split_normal, to_float
+from .conformal import Guarantee, image_threshold, p_values
 from .dic import ROUNDING
 from .fusion import quantile
 from .guard import aside
@@ -44,6 +45,7 @@ class Prediction:
     map: Tensor | None = None        # [B,1,H,W]; None: the method gives no map
     mask: Tensor | None = None       # [B,1,H,W] bool, map above the threshold for pixels
     anomalous: Tensor | None = None  # [B] bool, score above the threshold for images
+    p_value: Tensor | None = None    # [B] share of held-out normal images, this one counted, that score as high
 
     def __len__(self) -> int: return len(self.score)
 
@@ -75,20 +77,31 @@ class Decision:
     "Above these values an image, and a pixel, is called anomalous."
     image_threshold: float
     pixel_threshold: float | None  # on the map; None: the method gives no map
+    normal_scores: tuple[float, ...] = ()  # of the held-out normal images, for p-values
+    false_alarms: float | None = None      # share of normal images that was asked for; None: by a quantile
 
     @classmethod
     def learned(cls,
-        held_out: Prediction,  # of held-out normal images
-        q: float               # quantile of their scores and pixels
+        held_out: Prediction,             # of held-out normal images
+        q: float,                         # quantile of their pixels, and of their scores
+        false_alarms: float | None = None # share of normal images; None: by the quantile
     ) -> Decision:
         "The thresholds that held-out normal images imply."
-        of = lambda values: None if values is None else quantile(values, q)
-        return cls(of(held_out.score), of(held_out.map))
+        return cls(image_threshold(held_out.score, q, false_alarms),
+                   None if held_out.map is None else quantile(held_out.map, q),
+                   tuple(held_out.score.double().tolist()), false_alarms)
+
+    @property
+    def guarantee(self) -> Guarantee | None: # None: a quantile promises nothing
+        "What the threshold for images promises."
+        if self.false_alarms is None or not self.normal_scores: return None
+        return Guarantee.of(len(self.normal_scores), self.false_alarms)
 
     def applied(self, p: Prediction) -> Prediction:
-        "The prediction with `mask` and `anomalous`."
+        "The prediction with `mask`, `anomalous` and `p_value`."
         mask = None if p.map is None else above(p.map, self.pixel_threshold)
-        return replace(p, mask=mask, anomalous=above(p.score, self.image_threshold))
+        p_value = p_values(p.score, self.normal_scores) if self.normal_scores else None
+        return replace(p, mask=mask, anomalous=above(p.score, self.image_threshold), p_value=p_value)
 
 # %% ../nbs/15_method.ipynb #fe8eb8ca
 METHODS: dict[str, type[Method]] = {} # name -> class
@@ -171,7 +184,8 @@ def decision(self: Method) -> Decision | None:
 @patch
 def learn_decision(self: Method) -> None:
     "Thresholds from the held-out normal images."
-    self._decision = Decision.learned(self.held_out_prediction(), self.config.fusion.threshold_quantile)
+    f = self.config.fusion
+    self._decision = Decision.learned(self.held_out_prediction(), f.threshold_quantile, f.false_alarms)
 
 # %% ../nbs/15_method.ipynb #96434a9b
 def checked_options(options: type[Settings], given: dict[str, Any]) -> Settings:
@@ -255,7 +269,7 @@ def fit(self: Method,
     with state.main_process_first(): self.learn_decision() # the others find what the first has made
     self.info = run_info(self, dataset, training, held_out)
     if state.is_main_process:
-        atomic_write(store.root/'config.json', dump_config(c))
+        atomic_write(store.root/'config.json', dump_config(self.config))
         atomic_write(store.root/'run.json', json.dumps(self.info, indent=1, ensure_ascii=False))
     return self
 

@@ -10,7 +10,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
 from pydantic import Field
 from torch import Tensor
 

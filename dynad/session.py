@@ -23,10 +23,10 @@ from .demo import NOTE
 from .detector import DynAD, calibration_of_set
 from .fusion import Calibration
 from .images import DataError
-from .map_cache import MapCache, Setting, calibrated_parts
+from .map_cache import MapCache, Setting, calibrated_parts, neighbour_parts
 from .quick_metrics import QuickMetrics
 from .reconstruction import pull, timesteps
-from .walk import decode, sampler_settings
+from .walk import averaged_t_hat, decode, sampler_settings
 
 # %% auto #0
 __all__ = ['fitted_dataset', 'MethodAt', 'decode_images', 'Session']
@@ -65,6 +65,8 @@ class MethodAt:
 def needed(self: MethodAt) -> list[tuple[CachedWalk, Tensor]]:
     "The images and their T̂ whose raw maps a `MapCache` needs."
     T, H = self.test.t_hat, self.held_out.t_hat
+    if several := averaged_t_hat(self.model.config):
+        return [(w, torch.full((len(w),), t)) for t in several for w in (self.test, self.held_out)]
     levels = [] if self.by_test else sorted({*T.tolist(), *H.tolist()})
     same = [(self.held_out, torch.full((len(self.held_out),), t)) for t in levels]
     return [(self.test, T), (self.held_out, H), *same]
@@ -74,16 +76,21 @@ def needed(self: MethodAt) -> list[tuple[CachedWalk, Tensor]]:
 def calibration(self: MethodAt) -> Calibration:
     "What the maps are scaled by: the held-out images at each T̂, or the test images themselves."
     if self.by_test: return calibration_of_set(self.test)
-    return self.model.calibrated(torch.cat([self.test.t_hat, self.held_out.t_hat]))
+    several = averaged_t_hat(self.model.config)
+    return self.model.calibrated(torch.tensor(several) if several else
+                                 torch.cat([self.test.t_hat, self.held_out.t_hat]))
 
 # %% ../nbs/18_session.ipynb #02b93ecb
 @patch
 def map_cache(self: MethodAt) -> MapCache:
     "The calibrated raw maps of every test image and every held-out image."
-    T, H, c, cal = self.test.t_hat, self.held_out.t_hat, self.model.config, self.calibration()
-    raw = [(walk.raw_maps(t), t) for walk, t in ((self.test, T), (self.held_out, H))]
-    maps = [calibrated_parts(r.latent, r.features, t, cal) for r, t in raw]
-    return MapCache(T, *maps, c.data.image_size, c.fusion.threshold_quantile)
+    f, cal, maps, near = self.model.config.fusion, self.calibration(), [], []
+    for walk in (self.test, self.held_out):
+        each = [calibrated_parts(r.latent, r.features, t, cal) for r, t in walk.averaged_maps()]
+        maps.append([sum(m)/len(each) for m in zip(*each)])
+        near.append(neighbour_parts(walk.neighbour_maps(), cal))
+    return MapCache(self.test.t_hat, *maps, self.model.config.data.image_size, f.threshold_quantile, *near,
+                    f.neighbour, f.score, f.false_alarms)
 
 # %% ../nbs/18_session.ipynb #0707b397
 def decode_images(
@@ -268,8 +275,7 @@ def anomaly_maps(self: Session,
     out = np.empty((len(self), self.size, self.size), np.float32)
     for a in range(0, len(self), 64):
         if not alive(): return None
-        l, f = cache.pair(slice(a, a + 64), setting.sigma)
-        torch.lerp(f, l, setting.lam, out=torch.from_numpy(out[a:a+64]))
+        out[a:a+64] = cache.anomaly_maps(slice(a, a + 64), setting.lam, setting.sigma).numpy()
     return out
 
 # %% ../nbs/18_session.ipynb #94eddce3
@@ -281,7 +287,7 @@ def metrics(self: Session,
     "I-AUROC, P-AUROC and PRO of the data set; None when no longer alive."
     maps = self.anomaly_maps(setting, alive)
     if maps is None: return None
-    scores = maps.max((1, 2))
+    scores = self.map_caches[setting.maps_key].scores(maps)
     values = self.quick_metrics(maps, scores, alive)
     return None if values is None else (values, scores)
 

@@ -32,10 +32,10 @@ class SimpleNetError(DynadError, RuntimeError):
 class SimpleNetOptions(Settings):
     "Settings of SimpleNet."
     layers: tuple[Literal[1, 2, 3], ...] = Field((2, 3), min_length=1) # of φ; the finest of them sets the grid
-    noise: float = Field(.015, gt=0)                  # σ of the Gaussian that makes a feature anomalous
+    noise: float = Field(.3, gt=0)                    # σ of the noise, in deviations of a channel over normal images
     margin: float = Field(.5, gt=0)                   # th⁺ and th⁻ of Eq. 8
     hidden: int = Field(1024, ge=1)                   # width of the discriminator
-    steps: int = Field(400, ge=1)
+    steps: int = Field(600, ge=1)
     batch: int = Field(8, ge=1)                       # images per step; all their patches
     lr: float = Field(2e-4, gt=0)
     sigma: float = Field(4., ge=0)                    # of the map's Gaussian, in pixels at 256²
@@ -60,18 +60,28 @@ class AdaptedDiscriminator(nn.Module):
         hidden: int = 1024
     ):
         super().__init__()
+        self.register_buffer('mean', torch.zeros(channels))
+        self.register_buffer('std', torch.ones(channels))
         self.adaptor = nn.Linear(channels, channels)
         self.discriminator = nn.Sequential(
             nn.Linear(channels, hidden), nn.BatchNorm1d(hidden), nn.LeakyReLU(.2), nn.Linear(hidden, 1, bias=False))
         for m in self.modules():
             if isinstance(m, nn.Linear): nn.init.xavier_normal_(m.weight)
 
+    def standardize(self,
+        features: Tensor # [N,C,h,w] of normal images
+    ) -> AdaptedDiscriminator:
+        "Take every channel in units of its deviation."
+        rows = features.transpose(0, 1).flatten(1)
+        self.mean, self.std = rows.mean(1).to(self.mean), rows.std(1).clamp(min=1e-6).to(self.std)
+        return self
+
     def forward(self,
         x: Tensor,                  # [P,C] patches
         noise: Tensor | None = None # [P,C], for training
     ) -> Tensor:                    # [P] or, with noise, [2P]: normal ones first
         "D of the adapted features, and of the same with noise."
-        q = self.adaptor(x)
+        q = self.adaptor((x - self.mean)/self.std)
         return self.discriminator(q if noise is None else torch.cat([q, q + noise]))[:, 0]
 
 # %% ../nbs/16d_simplenet.ipynb #4bb5176f
@@ -140,7 +150,7 @@ def fit_discriminator(method: SimpleNet, hooks: Hooks) -> Path:
         x = features()
         with torch.random.fork_rng():
             torch.manual_seed(c.seed)
-            net = AdaptedDiscriminator(x.shape[1], o.hidden).to(method.device)
+            net = AdaptedDiscriminator(x.shape[1], o.hidden).to(method.device).standardize(x)
         train(simplenet_training(net, x, o, c.seed), work/CHECKPOINT, progress=hooks.progress,
               callback=hooks.of('simplenet'), should_stop=hooks.should_stop)
         (work/CHECKPOINT).unlink()

@@ -216,8 +216,9 @@ def measure(
         return _measured(p.score, p.map, dataset, model.config, n_boot)
     walk = model.cached_walk(images)
     T = walk.t_hat if t_hat is None else t_hat
-    A = model.all_maps(walk, T)[0]
-    return _measured(score(A), A, dataset, model.config, n_boot) | {'t_hat': T, 'walk': walk}
+    A = model.all_maps(walk, t_hat)[0]
+    s = score(A, model.config.fusion.score)
+    return _measured(s, A, dataset, model.config, n_boot) | {'t_hat': T, 'walk': walk}
 
 # %% ../nbs/19a_subjects.ipynb #880a24c6
 NULLS = ('T̂ = 0', 'untrained denoiser', 'neighbour distance only')

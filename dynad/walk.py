@@ -14,16 +14,37 @@ from torch import Tensor
 
 from .config import Config
 from .denoiser import Denoiser
-from .dic import DIC, pooled
+from .dic import DIC, pooled, t_grid
 from .diffusion import Schedule, make_schedule
 from .features import FeatureExtractor
 from .fusion import feature_maps, latent_map
 from .latents import Autoencoder
 from .reconstruction import generators_for, noise_for, noise_keys, reconstruct
+from .spatial_dic import SpatialDIC
 
 # %% auto #0
-__all__ = ['Parts', 'extract_features', 'Severity', 'severity', 'choose_t_hat', 'encode', 'decode', 'sampler_settings',
-           'reconstruct_latents', 'adaptation_parts', 'RawMaps', 'compare', 'WalkOutputs', 'walk']
+__all__ = ['map_layers', 'neighbour_groups', 'averaged_t_hat', 'Parts', 'extract_features', 'Severity', 'severity',
+           'choose_t_hat', 'encode', 'decode', 'sampler_settings', 'reconstruct_latents', 'adaptation_parts', 'RawMaps',
+           'compare', 'reference_features', 'neighbour_maps', 'WalkOutputs', 'walk']
+
+# %% ../nbs/14_walk.ipynb #917f7ce3
+def map_layers(config: Config) -> tuple[int, ...]:
+    "The layers of f_map that are compared: those of the settings, and all that a choice on synthetic defects may take."
+    f = config.fusion
+    return tuple(sorted({1, 2, 3, *f.layers})) if f.choice == 'synthetic' else f.layers
+
+def neighbour_groups(config: Config) -> tuple[tuple[int, ...], ...]:
+    "The groups of layers of the neighbour map; none where it has no weight and cannot get one."
+    f = config.fusion
+    return f.neighbour_layers if f.neighbour or f.choice == 'synthetic' else ()
+
+def averaged_t_hat(config: Config) -> list[int]:
+    "The T̂ whose maps are averaged, rising: evenly spread over those that DIC can choose. Empty: the one of DIC."
+    r, d = config.reconstruction, config.dic
+    if not r.average or r.severity == 'static': return []
+    grid = t_grid(r.t_max, d.bins, r.S, d.floor)
+    return sorted({grid[round(k)] for k in torch.linspace(0, len(grid) - 1, r.average).tolist()} if r.average > 1
+                  else {grid[len(grid)//2]})
 
 # %% ../nbs/14_walk.ipynb #18621ef8
 @dataclass(frozen=True)
@@ -34,6 +55,7 @@ class Parts:
     denoiser: Denoiser | None = None          # ε_θ
     phi: FeatureExtractor | None = None       # φ, adapted
     dic: DIC | None = None                    # the bank of normal images and its bins
+    spatial: tuple[SpatialDIC, ...] = ()      # the banks of normal patches, one per part of n_map
     hashes: dict[str, str] = field(default_factory=dict) # 'autoencoder', 'denoiser', 'phi', 'bank': what they are
     device: torch.device = torch.device('cpu')
 
@@ -44,8 +66,9 @@ class Parts:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        "The layers of φ in use: that of DIC and those of the feature map, rising."
-        return tuple(sorted({self.config.dic.layer, *self.config.fusion.layers}))
+        "The layers of φ in use: that of DIC, those of the feature map and of the neighbour map, rising."
+        c = self.config
+        return tuple(sorted({c.dic.layer, *map_layers(c), *(j for g in neighbour_groups(c) for j in g)}))
 
     def autocast(self) -> AbstractContextManager:
         "The precision of the settings."
@@ -85,10 +108,15 @@ def choose_t_hat(
     parts: Parts,
     bin: Tensor   # [B] int64 in 0…|B|
 ) -> Tensor:      # [B] int64, T̂
-    "T̂ by the bins (Algorithm 2, line 8), or one for all when `reconstruction.severity` is static."
-    r = parts.config.reconstruction
+    """T̂ by the bins (Algorithm 2, line 8), or one for all when `reconstruction.severity` is static.
+
+    Where several T̂ are averaged, the nearest of them: that reconstruction is shown."""
+    r, averaged = parts.config.reconstruction, averaged_t_hat(parts.config)
     if r.severity == 'static': return torch.full((len(bin),), r.t_max if r.static_t is None else r.static_t)
-    return parts.dic.t_hat(bin, r.t_max, r.S)
+    T = parts.dic.t_hat(bin, r.t_max, r.S)
+    if not averaged: return T
+    grid = torch.tensor(averaged).flip(0)  # of two that are as near the larger
+    return grid[(T[:, None] - grid).abs().argmin(1)]
 
 # %% ../nbs/14_walk.ipynb #584eaa84
 _SAMPLED = 2**50 # keeps the draws of sampled latents apart from those of the noise
@@ -162,11 +190,27 @@ def compare(
     parts: Parts,
     z0: Tensor,                    # [B,C,h,w]
     z_hat: Tensor,                 # [B,C,h,w]
-    features: dict[int, Tensor],   # φ_j(x_0)
+    features: dict[int, Tensor],   # of `reference_features`
     features_hat: dict[int, Tensor]# φ_j(x̂_0)
 ) -> RawMaps:
     "l_map and the layers of f_map."
     return RawMaps(latent_map(z0, z_hat), feature_maps(features, features_hat, parts.config.fusion.layers))
+
+def reference_features(
+    parts: Parts,
+    features: dict[int, Tensor],  # φ_j(x_0)
+    z0: Tensor                    # [B,C,h,w]
+) -> dict[int, Tensor]:
+    "What φ_j(x̂_0) is compared with: φ_j(x_0), or φ_j(D(z_0)), where what the autoencoder loses is lost as well."
+    if parts.config.fusion.reference == 'input': return features
+    return extract_features(parts, decode(parts, z0))
+
+def neighbour_maps(
+    parts: Parts,
+    features: dict[int, Tensor]  # φ_j(x_0)
+) -> tuple[Tensor, ...]:         # [B,1,h,w] each
+    "The parts of n_map."
+    return tuple(bank(features) for bank in parts.spatial)
 
 # %% ../nbs/14_walk.ipynb #dc0c4311
 @dataclass(frozen=True)
@@ -179,6 +223,8 @@ class WalkOutputs:
     z_hat: Tensor                # [B,C,h,w] ẑ_0
     x_hat: Tensor                # [B,3,H,W] x̂_0 in [0,1]
     raw: RawMaps                 # before calibration
+    averaged: tuple[tuple[RawMaps, Tensor], ...] = () # the same and T̂ [B], for each T̂ that is averaged
+    neighbour: tuple[Tensor, ...] = ()                # [B,1,h,w] each, the parts of n_map
 
 # %% ../nbs/14_walk.ipynb #ac47b3f3
 def walk(
@@ -192,7 +238,14 @@ def walk(
     s = severity(parts, features)
     t_hat = choose_t_hat(parts, s.bin)
     z0 = encode(parts, image, keys)
-    z_hat = reconstruct_latents(parts, z0, t_hat, keys)
-    x_hat = decode(parts, z_hat)
-    raw = compare(parts, z0, z_hat, features, extract_features(parts, x_hat))
-    return WalkOutputs(features, s, t_hat, z0, z_hat, x_hat, raw)
+    every = [torch.full_like(t_hat, T) for T in averaged_t_hat(parts.config)] or [t_hat]
+    z_hat = reconstruct_latents(parts, torch.cat([z0]*len(every)), torch.cat(every), list(keys)*len(every))
+    x_hat, reference = decode(parts, z_hat), reference_features(parts, features, z0)
+    seen, B = extract_features(parts, x_hat), len(image)
+    raw = [compare(parts, z0, z, reference, {j: f[k*B:(k + 1)*B] for j, f in seen.items()})
+           for k, z in enumerate(z_hat.split(B))]
+    own = torch.stack(every).eq(t_hat).int().argmax(0)*B + torch.arange(B)  # of all reconstructions, those at T̂
+    shown = RawMaps(torch.cat([r.latent for r in raw])[own],
+                    {j: torch.cat([r.features[j] for r in raw])[own] for j in raw[0].features})
+    return WalkOutputs(features, s, t_hat, z0, z_hat[own], x_hat[own], shown,
+                       tuple(zip(raw, every)) if len(every) > 1 else (), neighbour_maps(parts, features))

@@ -1,4 +1,4 @@
-"16h_anomalib_models: φ in other widths, seeds, what is said without anomalib; and with it, each model once."
+"16h_anomalib_models and 16l_anomalib_more: φ in other widths, seeds, what is said without anomalib; and with it, each model once."
 from importlib.util import find_spec
 
 import pytest

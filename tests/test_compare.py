@@ -181,6 +181,12 @@ def test_killed_and_resumed(toys, boards, tmp_path, monkeypatch):
     page = (tmp_path/'page'/'index.html').read_text(encoding='utf-8')
     assert 'slow (toy)' in page and 'src="grid.png"' in page and 'slow (toy) less pixel deviation (toy)' in said.output
 
+def test_what_a_method_warns_of_stands_in_its_row(boards, tmp_path, recwarn):
+    c = comparison(boards, tmp_path, ('spade',))
+    result = C.compare(c, run=C.in_this_process, report=lambda line: None)
+    said = 'SPADE: options.K = 50, but there are 19 normal images: all 19 are taken'
+    assert result['rows'][0]['warnings'] == [said] and C.table_of(result['summary']).loc['SPADE', 'note'] == said and not len(recwarn)
+
 def test_another_setting_never_meets_an_old_result(boards, tmp_path):
     folders = [comparison(boards, tmp_path, ('padim',), overrides=o).tasks()[0].folder for o in ({}, {'': {'options.dims': 20}}, {'padim': {'options.dims': 30}})]
     assert len(set(folders)) == 3 and comparison(boards, tmp_path, ('padim',)).tasks()[0].folder == folders[0]
