@@ -67,7 +67,7 @@ def test_is_dynad_under_static_settings_and_trains_nothing(kept, boards):
     told = []
     model = Static(config()).fit(boards, run, progress=False, callback=lambda *a: told.append(a))
     assert told == [] and model.stages == dynad.stages
-    same = dynad.with_settings({'reconstruction.severity': 'static', 'reconstruction.static_t': 250, 'reconstruction.omega': 1.})
+    same = dynad.with_settings({'fusion.neighbour': 0., 'reconstruction.severity': 'static', 'reconstruction.static_t': 250, 'reconstruction.omega': 1.})
     files = [s.image for s in boards.test[:4]]
     a, b = model.predict(files), same.predict(files)
     assert torch.equal(a.map, b.map) and (a.t_hat == 250).all()
