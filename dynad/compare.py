@@ -121,15 +121,15 @@ def work(task: Task) -> dict[str, Any]: # the result
     dataset = open_dataset(task.data, layout=task.layout, category=task.category, seed=0)
     run = Path(task.folder)/'run'
     resumed, progress = (run/'config.json').exists(), sys.stderr.isatty()
-    start, cpu = time.perf_counter(), time.process_time()
+    clock = lambda: np.array([time.perf_counter(), time.process_time()])/60
+    start = clock()
     with own_warnings() as said:
         method = cls(config).fit(dataset, run, progress=progress)
-        minutes, cpu_minutes = ((now - then)/60 for now, then in ((time.perf_counter(), start), (time.process_time(), cpu)))
-        after_fit = peak_memory_mb()
+        (minutes, cpu), after_fit = (clock() - start).tolist(), peak_memory_mb()
         e = evaluate(method, dataset, n_boot=task.n_boot, null_models=False, progress=progress)
         keep_predictions(e, task)
-    return e.result | {'status': 'done', 'title': cls.title or cls.name, 'fit_minutes': minutes,
-                       'fit_cpu_minutes': cpu_minutes, 'resumed': resumed, 'fit_memory_mb': after_fit, 'warnings': said, 'machine': machine()}
+    return e.result | {'status': 'done', 'title': cls.title or cls.name, 'fit_minutes': minutes, 'fit_cpu_minutes': cpu,
+                       'fit_memory_mb': after_fit, 'resumed': resumed, 'warnings': said, 'machine': machine()}
 
 @contextmanager
 def own_warnings() -> Iterator[list[str]]:
