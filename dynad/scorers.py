@@ -85,19 +85,23 @@ def change(model: DynAD, b: Batch, t_hat: Tensor | None = None, **how) -> Tensor
 
 @scorer('ten steps (the paper)')
 def ten_steps(model):
+    "The change of the latent by the reconstruction at T̂, with as many steps as the run has (Algorithm 1)."
     return lambda b: (change(model, b), None)
 
 @scorer('three calls, fixed stride')
 def three_calls(model):
+    "The same with the stride of T_max/3: at most three calls, fewer for a smaller T̂."
     t_max = model.config.reconstruction.t_max
     return lambda b: (change(model, b, S=3, steps='stride', t_max=t_max), None)
 
 @scorer('one step')
 def one_step(model):
+    "The same with one call: ẑ_θ,0 at T̂."
     return lambda b: (change(model, b, S=1, steps='count'), None)
 
 @scorer("the public code's static sampler")
 def authors_static(model):
+    "The public code's sampler of a static T̂ = T_max, whose first step drops the direction term."
     t_max = model.config.reconstruction.t_max
     return lambda b: (change(model, b, torch.tensor(t_max), t_max=t_max, sampler='authors'), None)
 
@@ -124,10 +128,12 @@ def prior_nll(z: Tensor) -> Tensor: # [B,C,h,w] -> [B,1,h,w] ≥ 0
 
 @scorer('inversion, three steps')
 def inversion(model):
+    "How unlikely the inverted latent is under the prior N(0, 1), place by place."
     return lambda b: (prior_nll(invert(model, b.z0)), None)
 
 @scorer("InvAD's scoring rule on our UNet")
 def invad(model):
+    "The same map; the score adds how far the norm of z_T is from that of the prior."
     def answer(b: Batch) -> Answer:
         z = invert(model, b.z0)
         nll, norm = prior_nll(z), z.flatten(1).norm(dim=1)/math.sqrt(z[0].numel())
@@ -154,6 +160,7 @@ def fixed_variance_kl(
 
 @scorer("RAN's KL, variance fixed, on our UNet")
 def ran_kl(model):
+    "RAN's KL per place at t = 5, 50, 100, standardised by held-out normal images; the variance is not learned here."
     z = model.held_out.z0
     normal = torch.cat([fixed_variance_kl(model, z[r], r) for r in batches(len(z), model.config.batch)])
     mean, std = (f(normal, (0, 2, 3)).view(1, -1, 1, 1) for f in (torch.mean, torch.std))
@@ -167,6 +174,7 @@ def top_percent(m: Tensor, share: float = .01) -> Tensor: # [B,1,H,W] -> [B]
 
 @scorer("GLAD's scoring rule on our UNet")
 def glad(model):
+    "T̂ per image: the first at which one call changes it more than 95 % of held-out images; mean of the top 1 %."
     c = model.config
     grid = sorted(set(t_grid(c.reconstruction.t_max, c.dic.bins, c.reconstruction.S, c.dic.floor)))
     def changes(b: Batch) -> Tensor: # [B,grid] what one call changes at each T̂
@@ -185,6 +193,7 @@ def glad(model):
 # %% ../nbs/16k_scorers.ipynb #48a81691
 @scorer("DeCo-Diff's scoring rule on our UNet")
 def deco(model):
+    "Geometric mean of the deviation over all steps in the latent and of the final one in pixels."
     def answer(b: Batch) -> Answer:
         r = rebuilt(model, b, trajectory=True)
         total = torch.zeros(len(b.z0), 1, *b.z0.shape[2:])
