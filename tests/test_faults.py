@@ -197,8 +197,7 @@ def test_a_full_disk_ends_it_with_an_error_and_room_is_enough_to_go_on(fitted, g
         assert [*small.iterdir()] == []                                            # told before the first second of work
         for share in (.01, .1, .2):                                                # and where somebody else fills it later
             room(10*need)
-            taken = shutil.disk_usage(small).used
-            fill = lambda stage, step, loss, size=taken + share*need: room(size) if step == 1 else None
+            fill = lambda stage, step, loss, more=share*need: room(shutil.disk_usage(small).used + more) if step == 1 else None
             with pytest.raises(StoreError, match=r'cannot be written \(.*(No space left on device|os error 28).*; make room, or choose a folder'):
                 DynAD(make_config('smoke', CUT)).fit(gears, small/'run', progress=False, callback=fill)
             whole(small/'run')
