@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 from .cache import batches
@@ -258,7 +259,7 @@ def every_t_hat(model: DynAD, images: Tensor) -> Tensor:
     return torch.cat([choose_t_hat(p, severity(p, f).bin) for f in features])
 
 # %% ../nbs/16k_scorers.ipynb #1db11e0d
-CURVE = ('i_auroc', 'p_auroc', 'pro')
+CURVE = {'i_auroc': 'I-AUROC', 'p_auroc': 'P-AUROC', 'pro': 'PRO'} # the metrics of a curve
 
 def scorer_curve(
     model: DynAD,                       # fitted
@@ -300,7 +301,9 @@ def curve_figure(
         ax.plot(*at, 'o' if filled else 's', color=color, ms=11, alpha=.8)
         ax.annotate(str(k), at, ha='center', va='center', fontsize=7)
         legend.text(0, 1 - k/(len(t) + 1), f'{k}  {name} ({row.calls:.3g})', fontsize=7.5, va='center')
-    ax.set_xscale('log'); ax.set_xlabel('ms per image', fontsize=9); ax.set_ylabel(f'{metric} [%]', fontsize=9)
+    ax.set_xscale('log'); ax.set_xlabel('ms per image', fontsize=9); ax.set_ylabel(f'{CURVE[metric]} [%]', fontsize=9)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5))); ax.xaxis.set_major_formatter('{x:g}')
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.tick_params(labelsize=8); ax.spines[['top', 'right']].set_visible(False)
     legend.axis('off'); legend.set_title('scorer (calls per image)', fontsize=8, loc='left')
     fig.tight_layout()
