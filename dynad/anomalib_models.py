@@ -133,7 +133,7 @@ def seeded(seed: int) -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     "Without what anomalib prints."
-    with open(os.devnull, 'w') as null, redirect_stdout(null), redirect_stderr(null): yield
+    with open(os.devnull, 'w', encoding='utf-8') as null, redirect_stdout(null), redirect_stderr(null): yield
 
 @patch
 def trained_network(self: AnomalibMethod, hooks: Hooks) -> nn.Module:

@@ -493,18 +493,19 @@ def settings_of(pairs: list[str]) -> dict[str, dict]: # method, or '' for all ->
 # %% ../nbs/20_cli.ipynb #6f3df60b
 @app.command()
 def compare(
-    data: Annotated[str, typer.Option(help="folder of the data set, or 'elpv'")],
+    data: Annotated[str, typer.Option(**DataSet, help="folder of the data set, or 'elpv'")],
     methods: Annotated[str, typer.Option(
         help='comma-separated; the first is what the others are compared with; one of your own as package.module:name'
     )] = 'dynad,patchcore,padim,spade',
     seeds: Annotated[str, typer.Option(help='how many, or a list, e.g. 0,5')] = '3',
-    json_file: Annotated[Optional[Path], typer.Option('--json', help='where the result goes, after every row')] = None,
-    html: Annotated[Optional[Path], typer.Option(help='folder for a page with table and images')] = None,
+    json_file: Annotated[Optional[Path], typer.Option(
+        '--json', **File, help='where the result goes, after every row')] = None,
+    html: Annotated[Optional[Path], typer.Option(**Folder, help='for a page with table and images')] = None,
     preset: Preset = 'small',
-    out: Annotated[Path, typer.Option(help='folder of runs and results; what is finished there is not run again'
-        )] = Path('dynad_compare'),
+    out: Annotated[Path, typer.Option(
+        **Folder, help='of runs and results; what is finished there is not run again')] = Path('dynad_compare'),
     layout: Layout = 'auto', category: Category = None,
-    n_boot: Annotated[int, typer.Option(min=0, help='bootstrap resamples of the intervals')] = 200,
+    n_boot: Annotated[int, typer.Option(min=0, help='bootstrap resamples of the intervals')] = 1000,
     images: Annotated[int, typer.Option(min=0, help='rows of the grid of images')] = 6,
     scheduler: Annotated[Optional[str], typer.Option(metavar='ADDRESS', help='of a dask scheduler, whose workers see '
         'the same folders')] = None,
@@ -517,14 +518,17 @@ def compare(
     with known_mistakes():
         given = seeds_of(seeds), settings_of(set or [])
         checked_place(data)
+        for folder, what in ((out, '--out '), (html, '--html ')):
+            if folder: check_folder(folder, what)
+        if json_file: check_file(json_file, '--json ')
         from dynad import compare as C
         named = tuple(m.strip() for m in methods.split(',') if m.strip())
         c = C.Comparison(data, named, given[0], out, preset, layout, category, given[1], n_boot, images)
-        result = C.compare(c, json_file, runner_of(scheduler, workers), typer.echo)
-        typer.echo(C.table_of(result['summary']).to_string(max_colwidth=60))
-        for line in C.difference_lines(result): typer.echo(line)
-        if note := (result['protocol'] or {}).get('note'): typer.echo(note)
-        if html: typer.echo(f'page: {C.write_comparison_page(c, result, html)}')
+        result = C.compare(c, json_file, runner_of(scheduler, workers), echo)
+        echo(C.table_of(result['summary']).to_string(max_colwidth=60))
+        for line in C.difference_lines(result): echo(line)
+        if note := (result['protocol'] or {}).get('note'): echo(note)
+        if html: echo(f'page: {C.write_comparison_page(c, result, html)}')
         if all(r['status'] != 'done' for r in result['rows']): raise typer.Exit(1)
 
 # %% ../nbs/20_cli.ipynb #85547807

@@ -104,7 +104,7 @@ def bin_edges(
 ) -> Tensor:              # [|B|+1] float64, rising
     "Evenly spaced edges from min to max; of equal distances one value, just above the largest, for all edges."
     d = distances.double().numpy()
-    margin = max(rounding, ROUNDING*float(d.max()))
+    margin = max(rounding, ROUNDING*float(d.max()), float(np.finfo(np.float32).tiny)) # below it no bin has a width
     if d.max() - d.min() <= margin: return torch.full((bins + 1,), d.max() + margin, dtype=torch.float64)
     return torch.from_numpy(np.histogram_bin_edges(d, bins))
 

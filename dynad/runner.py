@@ -94,7 +94,7 @@ _Plain.yaml_implicit_resolvers = {k: [r for r in v if r[0] != 'tag:yaml.org,2002
 
 def read_yaml(text: str, what: str) -> dict[str, Any]:
     "Parameters from YAML or JSON. Raises RunnerError for a text that is no `name: value`."
-    try: found = yaml.load(text, _Plain)
+    try: found = _Plain(text).get_single_data()
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise RunnerError(f"{what}: cannot be read as YAML ({' '.join(str(e).split())[:120]}); "
                           "write e.g. -y 'seeds: [0, 1]'") from None

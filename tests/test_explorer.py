@@ -558,7 +558,7 @@ def test_trajectory(session):
     t.wait(120)
     assert t.model.steps[0.].pulls[0] > 1 and t.message.value == '' and t.step.value == 4
     far = max(max(w.distance) for w in t.model.steps.values())
-    assert f'fill="#0072B2">{far:.2g}</text>' in t.curve.value and 'mean |z₀ − x̂₀|</text>' in t.curve.value # an axis of its own
+    assert f'fill="#0072B2">{far:.2g}</text>' in t.curve.value and 'mean |z₀ − ẑ₀|</text>' in t.curve.value # an axis of its own
     again = Trajectory(session, points=5).wait(120)          # the same view after a restart
     assert again.model.selected == t.model.selected and (again.step.value, again.out.value) == (4, t.model.ts[-1]) and again.curve.value == t.curve.value
     again.close(); t.close()

@@ -31,6 +31,7 @@ from dynad.detector import DynAD
 from dynad.evaluate import MEASURED, evaluate
 from dynad.latents import LatentError
 from dynad.training import CHECKPOINT
+from dynad.paths import PathError
 from dynad.store import Shards, Store, StoreError, TrainingStopped, WriteError, atomic_write, load_tensors, save_tensors
 from dynad.synthetic import write_synthetic
 
@@ -180,23 +181,29 @@ def test_a_read_only_run_can_be_used_but_not_added_to(fitted, run, gears, mine, 
         assert judge(model, gears) == fitted[2]                                    # all of it is there
         assert model.predict([gears.test[0].image]).map.isfinite().all()
         with pytest.raises(WriteError, match=r'cannot be written \(Read-only file system\); make room, or choose a folder'): judge(model, replace(gears, samples=gears.samples[:-1]))
-        with pytest.raises(WriteError, match=r'config\.json: cannot be written \(Read-only file system\)'): fit(gears, ro)
-        with pytest.raises(StoreError, match='cannot be made a run directory'): fit(gears, ro/'new')
+        with pytest.raises(PathError, match=r'/ro: cannot be written \(Read-only file system\); choose a folder'): fit(gears, ro)
+        with pytest.raises(PathError, match='/ro/new: cannot be written'): fit(gears, ro/'new')
     whole(run)
 
 def test_a_run_below_a_file(gears, tmp_path):
     (tmp_path/'file').write_text('')
-    with pytest.raises(StoreError, match='file/run: cannot be made a run directory .*choose a folder that can be written'): fit(gears, tmp_path/'file'/'run')
+    with pytest.raises(PathError, match='file/run: cannot be written .*is a file, not a folder.*choose another place'): fit(gears, tmp_path/'file'/'run')
 
 def test_a_full_disk_ends_it_with_an_error_and_room_is_enough_to_go_on(fitted, gears, tmp_path):
     need = sum(f.stat().st_size for f in fitted[1].rglob('*') if f.is_file())
     with mounted('-t', 'tmpfs', '-o', 'size=64k', 'dynad-test', tmp_path/'small') as small:
-        for share in (.02, .3, .6, .9):
-            subprocess.run(['mount', '-o', f'remount,size={int(share*need)//1024}k', small], check=True)
-            with pytest.raises(StoreError, match=r'cannot be written \(.*(No space left on device|os error 28).*; make room, or choose a folder'): fit(gears, small/'run')
+        def room(size): subprocess.run(['mount', '-o', f'remount,size={int(size)//1024}k', small], check=True)
+        with pytest.raises(PathError, match=r'the files of this fit take about .* MB, but only 0\.1 MB are free; make room, or'): fit(gears, small/'run')
+        assert [*small.iterdir()] == []                                            # told before the first second of work
+        for share in (.01, .1, .2):                                                # and where somebody else fills it later
+            room(10*need)
+            fill = lambda stage, step, loss, more=share*need: room(shutil.disk_usage(small).used + more) if step == 1 else None
+            with pytest.raises(StoreError, match=r'cannot be written \(.*(No space left on device|os error 28).*; make room, or choose a folder'):
+                DynAD(make_config('smoke', CUT)).fit(gears, small/'run', progress=False, callback=fill)
             whole(small/'run')
-        subprocess.run(['mount', '-o', f'remount,size={2*need//1024}k', small], check=True)
+        room(10*need)
         model = fit(gears, small/'run')
+        room(2*need)
         assert model.parts.hashes == fitted[0].parts.hashes
         with pytest.raises(WriteError):                                            # and a result of any size leaves the old one
             atomic_write(small/'result.json', '[1]'); atomic_write(small/'result.json', 'x'*4*need)

@@ -44,7 +44,7 @@ def fitted(deviation, boards, tmp_path_factory):
 
 def test_the_methods_of_the_package_are_found():
     assert {'dynad', 'patchcore'} <= set(import_methods()) and method_named('dynad') is DynAD
-    with pytest.raises(ConfigError, match='method = .padimm. is not known; there are .*patchcore'): method_named('padimm')
+    with pytest.raises(ConfigError, match='method = .padimm. is not known, did you mean padim.; there are .*patchcore'): method_named('padimm')
 
 def test_fit_open_and_predict(fitted, boards):
     method, run = fitted

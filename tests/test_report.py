@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from dynad.method import above
+from dynad.paths import PathError
 from dynad.report import ReportError, choose, is_report, report_data, scale_of_maps, write_report
 
 # the choice of images
@@ -18,9 +20,9 @@ def test_choice(images, threshold, n):
     c = choose(scores, labels, threshold, n)
     every = sum(c.values(), [])
     assert len(every) == len(set(every)) == min(n, len(images))
-    for i in c['wrong']: assert bool(scores[i] > threshold) != bool(labels[i])
-    for i in c['found']: assert scores[i] > threshold and labels[i] == 1
-    for i in c['normal']: assert scores[i] <= threshold and labels[i] == 0
+    for i in c['wrong']: assert bool(above(scores[i], threshold)) != bool(labels[i])
+    for i in c['found']: assert above(scores[i], threshold) and labels[i] == 1
+    for i in c['normal']: assert not above(scores[i], threshold) and labels[i] == 0
     for rows in c.values(): assert [float(scores[i]) for i in rows] == sorted((float(scores[i]) for i in rows), reverse=True)
 
 def test_the_worst_mistakes_come_in_first():
@@ -135,7 +137,7 @@ def test_foreign_files_are_kept(e, tmp_path, where):
 
 def test_a_file_is_no_folder(e, tmp_path):
     (tmp_path/'page').write_text('mine')
-    with pytest.raises(ReportError, match='is a file; name a folder'): write_report(e, tmp_path/'page')
+    with pytest.raises(PathError, match='is a file; name a folder'): write_report(e, tmp_path/'page')
 
 def test_a_failure_leaves_the_old_report(e, tmp_path):
     "Whole or not at all: nothing half-written, nothing lost."
