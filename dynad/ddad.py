@@ -23,7 +23,7 @@ from .diffusion import Schedule, abar_at, broadcast_coefficients, make_schedule,
 from .fusion import feature_map, score, smooth
 from .launch import processes
 from .method import Hooks, Method, Prediction, checked_options, register
-from .reconstruction import guide, noise_for
+from .reconstruction import guide, noise_for, noise_keys
 from .store import REPAIR_HINT, StoreError, load_tensors, save_tensors, state_hash
 from .training import CHECKPOINT, Training, TrainingError, train
 from .walk import Parts, decode, encode
@@ -215,7 +215,7 @@ class DDAD(Method):
         load_phi(self, stages['phi'])
 
     def predict_batch(self, images, rows):
-        d_p, d_f = distances(self, images, rows)
+        d_p, d_f = distances(self, images)
         maxima = torch.stack([d_p.max(), d_f.max()]) if self.options.maxima == 'batch' else maxima_of(self)
         A = ddad_map(d_p, d_f, maxima, self.options.v, self.options.sigma)
         return Prediction(score(A), A)
@@ -226,8 +226,10 @@ DDAD.reconstructs = True
 def train_ddad(method: DDAD, hooks: Hooks) -> dict[str, Path]:
     "All trainings, in the order in which they need each other; returns the stages by name."
     phi0, stages, state = phi_of(method.config).to(method.device), {}, processes(method.config.device)
+    plain = copy.copy(phi0)
+    plain.enlarge = 1 # as DynAD judges its autoencoder, which is shared
     with state.main_process_first():
-        stages['autoencoder'] = fit_autoencoder(method, phi0, hooks)
+        stages['autoencoder'] = fit_autoencoder(method, plain, hooks)
         load_autoencoder(method, stages['autoencoder'])
         method.training.z0
     stages['denoiser'] = DynAD.fit_denoiser(method, hooks)
@@ -242,25 +244,25 @@ def train_ddad(method: DDAD, hooks: Hooks) -> dict[str, Path]:
 def rebuilt_latents(
     method: DDAD,
     z: Tensor, target: Tensor, # [B,C,h,w]
-    rows: list[int],           # positions in their set: they fix the noise
+    keys: list[int],           # of `noise_keys`: they fix the noise
     w: float,
     seed: int | None = None    # of the noise (default: that of the settings)
 ) -> Tensor:                   # [B,C,h,w] on the CPU
     "`ddad_reconstruct` with the method's parts."
     o, p, steps = method.options, method.parts, method.steps.to(method.device)
     calls = len(ddad_timesteps(o.t_hat, o.skip))
-    noise = noise_for(rows, (1 + calls, *z.shape[1:]), method.config.seed if seed is None else seed).transpose(0, 1)
+    noise = noise_for(keys, (1 + calls, *z.shape[1:]), method.config.seed if seed is None else seed).transpose(0, 1)
     z, target, noise = (v.to(method.device) for v in (z, target, noise))
     with p.autocast():
         told = lambda x, t: p.denoiser(x, steps[t])
         return ddad_reconstruct(told, z, target, method.schedule, noise, o.t_hat, o.skip, w, o.eta).float().cpu()
 
 @torch.no_grad()
-def distances(method: DDAD, images: Tensor, rows: list[int]) -> tuple[Tensor, Tensor]: # d_p, d_f [B,1,H,W] on the CPU
+def distances(method: DDAD, images: Tensor) -> tuple[Tensor, Tensor]: # d_p, d_f [B,1,H,W] on the CPU
     "Both distances of images to their reconstructions."
     p, o = method.parts, method.options
-    z = encode(p, images, rows)
-    x_hat = decode(p, rebuilt_latents(method, z, z, rows, o.w))
+    z = encode(p, images)
+    x_hat = decode(p, rebuilt_latents(method, z, z, noise_keys(images), o.w))
     with p.autocast(): both = p.phi(images.to(method.device)), p.phi(x_hat.to(method.device))
     f, f_hat = ({j: m[j].float() for j in o.layers} for m in both)
     d_f = feature_distance(f, f_hat, o.layers, images.shape[-1])
@@ -294,7 +296,7 @@ def fit_maxima(method: DDAD) -> Path:
     c, o, held = method.config, method.options, method.held_out_set
     used = o.model_dump(mode='json', exclude={'v', 'sigma', 'maxima'})
     def make(work: Path) -> dict[str, Tensor]:
-        each = [distances(method, to_float(held.images[r]), r) for r in batches(len(held), c.batch)]
+        each = [distances(method, to_float(held.images[r])) for r in batches(len(held), c.batch)]
         return {'maxima': torch.stack([torch.stack([d_p.max(), d_f.max()]) for d_p, d_f in each]).amax(0)}
     key = dict(images=held.key, hashes=method.parts.hashes, settings=used, seed=c.seed, precision=c.precision)
     return held.store.stage('ddad_maxima', key, make)
@@ -307,5 +309,5 @@ def maxima_of(method: DDAD) -> Tensor: # [2]
 def reconstructions(self: DDAD, images: ImageSet, rows: list[int]) -> Tensor: # [len(rows),3,H,W] in [0,1]
     "Reconstructions of some images of a set."
     x = to_float(images.images[rows])
-    z = encode(self.parts, x, rows)
-    return decode(self.parts, rebuilt_latents(self, z, z, rows, self.options.w))
+    z = encode(self.parts, x)
+    return decode(self.parts, rebuilt_latents(self, z, z, noise_keys(x), self.options.w))

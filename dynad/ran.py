@@ -24,7 +24,7 @@ from .learned_variance import reverse_step
 from .method import Hooks, Method, Prediction, checked_options, register
 from .ran_network import (ASKED_LATER, RAN_DIFFUSION, Chain, RANError, RANMaps, RANNet, RANOptions, chain_of, combine,
                                ran_maps, resolved, target_features, train_ran)
-from .reconstruction import noise_for
+from .reconstruction import noise_for, noise_keys
 from .store import REPAIR_HINT, Store, StoreError, load_tensors, state_hash
 from .training import CHECKPOINT
 
@@ -57,7 +57,7 @@ class RAN(Method):
         load_net(self, stages['ran'])
 
     def predict_batch(self, images, rows):
-        A = combine(raw_maps(self, images, rows), scale_of(self), self.options.alpha, self.options.sigma)
+        A = combine(raw_maps(self, images), scale_of(self), self.options.alpha, self.options.sigma)
         return Prediction(score(A), A)
 
 RAN.reconstructs = True
@@ -78,8 +78,9 @@ def check_ran(options: RANOptions, size: int) -> None:
 
 # %% ../nbs/16j_ran.ipynb #efeb1c55
 def frozen_phi(method: RAN) -> nn.Module:
-    "φ, which nothing here trains."
-    return load_features(method.config.features, layers=(1, 2, 3)).to(method.device).requires_grad_(False)
+    "φ, which nothing here trains, at the image's own size."
+    settings = method.config.features.model_copy(update={'enlarge': 1})
+    return load_features(settings, layers=(1, 2, 3)).to(method.device).requires_grad_(False)
 
 def fit_ran(method: RAN, hooks: Hooks) -> Path:
     "The network as a stage."
@@ -111,10 +112,10 @@ def load_net(method: RAN, folder: Path) -> None:
     method.net_hash = state_hash(state)
 
 # %% ../nbs/16j_ran.ipynb #bc3d3b6e
-def raw_maps(method: RAN, image: Tensor, rows: list[int], timesteps: str | None = None) -> RANMaps:
+def raw_maps(method: RAN, image: Tensor, timesteps: str | None = None) -> RANMaps:
     "Both maps of a batch under the method's options."
-    o, image = method.options, image.to(method.device)
-    noise = [noise_for(rows, tuple(image.shape[1:]), 31*method.config.seed + k).to(image) for k in range(len(o.at))]
+    o, keys, image = method.options, noise_keys(image), image.to(method.device)
+    noise = [noise_for(keys, tuple(image.shape[1:]), 31*method.config.seed + k).to(image) for k in range(len(o.at))]
     features = method.net.standardised(target_features(method.phi, image, o.layers))
     m = ran_maps(method.net, image, features, o.at, chain_of(timesteps or o.timesteps), noise,
                  o.label if o.classes else None)
@@ -132,7 +133,7 @@ def fit_scale(method: RAN) -> Path:
     held, c = method.held_out_set, method.config
     def measured(timesteps: str) -> Tensor: # [n,2]
         rows = batches(len(held), c.batch)
-        kl = torch.cat([raw_maps(method, to_float(held.images[r]), r, timesteps).kl.double() for r in rows])
+        kl = torch.cat([raw_maps(method, to_float(held.images[r]), timesteps).kl.double() for r in rows])
         return torch.stack([kl.mean((0, 2, 3)), kl.std((0, 2, 3))], 1).float()
     def make(work: Path) -> dict[str, Tensor]:
         kinds = [k for k in ('full', 'respaced') if max(method.options.at) < len(chain_of(k).steps)]
@@ -183,7 +184,7 @@ def sample_step(
     method: RAN,
     x: Tensor,       # [B,3,H,W] in [-1,1]
     t: int,          # in the steps of `chain`
-    rows: list[int], # positions of the images in their set: they fix the noise
+    keys: list[int], # of `noise_keys`: they fix the noise
     chain: Chain,
     temperature: float = 1. # of the noise; 0: the mean
 ) -> Tensor:         # [B,3,H,W]
@@ -193,39 +194,37 @@ def sample_step(
     out = method.net(x, chain.steps[at].to(x.device), label)
     mean, log_variance = reverse_step(x, out.eps, out.v, at, chain.schedule, chain.posterior, clip=True)
     if t == 0 or not temperature: return mean
-    noise = noise_for(rows, tuple(x.shape[1:]), 1009*(t + 1) + method.config.seed).to(x)
+    noise = noise_for(keys, tuple(x.shape[1:]), 1009*(t + 1) + method.config.seed).to(x)
     return mean + temperature*(log_variance/2).exp()*noise
 
 # %% ../nbs/16j_ran.ipynb #093c6d59
 @patch
 def gradient_denoising(self: RAN,
-    images: Tensor,                # [B,3,H,W] in [0,1]
-    rows: list[int] | None = None, # positions in their set (default: in the batch)
-    keep: int = 0                  # so many intermediate images
-) -> GradientDenoising:            # in [-1,1]
+    images: Tensor, # [B,3,H,W] in [0,1]
+    keep: int = 0   # so many intermediate images
+) -> GradientDenoising: # in [-1,1]
     "RAN's reconstruction."
-    o, chain, rows = self.options, chain_of('full'), rows or list(range(len(images)))
-    sample = lambda x, t: sample_step(self, x, t, rows, chain, o.temperature)
+    o, chain, keys = self.options, chain_of('full'), noise_keys(images)
+    sample = lambda x, t: sample_step(self, x, t, keys, chain, o.temperature)
     return gradient_denoise(2*images.to(self.device) - 1, self.distance(), chain.schedule, sample, o.start, o.scale,
                             o.every, keep)
 
 @patch
 def partial_noising(self: RAN,
-    images: Tensor,                # [B,3,H,W] in [0,1]
-    rows: list[int] | None = None,
-    start: int = 62                # t in the shortened chain of 250 steps; 62 is 249 of the full one
-) -> Tensor:                       # [B,3,H,W] in [0,1]
+    images: Tensor, # [B,3,H,W] in [0,1]
+    start: int = 62 # t in the shortened chain of 250 steps; 62 is 249 of the full one
+) -> Tensor:        # [B,3,H,W] in [0,1]
     "For comparison: noise the image to t and sample back, step by step, with the same network."
-    chain, rows = chain_of('respaced'), rows or list(range(len(images)))
-    noise = noise_for(rows, tuple(images.shape[1:]), self.config.seed).to(self.device)
+    chain, keys = chain_of('respaced'), noise_keys(images)
+    noise = noise_for(keys, tuple(images.shape[1:]), self.config.seed).to(self.device)
     x = q_sample(2*images.to(self.device) - 1, torch.full((len(images),), start), chain.schedule.abar, noise=noise)
-    for t in range(start, -1, -1): x = sample_step(self, x, t, rows, chain)
+    for t in range(start, -1, -1): x = sample_step(self, x, t, keys, chain)
     return ((x + 1)/2).clamp(0, 1).cpu()
 
 @patch
 def reconstructions(self: RAN, images: ImageSet, rows: list[int]) -> Tensor: # [len(rows),3,H,W] in [0,1]
     "Gradient-denoised images of a set."
-    done = [self.gradient_denoising(to_float(images.images[[rows[k] for k in b]]), [rows[k] for k in b]).x.cpu()
+    done = [self.gradient_denoising(to_float(images.images[[rows[k] for k in b]])).x.cpu()
             for b in batches(len(rows), self.config.batch)]
     return (torch.cat(done) + 1)/2
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 from .cache import batches
@@ -23,14 +24,14 @@ from .fusion import latent_map, score, smooth, upsample
 from .learned_variance import make_posterior, step_kl
 from .method import Method
 from .metrics import image_metrics, pixel_metrics
-from .reconstruction import Reconstruction, noise_for, reconstruct
+from .reconstruction import Reconstruction, noise_for, noise_keys, reconstruct
 from .show import Figure
 from .walk import choose_t_hat, decode, encode, extract_features, sampler_settings, severity
 
 # %% auto #0
-__all__ = ['Answer', 'Scorer', 'SCORERS', 'COMPLETE', 'CURVE', 'ScorerError', 'Batch', 'scorer', 'batch_of', 'rebuilt', 'change',
-           'ten_steps', 'three_calls', 'one_step', 'authors_static', 'invert', 'prior_nll', 'inversion', 'invad',
-           'fixed_variance_kl', 'ran_kl', 'top_percent', 'glad', 'deco', 'Scored', 'run_scorer', 'run_method',
+__all__ = ['Answer', 'Scorer', 'SCORERS', 'PLAIN', 'COMPLETE', 'CURVE', 'ScorerError', 'Batch', 'scorer', 'batch_of', 'rebuilt',
+           'change', 'ten_steps', 'three_calls', 'one_step', 'authors_static', 'invert', 'prior_nll', 'inversion',
+           'invad', 'fixed_variance_kl', 'ran_kl', 'top_percent', 'glad', 'deco', 'Scored', 'run_scorer', 'run_method',
            'every_t_hat', 'scorer_curve', 'curve_figure']
 
 # %% ../nbs/16k_scorers.ipynb #364f0a55
@@ -43,7 +44,7 @@ class Batch:
     image: Tensor     # [B,3,H,W] in [0,1]
     z0: Tensor        # [B,C,h,w] latents
     t_hat: Tensor     # [B] T̂ by DIC
-    rows: list[int]   # positions in their set
+    keys: list[int]   # they fix the noise of each image
 
 Answer = tuple[Tensor, Tensor | None]            # map [B,1,h,w] ≥ 0; [B] a score of the rule's own
 Scorer = Callable[[DynAD], Callable[[Batch], Answer]]
@@ -58,12 +59,11 @@ def scorer(name: str) -> Callable[[Scorer], Scorer]:
 
 def batch_of(
     model: DynAD,
-    image: Tensor,   # [B,3,H,W] in [0,1]
-    rows: list[int]
+    image: Tensor # [B,3,H,W] in [0,1]
 ) -> Batch:
     "Latents and T̂ of some images."
     t_hat = choose_t_hat(model.parts, severity(model.parts, extract_features(model.parts, image)).bin)
-    return Batch(image, encode(model.parts, image, rows), t_hat, rows)
+    return Batch(image, encode(model.parts, image), t_hat, noise_keys(image))
 
 # %% ../nbs/16k_scorers.ipynb #e873437c
 def rebuilt(
@@ -75,7 +75,7 @@ def rebuilt(
     "Algorithm 1 under the model's settings, some of them replaced."
     p = model.parts
     how = sampler_settings(p.config) | how
-    noise = noise_for(b.rows, tuple(b.z0.shape[1:]), p.config.seed).to(p.device) if how['omega'] else None
+    noise = noise_for(b.keys, tuple(b.z0.shape[1:]), p.config.seed).to(p.device) if how['omega'] else None
     t_hat = b.t_hat if t_hat is None else t_hat
     with torch.no_grad(), p.autocast():
         return reconstruct(p.denoiser, b.z0.to(p.device), t_hat, p.schedule, noise=noise, **how)
@@ -145,7 +145,8 @@ def invad(model):
 @torch.no_grad()
 def fixed_variance_kl(
     model: DynAD,
-    z0: Tensor, rows: list[int],
+    z0: Tensor,
+    keys: list[int],               # they fix the noise of each image
     at: tuple[int, ...] = (5, 50, 100)
 ) -> Tensor:                       # [B,n,h,w]
     "KL divergence of one reverse step with the variance β̃_t, mean over channels, for each t."
@@ -153,7 +154,7 @@ def fixed_variance_kl(
     schedule, posterior = p.schedule, make_posterior(p.schedule)
     for k, t in enumerate(at):
         t = torch.full((len(z0),), t)
-        z_t = q_sample(z0, t, schedule.abar, noise=noise_for(rows, tuple(z0.shape[1:]), 31*p.config.seed + k))
+        z_t = q_sample(z0, t, schedule.abar, noise=noise_for(keys, tuple(z0.shape[1:]), 31*p.config.seed + k))
         with p.autocast(): eps = p.denoiser(z_t.to(p.device), t.to(p.device)).float().cpu()
         out.append(step_kl(z0, z_t, eps, -torch.ones_like(z_t), t, schedule, posterior).mean(1))
     return torch.stack(out, 1)
@@ -164,7 +165,7 @@ def ran_kl(model):
     z = model.held_out.z0
     normal = torch.cat([fixed_variance_kl(model, z[r], r) for r in batches(len(z), model.config.batch)])
     mean, std = (f(normal, (0, 2, 3)).view(1, -1, 1, 1) for f in (torch.mean, torch.std))
-    return lambda b: (((fixed_variance_kl(model, b.z0, b.rows) - mean)/std).sum(1, keepdim=True), None)
+    return lambda b: (((fixed_variance_kl(model, b.z0, b.keys) - mean)/std).sum(1, keepdim=True), None)
 
 # %% ../nbs/16k_scorers.ipynb #4b82f5b0
 def top_percent(m: Tensor, share: float = .01) -> Tensor: # [B,1,H,W] -> [B]
@@ -222,7 +223,7 @@ def run_scorer(
     "A scorer on batches of images. Raises ScorerError."
     if name not in SCORERS: raise ScorerError(f"scorer {name!r} does not exist; there are {', '.join(SCORERS)}")
     f, size, sigma = SCORERS[name](model), model.config.data.image_size, model.config.fusion.sigma
-    unet, n = model.parts.denoiser, sum(len(b.rows) for b in sets)
+    unet, n = model.parts.denoiser, sum(len(b.keys) for b in sets)
     unet.samples, start = 0, time.perf_counter()
     answers = [f(b) for b in sets]
     seconds, calls = (time.perf_counter() - start)/n, unet.samples/n
@@ -231,10 +232,11 @@ def run_scorer(
     return Scored(maps, torch.cat(own) if own else getattr(f, 'pool', score)(maps), calls, seconds)
 
 # %% ../nbs/16k_scorers.ipynb #1f6e503a
-COMPLETE = { # name -> inference settings of a complete method
-    'ten steps (the paper), with φ': {},
-    'three calls, fixed stride, with φ': {'reconstruction.S': 3, 'reconstruction.steps': 'stride'},
-    'one step, with φ': {'reconstruction.S': 1}}
+PLAIN = {'reconstruction.average': 0, 'fusion.neighbour': 0., 'fusion.reference': 'input', 'fusion.score': 'max'}
+COMPLETE = { # name -> inference settings of a complete method, without DynAD's extensions
+    'ten steps (the paper), with φ': PLAIN,
+    'three calls, fixed stride, with φ': PLAIN | {'reconstruction.S': 3, 'reconstruction.steps': 'stride'},
+    'one step, with φ': PLAIN | {'reconstruction.S': 1}}
 
 def run_method(
     method: Method,
@@ -257,7 +259,7 @@ def every_t_hat(model: DynAD, images: Tensor) -> Tensor:
     return torch.cat([choose_t_hat(p, severity(p, f).bin) for f in features])
 
 # %% ../nbs/16k_scorers.ipynb #1db11e0d
-CURVE = ('i_auroc', 'p_auroc', 'pro')
+CURVE = {'i_auroc': 'I-AUROC', 'p_auroc': 'P-AUROC', 'pro': 'PRO'} # the metrics of a curve
 
 def scorer_curve(
     model: DynAD,                       # fitted
@@ -271,7 +273,7 @@ def scorer_curve(
     size = model.config.data.image_size
     test = model.test_images(dataset.test, dataset)
     images = to_float(test.images)
-    sets = [batch_of(model, images[b], b) for b in batches(len(images), model.config.batch)]
+    sets = [batch_of(model, images[b]) for b in batches(len(images), model.config.batch)]
     masks, has_mask = load_masks(dataset.test, size)
     labels, table = [s.label for s in dataset.test], {}
     found = {} if seen is None else seen
@@ -299,7 +301,9 @@ def curve_figure(
         ax.plot(*at, 'o' if filled else 's', color=color, ms=11, alpha=.8)
         ax.annotate(str(k), at, ha='center', va='center', fontsize=7)
         legend.text(0, 1 - k/(len(t) + 1), f'{k}  {name} ({row.calls:.3g})', fontsize=7.5, va='center')
-    ax.set_xscale('log'); ax.set_xlabel('ms per image', fontsize=9); ax.set_ylabel(f'{metric} [%]', fontsize=9)
+    ax.set_xscale('log'); ax.set_xlabel('ms per image', fontsize=9); ax.set_ylabel(f'{CURVE[metric]} [%]', fontsize=9)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5))); ax.xaxis.set_major_formatter('{x:g}')
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.tick_params(labelsize=8); ax.spines[['top', 'right']].set_visible(False)
     legend.axis('off'); legend.set_title('scorer (calls per image)', fontsize=8, loc='left')
     fig.tight_layout()

@@ -21,10 +21,10 @@ from .denoiser import denoiser_training, draw_batch, eps_loss, make_unet, save_d
 from .detector import DynAD, DynADPrediction, denoiser_key, finished
 from .fusion import score, smooth
 from .method import Hooks, checked_options, register
-from .reconstruction import reconstruct
+from .reconstruction import noise_keys, reconstruct
 from .training import CHECKPOINT, train
-from .walk import (Parts, WalkOutputs, choose_t_hat, compare, decode, encode, extract_features, sampler_settings,
-                        severity)
+from .walk import (Parts, WalkOutputs, choose_t_hat, compare, decode, encode, extract_features, neighbour_maps,
+                        reference_features, sampler_settings, severity)
 
 # %% auto #0
 __all__ = ['simplex_octave', 'simplex_noise', 'StaticOptions', 'static_config', 'simplex_for', 'noised_latents', 'SimplexWalk',
@@ -86,24 +86,26 @@ def static_config(config: Config) -> Config:
         raise ConfigError(f"options.t_hat = {o.t_hat} is larger than diffusion.T = {config.diffusion.T}; lower it")
     if o.noise == 'gaussian' and o.denoiser == 'own':
         raise ConfigError("options.denoiser = 'own' with Gaussian noise would train DynAD's UNet again; leave it out")
-    how = dict(severity='static', static_t=o.t_hat, static_sampler='same', omega=o.omega, eta=0.)
-    return with_overrides(config, {f'reconstruction.{k}': v for k, v in how.items()})
+    how = dict(average=0, severity='static', static_t=o.t_hat, static_sampler='same', omega=o.omega, eta=0.)
+    plain = dict(neighbour=0., reference='input', score='max', choice='fixed')
+    return with_overrides(config, {f'reconstruction.{k}': v for k, v in how.items()}
+                          | {f'fusion.{k}': v for k, v in plain.items()})
 
 # %% ../nbs/16g_static.ipynb #f60c8b0e
 def simplex_for(
     options: StaticOptions,
-    rows: list[int],         # positions of the images in their set
+    keys: list[int],         # one per image, of `noise_keys`
     shape: tuple[int, ...],  # (C,h,w)
     seed: int
-) -> Tensor:                 # [len(rows),C,h,w]
+) -> Tensor:                 # [len(keys),C,h,w]
     "Simplex noise per image: the same in every batch."
     how = dict(octaves=options.octaves, wavelength=options.wavelength, decay=options.decay)
-    return torch.stack([simplex_noise(shape, (seed, i), **how) for i in rows]) if rows else torch.empty(0, *shape)
+    return torch.stack([simplex_noise(shape, (seed, k), **how) for k in keys]) if keys else torch.empty(0, *shape)
 
-def noised_latents(parts: Parts, options: StaticOptions, z0: Tensor, t_hat: Tensor, rows: list[int]) -> Tensor:
+def noised_latents(parts: Parts, options: StaticOptions, z0: Tensor, t_hat: Tensor, keys: list[int]) -> Tensor:
     "`walk.reconstruct_latents` with simplex noise."
     how = sampler_settings(parts.config)
-    noise = simplex_for(options, rows, tuple(z0.shape[1:]), parts.config.seed).to(parts.device)
+    noise = simplex_for(options, keys, tuple(z0.shape[1:]), parts.config.seed).to(parts.device)
     with parts.autocast():
         out = reconstruct(parts.denoiser, z0.to(parts.device), t_hat, parts.schedule, noise=noise, **how)
     return out.z_hat.float().cpu()
@@ -122,19 +124,20 @@ class SimplexWalk(CachedWalk):
     @property
     def cached_latents(self) -> Cached:
         def function(rows, t_hat):
-            return {'z_hat': noised_latents(self.parts, self.options, self.z0[rows], t_hat, rows)}
+            keys = [self.image_keys[r] for r in rows]
+            return {'z_hat': noised_latents(self.parts, self.options, self.z0[rows], t_hat, keys)}
         return self.cached('reconstructions', self.reconstructions_key, function, 'reconstructions')
 
 # %% ../nbs/16g_static.ipynb #e42b4f26
-def simplex_walk(parts: Parts, options: StaticOptions, image: Tensor, rows: list[int]) -> WalkOutputs:
+def simplex_walk(parts: Parts, options: StaticOptions, image: Tensor) -> WalkOutputs:
     "`walk.walk` with simplex noise."
     features = extract_features(parts, image)
     s = severity(parts, features)
-    t_hat, z0 = choose_t_hat(parts, s.bin), encode(parts, image, rows)
-    z_hat = noised_latents(parts, options, z0, t_hat, rows)
-    x_hat = decode(parts, z_hat)
-    raw = compare(parts, z0, z_hat, features, extract_features(parts, x_hat))
-    return WalkOutputs(features, s, t_hat, z0, z_hat, x_hat, raw)
+    t_hat, z0 = choose_t_hat(parts, s.bin), encode(parts, image)
+    z_hat = noised_latents(parts, options, z0, t_hat, noise_keys(image))
+    x_hat, reference = decode(parts, z_hat), reference_features(parts, features, z0)
+    raw = compare(parts, z0, z_hat, reference, extract_features(parts, x_hat))
+    return WalkOutputs(features, s, t_hat, z0, z_hat, x_hat, raw, neighbour=neighbour_maps(parts, features))
 
 # %% ../nbs/16g_static.ipynb #11efa902
 @register
@@ -165,7 +168,7 @@ class Static(DynAD):
 
     def predict_batch(self, images, rows):
         if not self.simplex: p = super().predict_batch(images, rows)
-        else: p = finished(self, simplex_walk(self.parts, self.options, images, rows))
+        else: p = finished(self, simplex_walk(self.parts, self.options, images))
         return p if self.options.map == 'fused' else in_pixels(self, p, images)
 
     def predict_set(self, images, rows=None):

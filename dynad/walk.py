@@ -55,9 +55,9 @@ class Parts:
     denoiser: Denoiser | None = None          # ε_θ
     phi: FeatureExtractor | None = None       # φ, adapted
     dic: DIC | None = None                    # the bank of normal images and its bins
-    spatial: tuple[SpatialDIC, ...] = ()      # the banks of normal patches, one per part of n_map
     hashes: dict[str, str] = field(default_factory=dict) # 'autoencoder', 'denoiser', 'phi', 'bank': what they are
     device: torch.device = torch.device('cpu')
+    spatial: tuple[SpatialDIC, ...] = ()      # the banks of normal patches, one per part of n_map
 
     @cached_property
     def schedule(self) -> Schedule:

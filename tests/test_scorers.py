@@ -14,7 +14,7 @@ from dynad.scorers import (COMPLETE, CURVE, SCORERS, Batch, ScorerError, batch_o
 @pytest.fixture(scope='module')
 def batch(smoke, boards):
     "Eight test images as a scorer gets them."
-    return batch_of(smoke[0], to_float(load_images(boards.test[-8:], 64)), list(range(8)))
+    return batch_of(smoke[0], to_float(load_images(boards.test[-8:], 64)))
 
 def answer(model, name, batch): return SCORERS[name](model)(batch)
 
@@ -70,9 +70,9 @@ def test_scores_of_the_inversion(smoke, batch):
 def test_kl_with_a_fixed_variance_is_that_of_two_normals(smoke, batch):
     model = smoke[0]
     s = model.parts.schedule
-    got = fixed_variance_kl(model, batch.z0, batch.rows, at=(50,))
+    got = fixed_variance_kl(model, batch.z0, batch.keys, at=(50,))
     from dynad.reconstruction import noise_for
-    noise, t = noise_for(batch.rows, tuple(batch.z0.shape[1:]), 31*model.config.seed), torch.full((8,), 50)
+    noise, t = noise_for(batch.keys, tuple(batch.z0.shape[1:]), 31*model.config.seed), torch.full((8,), 50)
     z_t = q_sample(batch.z0, t, s.abar, noise=noise)
     with torch.no_grad(): clean = predict_x0(z_t, model.parts.denoiser(z_t, t), t, s.abar)
     a, before, beta = s.abar[50], s.abar[49], s.betas[50]
@@ -94,7 +94,7 @@ def test_glad_pools_the_largest_percent(smoke, batch):
     assert f.pool is top_percent and f(batch)[0].shape == (8, 1, *batch.z0.shape[2:])
 
 def test_every_scorer_is_the_same_in_every_batch(smoke, batch):
-    two = Batch(batch.image[2:4], batch.z0[2:4], batch.t_hat[2:4], [2, 3])
+    two = Batch(batch.image[2:4], batch.z0[2:4], batch.t_hat[2:4], batch.keys[2:4])
     for name in SCORERS:
         f = SCORERS[name](smoke[0])
         (m, s), (a, b) = f(batch), f(two)

@@ -67,7 +67,7 @@ def test_is_dynad_under_static_settings_and_trains_nothing(kept, boards):
     told = []
     model = Static(config()).fit(boards, run, progress=False, callback=lambda *a: told.append(a))
     assert told == [] and model.stages == dynad.stages
-    same = dynad.with_settings({'reconstruction.severity': 'static', 'reconstruction.static_t': 250, 'reconstruction.omega': 1.})
+    same = dynad.with_settings({'fusion.neighbour': 0., 'reconstruction.severity': 'static', 'reconstruction.static_t': 250, 'reconstruction.omega': 1.})
     files = [s.image for s in boards.test[:4]]
     a, b = model.predict(files), same.predict(files)
     assert torch.equal(a.map, b.map) and (a.t_hat == 250).all()
@@ -99,4 +99,4 @@ def test_map_of_anoddpm_is_the_squared_error(kept, boards):
     want = smooth((x - x_hat).square().mean(1, keepdim=True), m.config.fusion.sigma)
     assert torch.allclose(p.map, want, atol=1e-6) and torch.allclose(p.score, want.amax((1, 2, 3)), atol=1e-6)
     assert p.reconstruction is None and m.predict([boards.test[0].image]).reconstruction is not None
-    assert m.decision.threshold > 0
+    assert m.decision.pixel_threshold > 0
