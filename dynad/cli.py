@@ -26,8 +26,8 @@ __all__ = ['app', 'OF_THE_SYSTEM', 'Folder', 'File', 'DataSet', 'Layout', 'Categ
            'VALUE', 'RAW', 'VALUE_HELP', 'RAW_HELP', 'YAML_HELP', 'Values', 'Texts', 'Yaml', 'YamlFiles', 'PROFILE',
            'SCHEDULER', 'TIMEOUT', 'OneLine', 'known_mistakes', 'config_of', 'checked_place', 'dataset_of', 'place',
            'data_place', 'fit', 'opened', 'baselines_of', 'check_results', 'check_apart', 'evaluate', 'write_page',
-           'predict', 'demo_data', 'demo', 'NameValue', 'cost', 'print_plan', 'print_outcomes', 'reproduce', 'download',
-           'bench', 'seeds_of', 'settings_of', 'compare', 'runner_of', 'doctor']
+           'predict', 'demo_data', 'demo', 'NameValue', 'cost', 'print_plan', 'print_outcomes', 'reproduce',
+           'say_folders', 'download', 'bench', 'seeds_of', 'settings_of', 'compare', 'runner_of', 'doctor']
 
 # %% ../nbs/20_cli.ipynb #bdfad273
 class OneLine(typer.core.TyperGroup):
@@ -402,7 +402,8 @@ def reproduce(
     scheduler: Annotated[Optional[str], typer.Option(metavar='ADDRESS', help=SCHEDULER)] = None,
     workers: Annotated[Optional[int], typer.Option(
         min=0, help='of the cluster on this machine; 0: in this process, without dask')] = None,
-    timeout: Annotated[Optional[int], typer.Option(min=1, help=TIMEOUT)] = None
+    timeout: Annotated[Optional[int], typer.Option(min=1, help=TIMEOUT)] = None,
+    strict: Strict = False
 ):
     "Tables and figures of the paper, by papermill; a finished one is not run again."
     with known_mistakes():
@@ -420,10 +421,17 @@ def reproduce(
         given = runner.parse_parameters(parameter or [], raw or [], yaml or [], file or [])
         planned = runner.plan(names or ['all'], profile, given, out, timeout, elsewhere=bool(scheduler))
         runner.refuse_parameters(planned, given)
+        if not scheduler and not as_json: say_folders(given.get('data', ''), strict)
         rows = runner.listing(planned)
         if show_list and as_json: echo_json(rows)
         elif show_list or dry_run: print_plan(planned, rows, dry_run)
         else: print_outcomes(J.run_jobs(planned, scheduler, workers, echo), Path(planned[0].out).parent)
+
+def say_folders(data: str, strict: bool) -> None:
+    "A line of what is in each folder that `-p data=…` names. Raises DataError for findings if strict."
+    from dynad.subjects import subjects
+    for s in subjects(data, None) if data else []:
+        if Path(s.source).is_dir(): dataset_of(s.source, 'auto', s.category, 0, strict)
 
 # %% ../nbs/20_cli.ipynb #61778afa
 @app.command()
@@ -512,7 +520,7 @@ def compare(
     workers: Annotated[Optional[int], typer.Option(
         min=0, help='processes at once on this machine (default: 1, so that times are those of a machine to itself); '
         '0: all in this process')] = None,
-    set: Set = None
+    set: Set = None, strict: Strict = False
 ):
     "Several methods on one data set: a table, paired differences and a grid of images; a failed row does not stop it."
     with known_mistakes():
@@ -521,6 +529,7 @@ def compare(
         for folder, what in ((out, '--out '), (html, '--html ')):
             if folder: check_folder(folder, what)
         if json_file: check_file(json_file, '--json ')
+        dataset_of(data, layout, category, 0, strict)
         from dynad import compare as C
         named = tuple(m.strip() for m in methods.split(',') if m.strip())
         c = C.Comparison(data, named, given[0], out, preset, layout, category, given[1], n_boot, images)

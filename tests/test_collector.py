@@ -383,3 +383,14 @@ def test_the_widget_sees_what_the_commands_see(tmp_path, smoke):
         assert own._to_inspect() == list(collect(tmp_path/'set').files) == images_of([tmp_path/'set']) and len(own._to_inspect()) == 20
         for text in ('20 images', '4 masks, no images to judge', '1 file of other formats'): assert text in own.new.text.value
     finally: own.close()
+
+@pytest.mark.parametrize('words', [['compare', '--methods', 'padim', '--data'], ['reproduce', 'table5', '--dry-run', '-p']])
+def test_compare_and_reproduce_say_what_a_folder_holds_and_refuse_it_when_strict(words, tmp_path, monkeypatch):
+    from dynad.cli import app
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    root = base(tmp_path/'set')
+    (root/'test/spot/x.xcf').write_text('x')
+    given = [*words, str(root) if words[-1] == '--data' else f'data={root}']
+    out = CliRunner().invoke(app, [*given, '--strict'])
+    assert out.exit_code == 2 and '1 file of other formats (.xcf 1; test/spot/x.xcf)' in out.output and out.output.count('\n') == 1
+    if words[0] == 'reproduce': assert 'not used: 1 file of other formats' in CliRunner().invoke(app, given).output
