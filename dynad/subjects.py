@@ -29,8 +29,8 @@ from .store import make_folder
 from .synthetic import PRODUCTS, write_synthetic
 
 # %% auto #0
-__all__ = ['OPENED', 'NULLS', 'pool_place', 'pool', 'Subject', 'find_set', 'subjects', 'fitted', 'measure', 'null_rows',
-           'pixel_space', 'paired', 'slim', 'part', 'area_groups']
+__all__ = ['OPENED', 'PUBLISHED', 'NULLS', 'pool_place', 'pool', 'Subject', 'find_set', 'subjects', 'fitted', 'measure',
+           'null_rows', 'pixel_space', 'paired', 'slim', 'part', 'area_groups']
 
 # %% ../nbs/19a_subjects.ipynb #8419dc36
 def pool_place() -> Path:
@@ -165,6 +165,13 @@ def subjects(
         return (_real(wanted, root) if root else []) or [_synthetic('board')]
     return [s for w in words for s in (subjects('auto', wanted) if w == 'auto' else _subjects(w))]
 
+# %% ../nbs/19a_subjects.ipynb #5b1e07c2
+# The tables and figures are of the paper's method: what `small` adds to it, or leaves out, is set back.
+PUBLISHED = {'small': {
+    'features.enlarge': 1, 'reconstruction.average': 0, 'adaptation.gamma': 1,
+    'fusion.lam': .85, 'fusion.layers': (2, 3), 'fusion.neighbour': 0., 'fusion.choice': 'fixed',
+    'fusion.false_alarms': None}}
+
 # %% ../nbs/19a_subjects.ipynb #f50b6aaf
 def fitted(
     subject: Subject,
@@ -174,8 +181,10 @@ def fitted(
     progress: bool = False,
     method: str = 'dynad'                 # or another one, e.g. 'patchcore'
 ) -> tuple[Method, AnomalyDataset]:
-    "A method fitted in the pool, and its data set; what another experiment has trained is read from there."
-    cfg = make_config(preset, overrides, seed=seed, method=method)
+    """A method fitted in the pool, and its data set; what another experiment has trained is read from there.
+
+    The paper's own method (`PUBLISHED`), whatever the preset adds to it; an extension is asked for by name."""
+    cfg = make_config(preset, PUBLISHED.get(preset, {}) | (overrides or {}), seed=seed, method=method)
     data = subject.dataset(size=max(128, cfg.data.image_size))
     return method_named(method)(cfg).fit(data, pool(), progress=progress), data
 
