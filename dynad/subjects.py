@@ -4,7 +4,7 @@
 
 # %% ../nbs/19a_subjects.ipynb #f23d093e
 from __future__ import annotations
-import os, time
+import os, time, warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from .checks import DataWarning
 from .config import Config, ConfigError, data_root, make_config
 from .data import AnomalyDataset, load_masks, open_dataset, with_mask_rule
 from .detector import DynAD, untrained
@@ -29,8 +30,8 @@ from .store import make_folder
 from .synthetic import PRODUCTS, write_synthetic
 
 # %% auto #0
-__all__ = ['OPENED', 'PUBLISHED', 'NULLS', 'pool_place', 'pool', 'Subject', 'find_set', 'subjects', 'fitted', 'measure',
-           'null_rows', 'pixel_space', 'paired', 'slim', 'part', 'area_groups']
+__all__ = ['OPENED', 'PUBLISHED', 'SAID', 'NULLS', 'pool_place', 'pool', 'Subject', 'find_set', 'subjects', 'fitted', 'say_once',
+           'measure', 'null_rows', 'pixel_space', 'paired', 'slim', 'part', 'area_groups']
 
 # %% ../nbs/19a_subjects.ipynb #8419dc36
 def pool_place() -> Path:
@@ -186,7 +187,22 @@ def fitted(
     The paper's own method (`PUBLISHED`), whatever the preset adds to it; an extension is asked for by name."""
     cfg = make_config(preset, PUBLISHED.get(preset, {}) | (overrides or {}), seed=seed, method=method)
     data = subject.dataset(size=max(128, cfg.data.image_size))
-    return method_named(method)(cfg).fit(data, pool(), progress=progress), data
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        model = method_named(method)(cfg).fit(data, pool(), progress=progress)
+    say_once(caught)
+    return model, data
+
+SAID: set[str] = set()
+
+def say_once(
+    caught: list[warnings.WarningMessage]
+) -> None:
+    "What is wrong with the data as a line of the notebook, once; every other warning is passed on."
+    for w in caught:
+        if not issubclass(w.category, DataWarning): warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+        elif str(w.message) not in SAID: print(w.message)
+        SAID.add(str(w.message))
 
 # %% ../nbs/19a_subjects.ipynb #fec1c7ba
 @lru_cache(maxsize=8)
