@@ -529,10 +529,10 @@ def compare(
         for folder, what in ((out, '--out '), (html, '--html ')):
             if folder: check_folder(folder, what)
         if json_file: check_file(json_file, '--json ')
-        dataset_of(data, layout, category, 0, strict)
         from dynad import compare as C
         named = tuple(m.strip() for m in methods.split(',') if m.strip())
         c = C.Comparison(data, named, given[0], out, preset, layout, category, given[1], n_boot, images)
+        dataset_of(data, layout, category, 0, strict)
         result = C.compare(c, json_file, runner_of(scheduler, workers), echo)
         echo(C.table_of(result['summary']).to_string(max_colwidth=60))
         for line in C.difference_lines(result): echo(line)

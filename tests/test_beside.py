@@ -187,8 +187,8 @@ def test_pictures_are_drawn_while_two_fits_run(tmp_path):
 def test_pictures_are_drawn_while_two_trainings_run():
     "Ten times: two trainings draw their curve after every step, two cells draw formulas meanwhile; no picture fails on either side."
     drawn, errors, results = [], [], []
-    def work(j):
-        losses, t = [], training(steps=2)
+    def work(t):
+        losses = []
         def draws(k, loss):
             losses.append(loss)
             try: drawn.append(losses_figure({'denoiser': [*losses, loss]}).savefig(io.BytesIO(), dpi=30))
@@ -196,7 +196,7 @@ def test_pictures_are_drawn_while_two_trainings_run():
         train(t, progress=False, callback=draws)
         results.append(state(t))
     for k in range(10):
-        workers = [threading.Thread(target=work, args=(j,)) for j in range(2)]
+        workers = [threading.Thread(target=work, args=(training(steps=2),)) for _ in range(2)] # weights drawn one after the other
         cells = [threading.Thread(target=user_draws, args=(lambda: not any(w.is_alive() for w in workers), errors, j)) for j in range(2)]
         for t in workers + cells: t.start()
         for t in workers + cells: t.join(60)

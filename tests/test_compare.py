@@ -185,14 +185,14 @@ def test_what_a_method_warns_of_stands_in_its_row(boards, tmp_path, recwarn):
     c = comparison(boards, tmp_path, ('spade',))
     result = C.compare(c, run=C.in_this_process, report=lambda line: None)
     said = 'SPADE: options.K = 50, but there are 19 normal images: all 19 are taken'
-    assert result['rows'][0]['warnings'] == [said] and C.table_of(result['summary']).loc['SPADE', 'note'] == said and not len(recwarn)
+    assert result['rows'][0]['warnings'] == [said] and C.table_of(result['summary']).loc['SPADE', 'note'] == said and not [w for w in recwarn if 'SPADE' in str(w.message)]
 
 def test_another_setting_never_meets_an_old_result(boards, tmp_path):
     folders = [comparison(boards, tmp_path, ('padim',), overrides=o).tasks()[0].folder for o in ({}, {'': {'options.dims': 20}}, {'padim': {'options.dims': 30}})]
     assert len(set(folders)) == 3 and comparison(boards, tmp_path, ('padim',)).tasks()[0].folder == folders[0]
 
 @pytest.mark.parametrize('more, said', [
-    (dict(methods=('padimm',)), 'padimm.*is not known; there are .*padim'),
+    (dict(methods=('padimm',)), 'padimm.*is not known.*there are .*padim'),
     (dict(methods=('no_such_package:thing',)), 'no_such_package cannot be imported'),
     (dict(methods=('dynad.padim:thing',)), "dynad.padim registers no method 'thing'"),
     (dict(methods=()), 'at least one of each'),
