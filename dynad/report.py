@@ -209,7 +209,9 @@ def walk_text(settings: dict[str, Any]) -> dict[str, str] | None:
     scale = ('Both are scaled by the lowest and the highest value of the test images themselves.'
              if f['calibration'] == 'test' else 'Both are scaled by normal images that were not used for training: '
              f"0 is an ordinary pixel, 1 the {f['quantile']:g} quantile of normal pixels.")
-    return dict(severity=severity, noise=noise, scale=scale, lam=f"{f['lam']:g}")
+    near = (f" A neighbour map, how far each patch is from the nearest normal one, has {f['neighbour']:.0%} of the weight, "
+            'here and in the null models.' if f.get('neighbour') else '')
+    return dict(severity=severity, noise=noise, scale=scale, lam=f"{f['lam']:g}", near=near)
 
 # %% ../nbs/17a_report.ipynb #4975661b
 def value_text(v: Any) -> str:
