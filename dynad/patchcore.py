@@ -23,11 +23,12 @@ from .dic import ROUNDING
 from .features import load_features
 from .fusion import smooth
 from .method import Method, Prediction, register
+from .spatial_dic import k_centre, patch_features
 from .store import REPAIR_HINT, StoreError, load_tensors
 
 # %% auto #0
-__all__ = ['PatchCoreError', 'PatchCoreOptions', 'patch_features', 'nearest', 'projected_dims', 'sparse_projection', 'k_centre',
-           'greedy_coreset', 'sample_rows', 'reweighted_score', 'distance_map', 'PatchBank', 'PatchCore', 'fit_patches']
+__all__ = ['PatchCoreError', 'PatchCoreOptions', 'nearest', 'projected_dims', 'sparse_projection', 'greedy_coreset',
+           'sample_rows', 'reweighted_score', 'distance_map', 'PatchBank', 'PatchCore', 'fit_patches']
 
 # %% ../nbs/16a_patchcore.ipynb #3ba043b1
 class PatchCoreError(DynadError, ValueError):
@@ -40,18 +41,6 @@ class PatchCoreOptions(Settings):
     neighbours: int = Field(9, ge=1)                                    # b of Eq. 7; 1: no reweighting
     sigma: float = Field(4., ge=0)                                      # of the map's Gaussian, in pixels at 256²
     max_patches: int | None = Field(20_000, ge=1)                       # candidates drawn at random; None: all patches
-
-# %% ../nbs/16a_patchcore.ipynb #f3b5f5f5
-def patch_features(
-    features: dict[int, Tensor],      # layer -> [B,C_j,h_j,w_j], as φ gives them
-    layers: tuple[int, ...] = (2, 3)  # the finest of them sets the grid
-) -> Tensor:                          # [B,ΣC,h,w] float32
-    "Features of several layers, averaged over 3×3 with zero padding, on the grid of the finest layer (Section 3.1)."
-    if missing := [j for j in layers if j not in features]:
-        raise PatchCoreError(f"layers {missing} are not among the features {sorted(features)}")
-    maps = [F.avg_pool2d(features[j].float(), 3, 1, 1) for j in layers]
-    size = max(m.shape[-2:] for m in maps)
-    return torch.cat([m if m.shape[-2:] == size else F.interpolate(m, size, mode='bilinear') for m in maps], 1)
 
 # %% ../nbs/16a_patchcore.ipynb #55968563
 def _search(
@@ -108,23 +97,6 @@ def sparse_projection(
     keep = torch.rand(d, k, generator=generator) < d**-.5
     sign = torch.randint(0, 2, (d, k), generator=generator)*2 - 1
     return keep*sign*(d**.25/k**.5)
-
-# %% ../nbs/16a_patchcore.ipynb #9fce4ac5
-def k_centre(
-    x: Tensor,   # [n,d] points
-    m: int,      # how many to choose, at most n
-    first: int   # index of the first one
-) -> Tensor:     # [m] distinct indices, in the order of choice
-    "Greedy k-centre selection: always the point that is farthest from all chosen before it."
-    x = x - x.mean(0)                                            # small norms: less rounding in the product below
-    sq = x.square().sum(1)
-    i, far, chosen = torch.tensor([first], device=x.device), torch.full_like(sq, math.inf), []
-    for _ in range(m):
-        chosen.append(i)
-        far = torch.minimum(far, sq + sq[i] - 2*(x @ x[i[0]]))   # squared distance to the nearest chosen point
-        far[i] = -math.inf                                       # never chosen twice
-        i = far.argmax(keepdim=True)
-    return torch.cat(chosen).cpu()
 
 # %% ../nbs/16a_patchcore.ipynb #c2e762a0
 def greedy_coreset(

@@ -18,12 +18,13 @@ from .data import to_float
 from .features import load_features
 from .fusion import smooth
 from .method import Hooks, Method, Prediction, register
+from .spatial_dic import patch_features
 from .store import load_state, state_hash
 from .training import CHECKPOINT, Training, rows_of_step, stream, train
 
 # %% auto #0
-__all__ = ['SimpleNetError', 'SimpleNetOptions', 'local_features', 'AdaptedDiscriminator', 'truncated_loss', 'simplenet_training',
-           'SimpleNet', 'fit_discriminator']
+__all__ = ['SimpleNetError', 'SimpleNetOptions', 'AdaptedDiscriminator', 'truncated_loss', 'simplenet_training', 'SimpleNet',
+           'fit_discriminator']
 
 # %% ../nbs/16d_simplenet.ipynb #324c6d6f
 class SimpleNetError(DynadError, RuntimeError):
@@ -39,18 +40,6 @@ class SimpleNetOptions(Settings):
     batch: int = Field(8, ge=1)                       # images per step; all their patches
     lr: float = Field(2e-4, gt=0)
     sigma: float = Field(4., ge=0)                    # of the map's Gaussian, in pixels at 256²
-
-# %% ../nbs/16d_simplenet.ipynb #0202926d
-def local_features(
-    features: dict[int, Tensor],      # layer -> [B,C_j,h_j,w_j], as φ gives them
-    layers: tuple[int, ...] = (2, 3)  # the finest of them sets the grid
-) -> Tensor:                          # [B,ΣC,h,w] float32
-    "Features of several layers with their neighbourhood, on the finest grid (Section 3.1)."
-    if missing := [j for j in layers if j not in features]:
-        raise SimpleNetError(f"layers {missing} are not among the features {sorted(features)}")
-    maps = [F.avg_pool2d(features[j].float(), 3, 1, 1) for j in layers]
-    size = max(m.shape[-2:] for m in maps)
-    return torch.cat([m if m.shape[-2:] == size else F.interpolate(m, size, mode='bilinear') for m in maps], 1)
 
 # %% ../nbs/16d_simplenet.ipynb #5baae2b2
 class AdaptedDiscriminator(nn.Module):
@@ -131,7 +120,7 @@ class SimpleNet(Method):
 
     @torch.no_grad()
     def predict_batch(self, images, rows):
-        x = local_features(self.phi(images.to(self.device)), self.options.layers)
+        x = patch_features(self.phi(images.to(self.device)), self.options.layers)
         d = -self.net(x.permute(0, 2, 3, 1).flatten(0, 2)).view(len(x), 1, *x.shape[-2:])
         maps = smooth(F.interpolate(d, tuple(images.shape[-2:]), mode='bilinear'), self.options.sigma)
         return Prediction(d.flatten(1).amax(1).cpu(), maps.cpu())
@@ -145,7 +134,7 @@ def fit_discriminator(method: SimpleNet, hooks: Hooks) -> Path:
     def features():
         rows = batches(len(images), c.batch, 'features', hooks.progress)
         x = lambda r: to_float(images.images[r]).to(method.device)
-        return torch.cat([local_features(phi(x(r)), o.layers).cpu() for r in rows])
+        return torch.cat([patch_features(phi(x(r)), o.layers).cpu() for r in rows])
     def make(work: Path) -> dict[str, Tensor]:
         x = features()
         with torch.random.fork_rng():

@@ -4,6 +4,7 @@
 
 # %% ../nbs/10a_spatial_dic.ipynb #e57422e4
 from __future__ import annotations
+import math
 from dataclasses import dataclass
 from typing import Iterable
 
@@ -14,41 +15,56 @@ from torch import Tensor
 from .config import DynadError
 
 # %% auto #0
-__all__ = ['SpatialDICError', 'neighbourhoods', 'spread_out', 'nearest_distance', 'random_rows', 'SpatialDIC']
+__all__ = ['SpatialDICError', 'patch_features', 'neighbourhoods', 'k_centre', 'spread_out', 'nearest_distance', 'random_rows',
+           'SpatialDIC']
 
 # %% ../nbs/10a_spatial_dic.ipynb #b5e4aa55
 class SpatialDICError(DynadError, ValueError):
     "Patches that cannot be compared: the text names the value and the cure."
 
+def patch_features(
+    features: dict[int, Tensor],      # layer -> [B,C_j,h_j,w_j], as φ gives them
+    layers: tuple[int, ...] = (2, 3)  # the finest of them sets the grid
+) -> Tensor:                          # [B,ΣC,h,w] float32
+    "Features of several layers, averaged over 3×3 with zero padding, on the grid of the finest layer (PatchCore, Section 3.1)."
+    if missing := [j for j in layers if j not in features]:
+        raise SpatialDICError(f"layers {missing} are not among the features {sorted(features)}")
+    maps = [F.avg_pool2d(features[j].float(), 3, 1, 1) for j in layers]
+    size = max(m.shape[-2:] for m in maps)
+    return torch.cat([m if m.shape[-2:] == size else F.interpolate(m, size, mode='bilinear') for m in maps], 1)
+
 def neighbourhoods(
     features: dict[int, Tensor],      # layer -> [B,C_j,h_j,w_j], as φ gives them
     layers: tuple[int, ...] = (2, 3)  # the finest of them sets the grid
 ) -> Tensor:                          # [B,h,w,ΣC] float32
-    "Each place with its surroundings, as one vector."
-    if missing := [j for j in layers if j not in features]:
-        raise SpatialDICError(f"layers {missing} are not among the features {sorted(features)}")
-    maps = [F.avg_pool2d(features[j].float(), 3, 1, 1) for j in layers]
-    size = max(tuple(m.shape[-2:]) for m in maps)
-    maps = [m if tuple(m.shape[-2:]) == size else F.interpolate(m, size, mode='bilinear') for m in maps]
-    return torch.cat(maps, 1).permute(0, 2, 3, 1)
+    "Each place with its surroundings, as one vector. Raises SpatialDICError for a layer that φ does not give."
+    return patch_features(features, layers).permute(0, 2, 3, 1)
 
 # %% ../nbs/10a_spatial_dic.ipynb #741e68cb
+def k_centre(
+    x: Tensor,   # [n,d] points
+    m: int,      # how many to choose, at most n
+    first: int   # index of the first one
+) -> Tensor:     # [m] distinct indices, in the order of choice
+    "Greedy k-centre selection: always the point that is farthest from all chosen before it."
+    x = x - x.mean(0)                                            # small norms: less rounding in the product below
+    sq = x.square().sum(1)
+    i, far, chosen = torch.tensor([first], device=x.device), torch.full_like(sq, math.inf), []
+    for _ in range(m):
+        chosen.append(i)
+        far = torch.minimum(far, sq + sq[i] - 2*(x @ x[i[0]]))   # squared distance to the nearest chosen point
+        far[i] = -math.inf                                       # never chosen twice
+        i = far.argmax(keepdim=True)
+    return torch.cat(chosen).cpu()
+
 def spread_out(
     x: Tensor,     # [n,d]
     m: int,        # how many to keep
     seed: int = 0  # of the first one
 ) -> Tensor:       # [min(m,n)] distinct rows, in the order of choice
-    "Greedy choice of rows such that no other row is far from all of them."
+    "Greedy choice of rows such that no other row is far from all of them. Raises SpatialDICError for none to keep."
     if m < 1 or not len(x): raise SpatialDICError(f"cannot keep {m} of {len(x)} patches: both must be at least 1")
-    x = x - x.mean(0)  # small norms: less rounding in the product below
-    norm, row = x.square().sum(1), int(torch.randint(len(x), (), generator=torch.Generator().manual_seed(seed)))
-    far, rows = torch.full_like(norm, torch.inf), []
-    for _ in range(min(m, len(x))):
-        rows.append(row)
-        far = torch.minimum(far, norm + norm[row] - 2*(x @ x[row]))
-        far[row] = -torch.inf  # never twice
-        row = int(far.argmax())
-    return torch.tensor(rows)
+    return k_centre(x, min(m, len(x)), int(torch.randint(len(x), (), generator=torch.Generator().manual_seed(seed))))
 
 # %% ../nbs/10a_spatial_dic.ipynb #e1a62906
 def nearest_distance(

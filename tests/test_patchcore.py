@@ -8,6 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from dynad.fusion import smooth
 from dynad.metrics import image_metrics, pixel_metrics
+from dynad.spatial_dic import SpatialDICError
 from dynad.patchcore import (PatchBank, PatchCoreError, PatchCoreOptions, distance_map, greedy_coreset, k_centre, nearest, patch_features,
                              projected_dims, reweighted_score, sample_rows, sparse_projection)
 from pydantic import ValidationError
@@ -228,7 +229,7 @@ OTHER = {2: torch.zeros(1, 3, 8, 8), 3: torch.zeros(1, 3, 4, 4)}
     (lambda: PatchCoreOptions(layers=(2, 4)), ValidationError, 'layers.1'),
     (lambda: PatchCoreOptions(max_patches=0), ValidationError, 'max_patches'),
     (lambda: PatchCoreOptions(coreset=1.5), ValidationError, 'coreset'),
-    (lambda: PatchBank().fit([{2: torch.zeros(1, 3, 8, 8)}]), PatchCoreError, r'layers \[3\] are not among the features \[2\]'),
+    (lambda: PatchBank().fit([{2: torch.zeros(1, 3, 8, 8)}]), SpatialDICError, r'layers \[3\] are not among the features \[2\]'),
     (lambda: PatchBank().fit([features(1), OTHER]), PatchCoreError, 'patches of 6 channels follow patches of 16'),
     (lambda: PatchBank().score(features(1), 32), PatchCoreError, 'call fit'),
     (lambda: PatchBank().state_dict(), PatchCoreError, 'call fit before saving'),

@@ -4,18 +4,19 @@ import torch
 
 from dynad.config import make_config
 from dynad.method import open_run
-from dynad.simplenet import AdaptedDiscriminator, SimpleNet, SimpleNetError, SimpleNetOptions, local_features, simplenet_training, truncated_loss
+from dynad.spatial_dic import SpatialDICError, patch_features
+from dynad.simplenet import AdaptedDiscriminator, SimpleNet, SimpleNetError, SimpleNetOptions, simplenet_training, truncated_loss
 from dynad.store import TrainingStopped
 from dynad.training import train
 
 OPTIONS = {'options': {'steps': 30, 'hidden': 64, 'batch': 4}}
 
 
-def test_local_features_are_means_of_neighbourhoods():
+def test_patch_features_are_means_of_neighbourhoods():
     f = {2: torch.arange(16.).view(1, 1, 4, 4), 3: torch.ones(1, 2, 2, 2)}
-    v = local_features(f)
+    v = patch_features(f)
     assert v.shape == (1, 3, 4, 4) and torch.isclose(v[0, 0, 1, 1], f[2][0, 0, :3, :3].mean())
-    with pytest.raises(SimpleNetError, match=r'layers \[1\] are not among'): local_features(f, (1, 2))
+    with pytest.raises(SpatialDICError, match=r'layers \[1\] are not among'): patch_features(f, (1, 2))
 
 
 def test_loss_stops_at_the_margin_on_both_sides():
