@@ -39,9 +39,9 @@ class ImageSource:
         "The folder that is named."
         return expanded(self.folder.value.strip()) if self.folder.value.strip() else None
 
-    def keep(self, uploads: Any, folder: Path) -> list[Path]:
+    def keep(self, uploads: Any, folder: Path, max_pixels: int | None = None) -> list[Path]:
         "Save what was dropped; it takes the place of a folder that is named."
-        files = save_uploads(uploads, folder)
+        files = save_uploads(uploads, folder, max_pixels)
         self.folder.value = ''
         self.note = _uploads_note(uploads, files)
         return files
@@ -171,7 +171,7 @@ def _count(self: OwnImages) -> None:
 def _normal_dropped(self: OwnImages, change: dict) -> None:
     if not change['new']: return
     self.say('')
-    self.normal.keep(change['new'], self.model.folder/'good')
+    self.normal.keep(change['new'], self.model.folder/'good', self.model.max_pixels)
     self._count()
 
 # %% ../nbs/18j_own_images.ipynb #7f85aac8
@@ -179,7 +179,7 @@ def _normal_dropped(self: OwnImages, change: dict) -> None:
 def _new_dropped(self: OwnImages, change: dict) -> None:
     if not change['new']: return
     self.say('')
-    self.dropped = self.new.keep(change['new'], self.model.folder/'new')
+    self.dropped = self.new.keep(change['new'], self.model.folder/'new', self.model.max_pixels)
     names = ', '.join(printable(p.name) for p in self.dropped[:6]) + (' …' if len(self.dropped) > 6 else '')
     self.new.text.value = soft(f'{len(self.dropped)} images dropped{self.new.note}: {html.escape(names)}')
     if self.model.detector is not None: self.inspect()
