@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import DynadError, FeatureSettings, content_key, weights_root
+from .guard import building
 from .store import StoreError, file_sha256, load_tensors, state_hash
 
 # %% auto #0
@@ -369,6 +370,7 @@ def choose_layers(
     return tuple(sorted({*layers, *({1, 2, 3} & set(backbone.layers))}))
 
 # %% ../nbs/05_features.ipynb #4a9dc759
+@building()
 def load_features(
     settings: FeatureSettings,
     pretrained: bool = True,    # False: the architecture alone, for weights that are loaded next
