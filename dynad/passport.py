@@ -291,12 +291,13 @@ class Passport:
         return np.asarray(above(self.results['score'], self.threshold))
 
     @cached_property
-    def alarms(self) -> set[int]: # images that are above the threshold as they are
-        return {t.image for t, hit in zip(self.trials, self.found) if not t.kind and hit}
+    def left_out(self) -> set[int]: # images that are not below the threshold as they are
+        below = above(-self.results['score'], -self.threshold)
+        return {t.image for t, low in zip(self.trials, below) if not t.kind and not low}
 
     @cached_property
     def counts(self) -> np.ndarray: # [trials] bool
-        return np.array([bool(t.kind) and t.image not in self.alarms for t in self.trials]) & self.results['ok']
+        return np.array([bool(t.kind) and t.image not in self.left_out for t in self.trials]) & self.results['ok']
 
 # %% ../nbs/17n_passport.ipynb #64657a00
 @patch
@@ -387,7 +388,7 @@ def by_kind(self: Passport) -> dict[str, Share]: return {k: self.share(kind=k) f
 def lines(self: Passport) -> list[str]:
     "The passport for a screen: what is found, on what it rests, and what to keep in mind."
     a, trials = self.about, int(self.counts.sum())
-    out = [f"{a['method']} on {a['data']}: {trials} synthetic defects in {a['held_out'] - len(self.alarms)} held-out normal images",
+    out = [f"{a['method']} on {a['data']}: {trials} synthetic defects in {a['held_out'] - len(self.left_out)} held-out normal images",
            f"threshold: {a['rule']}"]
     for c in self.design.contrasts:
         size = self.smallest(contrast=c)
@@ -407,8 +408,9 @@ def cautions(self: Passport) -> list[str]:
     if a['synthetic']: out.append('the images themselves are synthetic')
     if a['preset'] in ('small', 'smoke'): out.append(f"{a['preset']} preset: {a['image_size']} × {a['image_size']} pixels of input")
     if a['chosen']: out.append("the run chose its mixture of maps on defects of these kinds in these images: an upper end")
-    if self.alarms: out.append(f"{len(self.alarms)} of {a['held_out']} held-out images are false alarms as they are, and are left out")
-    if lost: out.append(f'{lost} trials do not count: the place is background, the contrast cannot be had there, or the image is a false alarm')
+    if n := len(self.left_out):
+        out.append(f"{n} of {a['held_out']} held-out images are at or above the threshold as they are, and are left out")
+    if lost: out.append(f'{lost} trials do not count: the place is background, the contrast cannot be had there, or the image is left out')
     if a['held_out'] < 10: out.append(f"{a['held_out']} images only: the intervals know the trials, not how these images differ from others")
     return out
 
@@ -425,4 +427,4 @@ def to_json(self: Passport) -> dict[str, Any]:
                 places=[dict(place=PLACES[k], images=images(place=k), **n(self.share(place=k)), half=self.smallest(.5, place=k)) for k in range(9)],
                 worse_places=[PLACES[k] for k in self.worse_places()],
                 kinds=[dict(kind=k, **n(s), half=self.smallest(.5, kind=k)) for k, s in self.by_kind().items()],
-                false_alarms_as_they_are=len(self.alarms), cautions=self.cautions())
+                images_left_out=len(self.left_out), cautions=self.cautions())

@@ -103,7 +103,7 @@ def section_html(p: Passport) -> Markup:
     return Markup(render('passport_parts.html', style=css('passport.css'), figure=_curves(p), sizes=[p.size_text(s) for s in p.design.sizes],
                          rows=grid_rows(p), places=place_rows(p), kinds=kind_rows(p), examples=_examples(p) or [], rule=p.about['rule'],
                          cautions=p.cautions(), contrast=f"{p.design.contrasts[len(p.design.contrasts)//2]:.0%}",
-                         images=p.about['held_out'] - len(p.alarms), trials=int(p.counts.sum())))
+                         images=p.about['held_out'] - len(p.left_out), trials=int(p.counts.sum())))
 
 def write_passport(
     p: Passport,

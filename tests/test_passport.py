@@ -1,5 +1,5 @@
 "Graded defects: how they are made, counted, kept and shown."
-import json, shutil
+import dataclasses, json, shutil
 
 import numpy as np
 import pytest
@@ -60,8 +60,9 @@ def test_counting():
 
 def test_a_false_alarm_does_not_count_as_found():
     p = made([1]*27, alarms=(1,))
-    assert p.alarms == {1} and p.share().n < 27 and all(p.trials[k].image != 1 for k in np.flatnonzero(p.counts))
-    assert '1 of 3 held-out images are false alarms' in ' '.join(p.cautions())
+    assert p.left_out == {1} and p.share().n < 27 and all(p.trials[k].image != 1 for k in np.flatnonzero(p.counts))
+    assert '1 of 3 held-out images are at or above the threshold' in ' '.join(p.cautions())
+    assert dataclasses.replace(p, threshold=1.).left_out == {1}                              # the threshold lies at it
 
 def test_share_interval():
     from scipy.stats import binomtest
