@@ -111,6 +111,7 @@ def reproduce(
     "Tables and figures of the paper, by papermill; a finished one is not run again."
     with known_mistakes():
         from dynad import jobs as J, runner
+        from dynad.parameters import parse_parameters
         if as_json and not show_list:
             raise runner.RunnerError("--json: only with --list; results are written as JSON anyway")
         if not names and not show_list:
@@ -121,7 +122,7 @@ def reproduce(
                 raise runner.RunnerError("book stands alone: `dynad reproduce all`, then `dynad reproduce book`")
             echo(f'the book: {write_book(out)}')
             return
-        given = runner.parse_parameters(parameter or [], raw or [], yaml or [], file or [])
+        given = parse_parameters(parameter or [], raw or [], yaml or [], file or [])
         planned = runner.plan(names or ['all'], profile, given, out, timeout, elsewhere=bool(scheduler))
         runner.refuse_parameters(planned, given)
         if not scheduler and not as_json: say_folders(given.get('data', ''), strict)

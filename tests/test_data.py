@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
 from dynad.config import DataSettings
-from dynad.data import (EXTENSIONS, LAYOUTS, AnomalyDataset, DataError, Sample, contact_sheet, images_key, load_images,
+from dynad.collector import EXTENSIONS, list_images
+from dynad.data import (LAYOUTS, AnomalyDataset, DataError, Sample, contact_sheet, images_key, load_images,
                         load_masks, open_dataset, open_folder, read_image, read_mask, split_normal, to_float)
-from dynad.collector import list_images
 from dynad.store import content_key
 
 real = pytest.mark.skipif(not os.environ.get('DYNAD_DATA'), reason='DYNAD_DATA is not set')
