@@ -64,6 +64,7 @@ def elongated(dataset: AnomalyDataset, sizes: Sizes, size: int) -> Iterator[Find
                   f'{max(1, w/size):.0f}×{max(1, h/size):.0f} of theirs: {named(dataset, odd)}. Cut them into nearly '
                   f'square parts before fitting, the masks likewise; or pad them to a square', tuple(odd))
 
+# %% ../nbs/03h_checks.ipynb #33db4d2e
 def large(dataset: AnomalyDataset, sizes: Sizes, size: int) -> Iterator[Finding]:
     "Images so large that what is small in them is below one pixel."
     big = [p for p, (w, h) in sizes.items() if min(w, h) > LARGE*size and max(w, h) <= ELONGATED*min(w, h)]
@@ -74,6 +75,7 @@ def large(dataset: AnomalyDataset, sizes: Sizes, size: int) -> Iterator[Finding]
                   f'{w}×{h}): a defect below {-(-w//size)}×{-(-h//size)} of their pixels is smaller than one pixel '
                   f'there. Raise data.image_size (up to 1024), or crop to the part', tuple(big))
 
+# %% ../nbs/03h_checks.ipynb #3359944f
 def mixed_sizes(dataset: AnomalyDataset, sizes: Sizes, size: int) -> Iterator[Finding]:
     "Images of different proportions, which are squeezed differently."
     n = Counter(sizes.values())
@@ -137,6 +139,7 @@ def part_box(
     sizes = [(b[0].stop - b[0].start, b[1].stop - b[1].start) for b in boxes]
     return max(sizes, key=lambda k: min(k[0]/m.shape[0], k[1]/m.shape[1]), default=(0, 0))
 
+# %% ../nbs/03h_checks.ipynb #415d3294
 def keeping_size(
     m: np.ndarray # [H,W] bool, not empty
 ) -> int | None:  # a multiple of 32; None: none up to 1024
@@ -155,6 +158,7 @@ def mask_facts(s: Sample, size: int, max_pixels: int | None = None) -> MaskFacts
     lost = bool(m.any()) and not nearest(m, size).any()
     return MaskFacts(s, m.shape, int(m.sum()), part_box(m), not lost, keeping_size(m) if lost else None, *levels)
 
+# %% ../nbs/03h_checks.ipynb #b10fa63c
 def all_masks(
     samples: Sequence[Sample], size: int, max_pixels: int | None = None
 ) -> tuple[list[MaskFacts], dict[Path, str]]: # facts; what is wrong with a mask that has none
@@ -172,6 +176,7 @@ def by_defect(masks: Iterable[MaskFacts]) -> dict[str, list[MaskFacts]]:
     for m in masks: out[m.sample.defect].append(m)
     return dict(out)
 
+# %% ../nbs/03h_checks.ipynb #cc06d1fd
 def vanishing(dataset: AnomalyDataset, masks: Sequence[MaskFacts], size: int) -> Iterator[Finding]:
     "Defects of which no pixel is left at the size of the input."
     lost = [m for m in masks if not m.kept]
@@ -202,6 +207,7 @@ def inverted(dataset: AnomalyDataset, masks: Sequence[MaskFacts], size: int) -> 
                       f'invert these masks; they are used as they are',
                       tuple(m.sample.mask for m in full))
 
+# %% ../nbs/03h_checks.ipynb #81b9206f
 def grey_levels(dataset: AnomalyDataset, masks: Sequence[MaskFacts], size: int) -> Iterator[Finding]:
     "Masks with several values, of which some are taken for normal."
     odd = [m for m in masks if m.dropped]
@@ -228,6 +234,7 @@ def duplicates(
     for s, digest in zip(same, mapped(lambda s: file_sha256(s.image), same, 'duplicates')): groups[digest].append(s)
     return [g for g in groups.values() if len(g) > 1]
 
+# %% ../nbs/03h_checks.ipynb #073a34fc
 def _pairs(dataset: AnomalyDataset, pairs: list[tuple[Sample, Sample]]) -> str:
     "A few pairs in words."
     shown = ', '.join(f'{a.name} = {b.name}' for a, b in pairs[:3])
@@ -254,6 +261,7 @@ def _duplicate_pairs(groups: list[list[Sample]]) -> dict[str, list[tuple[Sample,
         elif not train: out['twice in test'] += [(s, test[0]) for s in test[1:]]
     return out
 
+# %% ../nbs/03h_checks.ipynb #6c9bfd00
 def copies(dataset: AnomalyDataset, groups: list[list[Sample]]) -> Iterator[Finding]:
     "What duplicates do to a result."
     for kind, pairs in _duplicate_pairs(groups).items():
@@ -273,6 +281,7 @@ def _file_notes(dataset: AnomalyDataset, notes: Notes) -> Iterator[Finding]:
     "What was noted of files that were read, with names below the data set's folder."
     for kind, text, files in notes.texts(): yield Finding(kind, text.replace(f'{dataset.root}/', '', 1), files)
 
+# %% ../nbs/03h_checks.ipynb #15abfb4b
 def _check_masks(samples: Sequence[Sample], notes: Notes) -> None:
     for s in samples:
         try: check_mask_size(s, notes)
@@ -291,6 +300,7 @@ def data_findings(
         _KNOWN[key] = [replace(f, text=printable(f.text)) for f in _findings(dataset, settings)]
     return _KNOWN[key]
 
+# %% ../nbs/03h_checks.ipynb #0b2ef545
 def _findings(dataset: AnomalyDataset, settings: DataSettings) -> Iterator[Finding]:
     size, notes, samples = settings.image_size, Notes(), with_mask_rule(dataset.samples, settings.mask_rule)
     sizes, unreadable = image_sizes(samples, notes)
@@ -308,6 +318,7 @@ def _findings(dataset: AnomalyDataset, settings: DataSettings) -> Iterator[Findi
 class DataWarning(UserWarning):
     "What a data set loses; `warnings.filterwarnings` can turn it off or into an error."
 
+# %% ../nbs/03h_checks.ipynb #eaa5d401
 def data_warnings(
     dataset: AnomalyDataset, settings: DataSettings
 ) -> list[Finding]:
@@ -318,6 +329,7 @@ def data_warnings(
         warnings.warn(f'{printable(dataset.name)}: {f.text}', DataWarning, stacklevel=1)
     return found
 
+# %% ../nbs/03h_checks.ipynb #692d5a8f
 ORDINARY = {'large images', 'mixed sizes', 'metadata', 'mask size'} # worth a word, but nothing to be put in order
 
 def check_data(dataset: AnomalyDataset, settings: DataSettings) -> None:

@@ -75,6 +75,7 @@ def part(
     maps._parts[key, sigma] = smooth(m, sigma)
     return maps._parts[key, sigma]
 
+# %% ../nbs/12b_choice.ipynb #b88b1bbc
 def mixed(maps: StoredMaps, m: Mixture) -> Tensor: # [n+M,1,H,W]
     "The anomaly maps of a mixture."
     mean = lambda keys: sum(part(maps, k, m.sigma) for k in keys)/len(m.t_hat)
@@ -117,6 +118,7 @@ def gain(
     error = lambda x: x.std().item()/len(x)**.5 if len(x) > 1 else float('inf')
     return d.mean().item(), max(error(d), error(by_image))
 
+# %% ../nbs/12b_choice.ipynb #8a1aff36
 WEIGHTS = (0., .25, .5, .75, 1.)
 
 def candidates(m: Mixture, t_hat: tuple[int, ...], neighbours: bool) -> dict[str, list[Mixture]]:
@@ -136,6 +138,7 @@ class Choice:
     chosen: Mixture
     rows: list[dict]  # every mixture that was tried
 
+# %% ../nbs/12b_choice.ipynb #0d7c1851
 def choose(
     maps: StoredMaps,
     prior: Mixture,

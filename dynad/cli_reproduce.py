@@ -131,6 +131,7 @@ def reproduce(
         elif show_list or dry_run: print_plan(planned, rows, dry_run)
         else: print_outcomes(J.run_jobs(planned, scheduler, workers, echo), Path(planned[0].out).parent)
 
+# %% ../nbs/20c_cli_reproduce.ipynb #7edd66bd
 def say_folders(data: str, strict: bool) -> None:
     "A line of what is in each folder that `-p data=…` names. Raises DataError for findings if strict."
     from dynad.subjects import subjects

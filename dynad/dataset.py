@@ -29,6 +29,7 @@ __all__ = ['mapped', 'AnomalyDataset', 'split_normal', 'images_key']
 # %% ../nbs/03aa_dataset.ipynb #82e30f1c
 def _pool() -> ThreadPoolExecutor: return ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 2))
 
+# %% ../nbs/03aa_dataset.ipynb #77705858
 def mapped(
     work: Callable, items: Sequence,
     what: str, # label of the progress bar
@@ -104,6 +105,7 @@ def summary(self: AnomalyDataset) -> pd.DataFrame:
     groups = df.groupby(['split', 'label', 'defect'], observed=True, sort=True)
     return groups.agg(images=('mask', 'size'), masks=('mask', 'sum'))
 
+# %% ../nbs/03aa_dataset.ipynb #c7f7ebef
 @patch
 def _repr_html_(self: AnomalyDataset) -> str:
     more = ''.join(f'<br>{html.escape(printable(f.text))}' for f in self.findings if not f.mentioned)
@@ -120,6 +122,7 @@ def counts(self: AnomalyDataset) -> str:
     return (f"{count(train, 'normal training image')}, {n} normal + {k} anomalous test image{'s'*(n + k != 1)}, "
             f"{count(masks, 'mask')}")
 
+# %% ../nbs/03aa_dataset.ipynb #6f328097
 @patch
 def line(self: AnomalyDataset) -> str:
     "One line for the screen: what is used, what was found and is not, and the remark of the folder."

@@ -160,6 +160,7 @@ def _is_flat(root: Path) -> bool:
     folders = [tuple(part for part in parts if plain(part) not in INNER) for parts in inner]
     return bool(folders) and all(not f or is_normal(f) for f in folders)
 
+# %% ../nbs/03ab_layouts.ipynb #9120e358
 def _read_folder(root: Path, category: str | None, seed: int) -> Reading:
     "Every image below a folder, as a normal training image."
     if category is not None:

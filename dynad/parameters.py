@@ -31,6 +31,7 @@ def parameter_value(
 class _Plain(yaml.SafeLoader):
     "YAML without dates: 2026-01-31 stays text, as in papermill."
 
+# %% ../nbs/19ba_parameters.ipynb #4aac5656
 _Plain.yaml_implicit_resolvers = {k: [r for r in v if r[0] != 'tag:yaml.org,2002:timestamp']
                                   for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 

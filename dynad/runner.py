@@ -124,6 +124,7 @@ def note(self: Job) -> dict[str, Any] | None:
     "run.json of the last finished run."
     return read_json(Path(self.out)/'run.json')
 
+# %% ../nbs/19c_runner.ipynb #790acaee
 @patch(as_prop=True)
 def failure(self: Job) -> dict[str, Any] | None:
     "run.json of the last run, if it failed."
@@ -316,6 +317,7 @@ def plan(
             jobs.append(_job(e, path, e.name + suffix, profile, ps, out, timeout, elsewhere))
     return jobs
 
+# %% ../nbs/19c_runner.ipynb #72992665
 def refuse_parameters(
     jobs: list[Job],
     given: dict[str, Any] # parameters asked for by the user

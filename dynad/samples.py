@@ -43,6 +43,7 @@ def relative_name(p: Path, root: Path) -> str:
     "A path as seen from a folder, with /: the name of a sample."
     return p.relative_to(root).as_posix()
 
+# %% ../nbs/03a_samples.ipynb #c299dc1c
 def _unused(images: Sequence[Path], root: Path) -> Iterator[Finding]:
     "Images that a layout has no use for, counted by their folder."
     if not images: return
@@ -86,6 +87,7 @@ def _mask_place(p: Path, root: Path) -> tuple[str, ...]:
     if parts and plain(parts[0]) in SPLITS: parts = parts[1:]
     return tuple(part for part in parts if plain(part) not in INNER)
 
+# %% ../nbs/03a_samples.ipynb #67f09fe5
 def _candidates(p: Path, root: Path) -> Iterator[tuple]:
     "The keys under which the image of a mask may be found, the best first."
     place, names = _mask_place(p, root), (p.stem, bare_stem(p.stem))
@@ -142,6 +144,7 @@ def left_out(listing: Listing) -> str:
     "The end of an error: what was there and left out."
     return f"; not read: {', '.join(f.text for f in listing.findings)}" if listing.findings else ''
 
+# %% ../nbs/03a_samples.ipynb #185797a5
 def _normal_files(listing: Listing) -> tuple[list[Path], list[Finding]]:
     "The normal training images of a folder with `train`. Raises `DataError` when there is none."
     inside = {p: folders for p in listing.files for split, folders in [_kind_of(p, listing.root)] if split == 'train'}

@@ -169,6 +169,7 @@ def glyphs(text: str, px: int) -> np.ndarray:
     ImageDraw.Draw(im).text((1 - a, 1 - b), text, fill=255, font=font)
     return np.asarray(im, np.float32)/255
 
+# %% ../nbs/03e_scene.ipynb #85b8119f
 def letter(
     c: Canvas,
     at: At, x: np.ndarray, y: np.ndarray, # the piece of the canvas and its coordinates, around the middle of the line
@@ -197,6 +198,7 @@ class Defect:
         "The defect's own random stream, from its beginning."
         return np.random.default_rng(self.seed)
 
+# %% ../nbs/03e_scene.ipynb #086f3acc
 def extent(
     scale: float,        # (0,1]
     largest: float,      # length at scale 1, in units of the image

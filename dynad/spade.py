@@ -129,6 +129,7 @@ def load_phi(method: SPADE) -> torch.nn.Module:
     o = method.options
     return load_features(method.config.features, layers=(*o.layers, o.global_layer)).to(method.device)
 
+# %% ../nbs/16c_spade.ipynb #44154a2c
 def fit_gallery(method: SPADE, progress: bool = True) -> Path:
     "The features of all normal images as a stage of the method's store."
     c, o, images, phi = method.config, method.options, method.training_set, load_phi(method)
