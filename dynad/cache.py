@@ -268,6 +268,7 @@ def severity(self: CachedWalk) -> Severity:
     got = self.set.tensors('bins', self.bins_key, make)
     return Severity(got['distance'], got['bin'], got['neighbours'])
 
+# %% ../nbs/14a_cache.ipynb #15c55a0c
 @patch(as_prop=True)
 def t_hat(self: CachedWalk) -> Tensor:
     "[N] T̂ under the settings."

@@ -66,6 +66,7 @@ def chosen_rows(dataset: AnomalyDataset, n: int) -> tuple[int, ...]:
     picks = np.linspace(0, len(anomalous) - 1, k).round().astype(int) if k else []
     return tuple(dict.fromkeys([*(anomalous[i] for i in picks), *normal]))[:max(n, 0)]
 
+# %% ../nbs/17g_compare.ipynb #35d1d720
 @patch
 def tasks(self: Comparison) -> list[Task]:
     "One for each method and seed; the first seed of every method first."
@@ -88,6 +89,7 @@ def value_of(row: dict[str, Any], key: str) -> float | None:
     v = row.get(key)
     return v.get('value') if isinstance(v, dict) else v
 
+# %% ../nbs/17g_compare.ipynb #5bf0b7dd
 def over_seeds(rows: list[dict[str, Any]], key: str) -> dict[str, Any] | None: # mean, sd, low, high, n
     "A number of one method over its seeds."
     values = [v for r in rows if (v := value_of(r, key)) is not None]
@@ -112,6 +114,7 @@ def summary_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         out.append(entry | {k: over_seeds(done, k) for k in (*KEYS, *COSTS)})
     return out
 
+# %% ../nbs/17g_compare.ipynb #afd8c3c2
 def cell_text(m: dict[str, Any] | None, scale: float = 1., digits: int = 1) -> str:
     "A number with its spread."
     if m is None: return '—'
@@ -119,6 +122,7 @@ def cell_text(m: dict[str, Any] | None, scale: float = 1., digits: int = 1) -> s
     if m['sd'] is not None: return f"{text(m['mean'])} ± {text(m['sd'])}"
     return text(m['mean']) + (f" [{text(m['low'])}, {text(m['high'])}]" if m['low'] is not None else '')
 
+# %% ../nbs/17g_compare.ipynb #3cd1617f
 def table_of(summary: list[dict[str, Any]]) -> pd.DataFrame:
     "The table as text; metrics in percent."
     def line(s):
@@ -142,6 +146,7 @@ def difference(
     if 'neg_n' in a and 'neg_n' in b: found |= paired_bootstrap(unpacked(a), unpacked(b), n_boot=draws)
     return {k: m.to_json() | interval for k, m in found.items() if m.value is not None}
 
+# %% ../nbs/17g_compare.ipynb #f075b38b
 @patch
 def differences(self: Comparison,
     rows: list[dict[str, Any]]
@@ -189,6 +194,7 @@ def state(self: Comparison, rows: list[dict[str, Any]], more: dict[str, Any] | N
             'rows': [{k: r[k] for k in keep if k in r} for r in rows],
             'protocol': done[0]['protocol'] if done else None, 'versions': versions(), **(more or {})}
 
+# %% ../nbs/17g_compare.ipynb #9847ef20
 def title_of(method: str) -> str:
     "A method as tables name it."
     if method in NOT_HERE: return NOT_HERE[method][0]
@@ -218,6 +224,7 @@ def compare(
     if figure := c.grid(done): atomic_write(Path(c.out)/'grid.png', figure_png(figure, dpi=110))
     return written({'differences': c.differences(done), 'grid': 'grid.png' if figure else None})
 
+# %% ../nbs/17g_compare.ipynb #542cee74
 def outcome_text(task: Task, result: dict[str, Any]) -> str:
     "One line about a task that has ended."
     if result['status'] != 'done': return f"{task.label}: {result['status']}: {result['reason']}"
@@ -246,6 +253,7 @@ def write_comparison_page(
     atomic_write(folder/'compare.json', json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
     return atomic_write(folder/'index.html', html)
 
+# %% ../nbs/17g_compare.ipynb #80691fce
 def difference_lines(result: dict[str, Any]) -> list[str]:
     "The paired differences in words, in points."
     def one(d, k):

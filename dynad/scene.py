@@ -155,6 +155,7 @@ def disc(x, y, r):
     "Signed distance of a disc."
     return np.hypot(x, y) - r
 
+# %% ../nbs/03e_scene.ipynb #139cfec7
 def hexagon(x, y, r):
     "Signed distance of a hexagon with inner radius r."
     return np.maximum(np.maximum(np.abs(x*.5 + y*.8660254), np.abs(x*.5 - y*.8660254)), np.abs(x)) - r

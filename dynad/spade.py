@@ -29,6 +29,7 @@ __all__ = ['SPADEError', 'SPADEOptions', 'nearest_images', 'nearest_places', 'py
 class SPADEError(DynadError, ValueError):
     "SPADE cannot be fitted or applied: the text names the value and the cure."
 
+# %% ../nbs/16c_spade.ipynb #e432e501
 class SPADEOptions(Settings):
     "Settings of SPADE."
     layers: tuple[Literal[1, 2, 3], ...] = Field((1, 2, 3), min_length=1) # of φ, whose places are compared
