@@ -64,7 +64,6 @@ def elongated(dataset: AnomalyDataset, sizes: Sizes, size: int) -> Iterator[Find
                   f'{max(1, w/size):.0f}×{max(1, h/size):.0f} of theirs: {named(dataset, odd)}. Cut them into nearly '
                   f'square parts before fitting, the masks likewise; or pad them to a square', tuple(odd))
 
-# %% ../nbs/03h_checks.ipynb #33db4d2e
 def large(dataset: AnomalyDataset, sizes: Sizes, size: int) -> Iterator[Finding]:
     "Images so large that what is small in them is below one pixel."
     big = [p for p, (w, h) in sizes.items() if min(w, h) > LARGE*size and max(w, h) <= ELONGATED*min(w, h)]
@@ -75,7 +74,6 @@ def large(dataset: AnomalyDataset, sizes: Sizes, size: int) -> Iterator[Finding]
                   f'{w}×{h}): a defect below {-(-w//size)}×{-(-h//size)} of their pixels is smaller than one pixel '
                   f'there. Raise data.image_size (up to 1024), or crop to the part', tuple(big))
 
-# %% ../nbs/03h_checks.ipynb #3359944f
 def mixed_sizes(dataset: AnomalyDataset, sizes: Sizes, size: int) -> Iterator[Finding]:
     "Images of different proportions, which are squeezed differently."
     n = Counter(sizes.values())

@@ -144,7 +144,6 @@ def evaluate(
         if table: ev.save_table(e, table)
         if report: write_page(e, report)
 
-# %% ../nbs/20a_cli_fit.ipynb #d5789ae0
 def write_page(e: Evaluation, folder: Path) -> None:
     "The results page."
     from dynad.report import write_report
