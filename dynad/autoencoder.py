@@ -55,6 +55,7 @@ def step_generator(
     "The random stream of step k in the trainings of the autoencoder."
     return torch.Generator().manual_seed((seed * 1_000_003 + k) % 2**63)
 
+# %% ../nbs/08b_autoencoder.ipynb #2c2ed08a
 def draw_rows(
     n: int,     # number of images
     batch: int,

@@ -76,6 +76,7 @@ def part(
     maps._parts[key, sigma] = smooth(m, sigma)
     return maps._parts[key, sigma]
 
+# %% ../nbs/12b_choice.ipynb #b88b1bbc
 def mixed(maps: StoredMaps, m: Mixture) -> Tensor: # [n+M,1,H,W]
     "The anomaly maps of a mixture."
     mean = lambda keys: sum(part(maps, k, m.sigma) for k in keys)/len(m.t_hat)
@@ -146,6 +147,7 @@ class Choice:
     chosen: Mixture
     rows: list[dict]  # every mixture that was tried
 
+# %% ../nbs/12b_choice.ipynb #0d7c1851
 def choose(
     maps: StoredMaps,
     prior: Mixture,

@@ -32,6 +32,7 @@ __all__ = ['WEIGHTS', 'DenoiserError', 'Denoiser', 'check_denoiser', 'make_unet'
 class DenoiserError(DynadError, RuntimeError):
     "A denoiser that cannot be built, read or trained: the text names what is wrong and the cure."
 
+# %% ../nbs/08a_denoiser.ipynb #64c9cdd6
 class Denoiser(nn.Module):
     "ε_θ(z_t, t): `diffusers`' UNet2DModel with equal heads at all levels, optional patches, and counters of its calls."
     def __init__(self,
@@ -143,6 +144,7 @@ def set_compiled(
     else: unet.unet._compiled_call_impl = None
     return unet
 
+# %% ../nbs/08a_denoiser.ipynb #f2db5f79
 @contextmanager
 def compile_errors() -> Iterator[None]:
     "Name the cure when torch.compile fails on this machine."

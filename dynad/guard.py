@@ -23,6 +23,7 @@ class SkippedWarning(UserWarning):
 class Stop(DynadError):
     "Raised on purpose to end the work."
 
+# %% ../nbs/00b_guard.ipynb #c7a03fe8
 class Aside:
     "Calls what stands beside the work; an error in it becomes a warning, once for each kind of error."
     def __init__(self,

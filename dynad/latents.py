@@ -23,6 +23,7 @@ __all__ = ['FILES', 'HUB', 'LatentError', 'Autoencoder', 'psnr', 'IdentityAE', '
 class LatentError(DynadError, RuntimeError):
     "An autoencoder that cannot be loaded or used: the text names the file, what is wrong and the cure."
 
+# %% ../nbs/06_latents.ipynb #e4efd11d
 class Autoencoder(nn.Module):
     "E and D (Section 3)."
     kind: str

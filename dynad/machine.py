@@ -41,6 +41,7 @@ def peak_memory_mb() -> float | None:
     except ImportError: return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10)
 
+# %% ../nbs/01a_machine.ipynb #cf32311a
 def peak_working_set_mb() -> float | None:
     "The same on Windows, by psutil; None where that is not installed."
     try: import psutil

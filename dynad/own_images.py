@@ -47,6 +47,7 @@ class ImageSource:
         self.note = _uploads_note(uploads, files)
         return files
 
+# %% ../nbs/18j_own_images.ipynb #5958ab8c
 def _uploads_note(uploads: Any, files: list[Path]) -> str:
     "What is said of names and copies, e.g. ', 7 of them under numbered names'."
     sent = {str(u['name']) for u in uploads}
@@ -150,6 +151,7 @@ def _next_task(self: OwnImages) -> bool:
         self._set_buttons()
     return bool(self.tasks)
 
+# %% ../nbs/18j_own_images.ipynb #f94cd877
 @patch
 def busy(self: OwnImages, name: str) -> bool:
     "Whether the task 'open', 'fit' or 'inspect' is being done or waits."
@@ -173,6 +175,7 @@ def _count(self: OwnImages) -> None:
         f'{n} dropped so far{self.normal.note}, kept in {html.escape(self.model.folder.name)}/good. Many images: name a folder, '
         'a drop of more than some 10 MB at once may be refused by the server.')
 
+# %% ../nbs/18j_own_images.ipynb #bb31a7e8
 @patch
 def _normal_dropped(self: OwnImages, change: dict) -> None:
     if not change['new']: return
@@ -251,6 +254,7 @@ def _begun(self: OwnImages, dataset: AnomalyDataset) -> None:
     self.normal.text.value = soft(html.escape(dataset.line()))
     self.status.value = f'{len(dataset.train)} normal images: autoencoder and latents'
 
+# %% ../nbs/18j_own_images.ipynb #5fe53ffe
 @patch
 def step_done(self: OwnImages, stage: str, step: int, loss: float) -> None:
     "Called after every training step; shown every two seconds."
@@ -268,6 +272,7 @@ def _draw_losses(self: OwnImages) -> None:
     if (fig := losses_figure(self.model.progress.losses)) is None: return
     self.loss_curve.value, self.loss_curve.layout.display = figure_png(fig, colors=None), None
 
+# %% ../nbs/18j_own_images.ipynb #544be217
 @patch
 def _show_fitted(self: OwnImages) -> None:
     self.warnings.value, self.progress.value = self.model.cautions, 1
@@ -320,6 +325,7 @@ def export(self: OwnImages) -> Path | None:
     self.status.value = f'written: {html.escape(printable(path.parent))}'
     return path
 
+# %% ../nbs/18j_own_images.ipynb #7dfdf27f
 @patch
 def close(self: OwnImages) -> None:
     "Stop the fit, end the thread and the widgets."

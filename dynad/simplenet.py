@@ -31,6 +31,7 @@ __all__ = ['SimpleNetError', 'SimpleNetOptions', 'AdaptedDiscriminator', 'trunca
 class SimpleNetError(DynadError, RuntimeError):
     "SimpleNet cannot be fitted: the text names the value and the cure."
 
+# %% ../nbs/16d_simplenet.ipynb #d5422987
 class SimpleNetOptions(Settings):
     "Settings of SimpleNet."
     layers: tuple[Literal[1, 2, 3], ...] = Field((2, 3), min_length=1) # of φ; the finest of them sets the grid
