@@ -46,7 +46,7 @@ def fit_spatial(
 
 # %% ../nbs/14b_choosing.ipynb #74341447
 N_DEFECTS, MOST_NORMAL = 56, 64  # defects; normal images that are used, at most
-SEARCH = 1                       # raised when the same maps lead to another choice
+SEARCH = 2                       # raised when the same maps lead to another choice
 
 @lru_cache(4)
 def defects_in(images: ImageSet, n: int, seed: int) -> DefectSet:

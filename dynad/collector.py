@@ -119,7 +119,7 @@ def is_system(name: str) -> bool:
     return name.startswith('.') or name.casefold() in SYSTEM
 
 # %% ../nbs/02c_collector.ipynb #85bdab8e
-RUN_PARTS = {'config.json', 'run.json', 'stages', 'baselines', 'result.json'}
+RUN_PARTS = {'config.json', 'run.json', 'stages', 'baselines', 'result.json', 'passport.json'}
 REPORT_PARTS = {'index.html', 'result.json', 'images'}
 RESULTS = ('map.png', 'overlay.png', 'reconstruction.png', 'map.npy') # of one image
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from .config import UNKEYED_DENOISER_SETTINGS, DenoiserSettings, DynadError
 from .diffusion import Schedule, q_sample
+from .guard import building
 from .launch import accelerator, check_trackers
 from .store import StoreError, atomic_write, load_json, load_state, save_tensors, state_hash
 from .training import CHECKPOINT, EMA, TrainLog, Training, one_cycle, rows_of_step, stream, train
@@ -124,8 +125,7 @@ def make_unet(
     w, levels, p = settings.widths, len(settings.widths), settings.patch
     kind = lambda side: tuple(f"{'Attn' if i in settings.attention else ''}{side}Block2D" for i in range(levels))
     channels = latent_channels*p**2
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with building(seed):
         unet = UNet2DModel(sample_size=latent_size//p, in_channels=channels,
                            out_channels=(out_channels or latent_channels)*p**2, num_class_embeds=classes or None,
                            layers_per_block=settings.layers_per_block, block_out_channels=w,
@@ -303,6 +303,7 @@ def save_denoiser(
     return folder
 
 # %% ../nbs/08a_denoiser.ipynb #fde33724
+@building()
 def load_denoiser(
     folder: Path | str # as `save_denoiser` writes it
 ) -> Denoiser:         # on the CPU, in eval mode

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .backbone import Backbone, FeatureError, describe_backbone, pretrained_state
 from .config import FeatureSettings, content_key
+from .guard import building
 from .store import state_hash
 
 # %% auto #0
@@ -101,6 +102,7 @@ def choose_layers(
     return tuple(sorted({*layers, *({1, 2, 3} & set(backbone.layers))}))
 
 # %% ../nbs/05_features.ipynb #4a9dc759
+@building()
 def load_features(
     settings: FeatureSettings,
     pretrained: bool = True,    # False: the architecture alone, for weights that are loaded next

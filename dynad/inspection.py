@@ -240,6 +240,11 @@ class Inspector:
         return self.folder/'run'
 
     @property
+    def max_pixels(self) -> int | None:
+        "The setting `data.max_pixels`, of one image."
+        return self.overrides.get('data.max_pixels')
+
+    @property
     def fitted_text(self) -> str:
         "What the detector was fitted on."
         d = self.detector

@@ -12,6 +12,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .config import DynadError, LatentSettings, weights_root
+from .guard import building
 from .store import StoreError, atomic_write, load_json, load_tensors, save_tensors, state_hash
 
 # %% auto #0
@@ -283,6 +284,7 @@ def _diffusers(kind: str, weights: str | None) -> nn.Module:
                           f"or choose latents.kind = tiny, which comes with the package") from None
 
 # %% ../nbs/06_latents.ipynb #cd748dfb
+@building()
 def load_latents(
     settings: LatentSettings,
     image_size: int           # side of the images to encode

@@ -11,14 +11,15 @@ from typing import Any, Callable
 import ipywidgets as W
 from fastcore.basics import patch
 
-from .data import AnomalyDataset
+from .config import make_config
+from .data import AnomalyDataset, open_folder
 from .guard import aside
 from .store import TrainingStopped
 from .collector import DataError, collect, count, list_images, summary_line
 from .inspection import Inspector, losses_figure, result_sheet, save_uploads, scores_html
 from .paths import expanded, printable
 from .show import figure_png
-from .view import StateFile, View, button, labelled, soft
+from .view import StateFile, View, button, labelled, row, soft
 
 # %% auto #0
 __all__ = ['STATE', 'PRESETS', 'SHOWN', 'ImageSource', 'OwnImages']
@@ -39,9 +40,9 @@ class ImageSource:
         "The folder that is named."
         return expanded(self.folder.value.strip()) if self.folder.value.strip() else None
 
-    def keep(self, uploads: Any, folder: Path) -> list[Path]:
+    def keep(self, uploads: Any, folder: Path, max_pixels: int | None = None) -> list[Path]:
         "Save what was dropped; it takes the place of a folder that is named."
-        files = save_uploads(uploads, folder)
+        files = save_uploads(uploads, folder, max_pixels)
         self.folder.value = ''
         self.note = _uploads_note(uploads, files)
         return files
@@ -98,6 +99,9 @@ def _build(self: OwnImages, normal: str, new: str, preset: str) -> None:
     self.new = ImageSource('new', new, 'a folder of new images')
     self.preset = labelled(W.Dropdown, 'preset', 110, options=[(text, k) for k, text in PRESETS.items()], value=preset,
                            layout=dict(width='300px'))
+    self.look_button = button('look at the data first', icon='stethoscope',
+                              tooltip='near-duplicates, odd ones out, and whether there are enough: half a minute')
+    self.look_status, self.data_page = W.HTML(), W.HTML()
     self.fit_button = button('fit', icon='play')
     self.stop_button = button('stop (can be resumed)', icon='pause', disabled=True)
     self.inspect_button = button('inspect', icon='search', disabled=True)
@@ -109,7 +113,7 @@ def _build(self: OwnImages, normal: str, new: str, preset: str) -> None:
     head = lambda n, text: W.HTML(f'<h3 style="margin:12px 0 2px">{n}. {text}</h3>')
     self.assemble([
         self.message,
-        head(1, 'Normal images'), self.normal.ui,
+        head(1, 'Normal images'), self.normal.ui, row([self.look_button, self.look_status]), self.data_page,
         head(2, 'Fit'), self.preset, W.HBox([self.fit_button, self.stop_button]),
         self.progress, self.status, self.loss_curve,
         head(3, 'What to trust'), self.warnings,
@@ -123,6 +127,7 @@ def _wire(self: OwnImages) -> None:
     m.begun, m.step_done = self._begun, self.step_done
     self.normal.upload.observe(safely(self._normal_dropped), 'value')
     self.new.upload.observe(safely(self._new_dropped), 'value')
+    self.look_button.on_click(safely(lambda _: self.look()))
     self.fit_button.on_click(safely(lambda _: self.fit()))
     self.stop_button.on_click(safely(lambda _: self.stop()))
     self.inspect_button.on_click(safely(lambda _: self.inspect()))
@@ -156,6 +161,7 @@ def busy(self: OwnImages, name: str) -> bool:
 @patch
 def _set_buttons(self: OwnImages) -> None:
     m, fitting = self.model, self.busy('fit')
+    self.look_button.disabled = fitting or self.busy('look')
     self.fit_button.disabled, self.stop_button.disabled = fitting, not fitting or m.stopped
     self.inspect_button.disabled = m.detector is None or fitting or self.busy('inspect')
     self.export_button.disabled = m.prediction is None
@@ -174,7 +180,7 @@ def _count(self: OwnImages) -> None:
 def _normal_dropped(self: OwnImages, change: dict) -> None:
     if not change['new']: return
     self.say('')
-    self.normal.keep(change['new'], self.model.folder/'good')
+    self.normal.keep(change['new'], self.model.folder/'good', self.model.max_pixels)
     self._count()
 
 # %% ../nbs/18j_own_images.ipynb #7f85aac8
@@ -182,10 +188,30 @@ def _normal_dropped(self: OwnImages, change: dict) -> None:
 def _new_dropped(self: OwnImages, change: dict) -> None:
     if not change['new']: return
     self.say('')
-    self.dropped = self.new.keep(change['new'], self.model.folder/'new')
+    self.dropped = self.new.keep(change['new'], self.model.folder/'new', self.model.max_pixels)
     names = ', '.join(printable(p.name) for p in self.dropped[:6]) + (' …' if len(self.dropped) > 6 else '')
     self.new.text.value = soft(f'{len(self.dropped)} images dropped{self.new.note}: {html.escape(names)}')
     if self.model.detector is not None: self.inspect()
+
+# %% ../nbs/18j_own_images.ipynb #50229278
+@patch
+def look(self: OwnImages) -> OwnImages:
+    "Look for what is wrong with the normal images, before a fit."
+    self.say('')
+    self.look_status.value = soft('looking at the images')
+    self._later('look', self._look)
+    return self
+
+@patch
+def _look(self: OwnImages) -> None:
+    from dynad.data_doctor import diagnose # φ is loaded for it alone
+    from dynad.data_page import widget_html
+    try:
+        config = make_config(self.preset.value, self.model.overrides)
+        d = diagnose(open_folder(self.normal.named or self.model.folder/'good'), config, progress=False)
+        self.data_page.value = widget_html(d)
+        self.look_status.value = soft(html.escape(d.lines()[0]))
+    except Exception: self.look_status.value = self.data_page.value = ''; raise
 
 # %% ../nbs/18j_own_images.ipynb #94c48358
 @patch

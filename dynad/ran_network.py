@@ -22,6 +22,7 @@ from .denoiser import make_unet
 from .diffusion import Schedule, make_schedule, predict_x0, q_sample
 from .fusion import smooth, upsample
 from .gradient_denoising import stacked_features
+from .guard import building
 from .launch import accelerator, processes
 from .learned_variance import Posterior, make_posterior, respaced, step_kl, vlb
 from .method import Hooks
@@ -100,8 +101,7 @@ class RANNet(nn.Module):
         self.unet, self.patch = make_unet(settings, 3, size, seed, out_channels=6, classes=classes).unet, o.patch
         self.samples = 0 # images evaluated since it was last set to 0
         w = o.widths[0]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with building(seed):
             self.head = nn.Sequential(nn.GroupNorm(math.gcd(32, w), w), nn.SiLU(),
                                       nn.Conv2d(w, 2*w, 3, stride=4//o.patch, padding=1), nn.SiLU(),
                                       nn.Conv2d(2*w, features, 1))

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from .config import DynadError, Settings
 from .data import to_float
 from .fusion import smooth
+from .guard import building
 from .method import Hooks, Method, Prediction, register
 from .store import load_state, state_hash
 from .training import CHECKPOINT, Training, rows_of_step, train
@@ -163,8 +164,7 @@ def fit_gan(method: SkipGANomaly, hooks: Hooks) -> Path:
         raise SkipGANomalyError(f"options.widths = {o.widths}: {len(o.widths)} halvings need images whose side is a "
                                 f"multiple of {least}, and data.image_size = {size}; give fewer widths or another size")
     def make(work: Path) -> dict[str, Tensor]:
-        with torch.random.fork_rng():
-            torch.manual_seed(c.seed)
+        with building(c.seed):
             gan = GAN(o.widths).to(method.device)
         train(gan_training(gan, images.images, o, c.seed), work/CHECKPOINT, progress=hooks.progress,
               callback=hooks.of('skip_ganomaly'), should_stop=hooks.should_stop)

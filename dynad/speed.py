@@ -23,6 +23,7 @@ from .dic import DIC, pooled, t_grid
 from .diffusion import make_schedule
 from .features import FeatureExtractor
 from .fusion import Calibration, anomaly_map, score
+from .guard import building
 from .latents import HUB, KLF8, TAESD, Autoencoder, load_latents
 from .machine import machine, peak_memory_mb
 from .method import Decision
@@ -111,8 +112,7 @@ KLF8_CONFIG = dict( # of latent diffusion's KL-f8
 def random_autoencoder(settings: LatentSettings, image_size: int, seed: int = 0) -> Autoencoder:
     "E and D of this kind; random weights for those that do not come with the package."
     if settings.kind not in HUB: return load_latents(settings.model_copy(update={'weights': None}), image_size)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with building(seed):
         if settings.kind == 'kl-f8': ae = KLF8(diffusers.AutoencoderKL(**KLF8_CONFIG), settings.latent_sampling)
         else: ae = TAESD(diffusers.AutoencoderTiny())
     return ae.eval().requires_grad_(False)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .config import DynadError
 from .guard import Aside, tqdm
 from .launch import OneProcess, tracked
+from .machine import keep_freed_memory
 from .store import TrainingStopped, load_tensors, open_tensors, save_tensors
 
 # %% auto #0
@@ -269,6 +270,7 @@ def train(
     should_stop: Callable[[], bool] | None = None         # asked after each step; True: checkpoint, `TrainingStopped`
 ) -> TrainLog:
     "Carry out a training, from its checkpoint if there is one. Leaves the moving average in the module, if it has one."
+    keep_freed_memory() # before the first step, which decides where its tensors lie
     run = Run(training, Path(path) if path is not None else None, acc)
     log, steps = run.log, training.steps
     identity = training.identity() if run.acc.log_with else {}
