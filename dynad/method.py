@@ -201,7 +201,8 @@ def checked_options(options: type[Settings], given: dict[str, Any]) -> Settings:
 @patch(as_prop=True)
 def prediction_key(self: Method) -> dict[str, Any]:
     "What a prediction depends on, beside the image."
-    unkeyed = {**dict.fromkeys(('batch', 'device', 'trackers', 'preset'), True), 'data': set(UNKEYED_DATA_SETTINGS)}
+    unkeyed = {**dict.fromkeys(('batch', 'device', 'trackers', 'preset', 'speed'), True),
+               'data': set(UNKEYED_DATA_SETTINGS)}
     settings = self.config.model_dump(mode='json', exclude=unkeyed)
     return dict(method=self.name, stages={k: p.name for k, p in self.stages.items()}, settings=settings)
 
