@@ -10,7 +10,7 @@ from dynad.data import to_float
 from dynad.detector import DynAD
 from dynad.lean import SPEED_FILE, layers_of, needed
 from dynad.method import open_run, trained_settings
-from dynad.speed_modes import METRICS, SpeedError, candidates, curve, pick, with_images, write_curve
+from dynad.speed_modes import METRICS, SpeedError, candidates, curve, curve_lines, in_words, pick, with_images, write_curve
 
 @pytest.fixture(scope='module')
 def images(boards):
@@ -74,7 +74,7 @@ def test_static_keeps_the_reconstruction_that_its_map_is_made_of():
 # picks
 
 def row(ms, loss=0., pro=0., changed=0, test=False, pickable=True):
-    return {'i_auroc': .9 - loss, 'p_auroc': .9 - loss, 'pro': .8 - pro, 'changed_normal': changed, 'changed_defects': 0, 'ms': ms, 'test': test, 'pickable': pickable}
+    return {'i_auroc': .9 - loss, 'p_auroc': .9 - loss, 'pro': .8 - pro, 'changed_normal': changed, 'changed_defects': 0, 'ms': ms, 'times': 10/ms, 'test': test, 'pickable': pickable}
 
 def picks(**rows): return pick(pd.DataFrame({'full': row(10.), 'exact': row(9.), **rows}).T.infer_objects().astype({'test': bool, 'pickable': bool}), 40)
 
@@ -101,6 +101,9 @@ def test_a_curve_is_kept_with_its_run(smoke, boards, tmp_path):
     assert all(own[k] == exact[k] for k in METRICS) and exact.changed_normal == exact.changed_defects == 0
     assert t.test.sum() == (~t.test).sum() and t[t.test].ms.notna().all() and t.loc['1 step'].calls == 1
     write_curve(model, found)
+    lines = in_words(found)
+    assert [l.split()[0] for l in lines] == ['exact', 'fast', 'fastest'] and 'PRO +0.00' in lines[0] and 'test set' not in ' '.join(lines)
+    assert curve_lines(found).count('test set') == t.test.sum()
     kept = json.loads((run/SPEED_FILE).read_text())
     fast = open_run(run, {'speed': 'fastest'}, progress=False)
     settings = kept['modes']['fastest']['settings']
