@@ -21,7 +21,7 @@ from .show import colorize, overlay, save_png
 from .store import atomic_write
 
 # %% auto #0
-__all__ = ['KINDS', 'images_of', 'open_for_prediction', 'result_stems', 'check_output', 'write_predictions', 'rows_csv',
+__all__ = ['KINDS', 'images_of', 'open_for_prediction', 'result_stems', 'check_output', 'write_predictions', 'rows_csv', 'row_of',
            'write_one']
 
 # %% ../nbs/17c_output.ipynb #6fe695ff
@@ -98,6 +98,12 @@ def rows_csv(rows: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 # %% ../nbs/17c_output.ipynb #d37efb32
+def row_of(method: Method, p: Prediction, i: int, file: Path, stem: str) -> dict[str, Any]:
+    "What is said of one image in a table: numbers and text."
+    return {'image': printable(file), 'score': float(p.score[i]), 'anomalous': bool(p.anomalous[i]),
+            'threshold': method.decision.image_threshold, **{k: v[i].item() for k, v in p.per_image.items()},
+            'anomalous_pixels': int(p.mask[i].sum()) if p.mask is not None else '', 'files': stem}
+
 def write_one(method: Method, p: Prediction, i: int, file: Path, stem: str, out: Path) -> dict[str, Any]:
     "The pictures of one image, and its row."
     c, d = method.config.data, method.decision
@@ -108,6 +114,4 @@ def write_one(method: Method, p: Prediction, i: int, file: Path, stem: str, out:
                  'overlay': overlay(x, map=p.map[i], mask=p.mask[i])}
     if getattr(p, 'reconstruction', None) is not None: drawn['reconstruction'] = p.reconstruction[i]
     for kind, image in drawn.items(): save_png(image, out/f'{stem}_{kind}.png')
-    return {'image': printable(file), 'score': float(p.score[i]), 'anomalous': bool(p.anomalous[i]),
-            'threshold': d.image_threshold, **{k: v[i].item() for k, v in p.per_image.items()},
-            'anomalous_pixels': int(p.mask[i].sum()) if p.mask is not None else '', 'files': stem}
+    return row_of(method, p, i, file, stem)
