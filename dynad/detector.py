@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .adaptation import adapt
 from .cache import CachedWalk, ImageSet, batches
 from .choosing import chosen, fit_spatial
-from .config import (UNKEYED_DENOISER_SETTINGS, Config, ConfigError, content_key, dump_config, load_config,
+from .config import (UNKEYED_DATA_SETTINGS, UNKEYED_DENOISER_SETTINGS, Config, ConfigError, content_key, dump_config, load_config,
                           with_overrides)
 from .autoencoder import FINETUNE_CHECKPOINT, finetune
 from .denoiser import check_denoiser, load_denoiser, make_unet, save_denoiser, set_compiled, train_denoiser
@@ -25,7 +25,7 @@ from .features import FeatureExtractor, load_features
 from .fusion import Calibration, feature_map, map_range, mean_map, score, upsample
 from .latents import load_latents
 from .launch import processes, run_collectively
-from .method import Decision, Hooks, Method, Prediction, checked_images, register
+from .method import (Decision, Hooks, Method, Prediction, checked_images, given_roi, keep_roi, kept_roi, register)
 from .paths import expanded
 from .reconstruction import overshoots
 from .spatial_dic import SpatialDIC, SpatialDICError
@@ -38,8 +38,8 @@ from .walk import (Parts, WalkOutputs, adaptation_parts, averaged_t_hat, decode,
 # %% auto #0
 __all__ = ['DynADPrediction', 'DynAD', 'phi_of', 'train_parts', 'choose_mixture', 'fit_autoencoder', 'denoiser_key', 'fit_phi',
            'phi_key', 'fit_bank', 'load_autoencoder', 'load_unet', 'load_phi', 'load_parts', 'neighbour_ranges',
-           'measured_level', 'finished', 'refuse_retraining', 'calibration_of_set', 'untrained', 'possible_t_hat',
-           'load_bank', 'load_spatial', 'load_calibration']
+           'counted', 'measured_level', 'finished', 'refuse_retraining', 'calibration_of_set', 'untrained',
+           'possible_t_hat', 'load_bank', 'load_spatial', 'load_calibration']
 
 # %% ../nbs/16_detector.ipynb #c2d2088e
 @dataclass
@@ -85,6 +85,7 @@ class DynAD(Method):
 
 # %% ../nbs/16_detector.ipynb #9f65147a
 DynAD.prediction_class = DynADPrediction
+DynAD.map_score = lambda self, values, area=None: score(values, self.config.fusion.score, area)
 
 @patch
 def __repr__(self: DynAD) -> str:
@@ -246,10 +247,10 @@ def calibrated(self: DynAD,
     if self.fixed_calibration is not None: return self.fixed_calibration
     held, levels = self.held_out, {}
     key = content_key([held.reconstructions_key, self.parts.hashes['phi'], self.config.fusion.layers,
-                       self.config.fusion.quantile, self.config.fusion.reference])
+                       self.config.fusion.quantile, self.config.fusion.reference] + ([self.roi.key] if self.roi else []))
     known = self.held_out_set.memory.setdefault(('calibration', key), {})
     for T in sorted(set(torch.as_tensor(t_hat).tolist())):
-        if T not in known: known[T] = measured_level(held, T)
+        if T not in known: known[T] = measured_level(held, T, self.inside)
         levels[T] = known[T]
     return Calibration(levels, neighbour_ranges(self))
 
@@ -257,17 +258,26 @@ def neighbour_ranges(method: DynAD) -> tuple[tuple[float, float], ...]:
     "Median and upper quantile of each part of n_map on the held-out normal images."
     if not method.parts.spatial: return ()
     c, p, memory = method.config, method.parts, method.held_out_set.memory
-    key = 'neighbour ranges', content_key([p.hashes['spatial'], c.fusion.quantile])
+    inside = method.inside
+    key = 'neighbour ranges', content_key([p.hashes['spatial'], c.fusion.quantile]
+                                          + ([method.roi.key] if method.roi else []))
     if key not in memory:
-        memory[key] = tuple(map_range(upsample(m, c.data.image_size, aligned=False), c.fusion.quantile)
+        memory[key] = tuple(map_range(counted(upsample(m, c.data.image_size, aligned=False), inside), c.fusion.quantile)
                             for m in method.held_out.neighbour_maps())
     return memory[key]
 
-def measured_level(held_out: CachedWalk, T: int) -> tuple[float, float, float, float]:
+def counted(m: Tensor, inside: Tensor | None) -> Tensor:
+    "The values of maps [B,1,H,W] that count."
+    return m if inside is None else m[..., inside]
+
+def measured_level(
+    held_out: CachedWalk, T: int,
+    inside: Tensor | None = None # [H,W] bool: the pixels that count; None: all
+) -> tuple[float, float, float, float]:
     "Median and upper quantile of both maps of held-out normal images that were all reconstructed at T̂ = T."
     raw, c = held_out.raw_maps(torch.full((len(held_out),), T)), held_out.parts.config
-    size = c.data.image_size
-    return Calibration.measure(upsample(raw.latent, size), feature_map(raw.features, size), c.fusion.quantile)
+    l, f = upsample(raw.latent, c.data.image_size), feature_map(raw.features, c.data.image_size)
+    return Calibration.measure(counted(l, inside), counted(f, inside), c.fusion.quantile)
 
 # %% ../nbs/16_detector.ipynb #4377ff00
 def finished(method: DynAD, w: WalkOutputs) -> DynADPrediction:
@@ -367,13 +377,15 @@ def with_settings(self: DynAD,
     "The same trained parts under other inference settings. Raises ConfigError when one would need a new fit."
     config = with_overrides(self.config, overrides)
     refuse_retraining(self, config, overrides)
-    return self.with_parts(config=config)
+    other = self.with_parts(config=config)
+    if 'data.roi' in overrides: other.roi = given_roi(config)
+    return other
 
 # %% ../nbs/16_detector.ipynb #74893dca
 def refuse_retraining(method: Method, config: Config, overrides: dict[str, Any]) -> None:
     "Raises ConfigError that names the settings for which the method would have to be trained again."
     needs = [k for k in overrides if k.split('.')[0] in method.trains_on
-             and with_overrides(method.config, {k: overrides[k]}) != method.config]
+             and k.removeprefix('data.') not in UNKEYED_DATA_SETTINGS and with_overrides(method.config, {k: overrides[k]}) != method.config]
     if needs:
         raise ConfigError(f"{', '.join(needs)}: would need training; "
                           f"fit again with {needs[0]} = {overrides[needs[0]]!r}")
@@ -462,6 +474,7 @@ def save_pretrained(self: DynAD, folder: str | Path) -> Path:
     decision = asdict(self.decision)
     decision['threshold'] = decision.pop('pixel_threshold') # the name of before
     atomic_write(folder/'calibration.json', json.dumps(asdict(scale) | decision, indent=1))
+    keep_roi(self.roi, folder)
     atomic_write(folder/'config.json', dump_config(self.config))
     return folder
 
@@ -478,6 +491,7 @@ def from_pretrained(cls: DynAD, folder: str | Path) -> DynAD:
     "What `save_pretrained` wrote. Raises ConfigError or StoreError that names the file."
     folder = expanded(folder)
     self = cls(load_config(folder/'config.json'))
+    self.roi = kept_roi(self.config, folder)
     load_autoencoder(self, folder)
     load_unet(self, folder)
     load_phi(self, folder)

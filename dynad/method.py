@@ -4,13 +4,13 @@
 
 # %% ../nbs/15_method.ipynb #f166ab04
 from __future__ import annotations
-import importlib, json
+import copy, importlib, json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Callable, ClassVar, Iterator
+from typing import Any, Callable, ClassVar, Iterator, Sequence
 
 import torch
 from fastcore.basics import patch
@@ -27,15 +27,17 @@ from .conformal import Guarantee, image_threshold, p_values
 from .dic import ROUNDING
 from .fusion import quantile
 from .guard import aside
-from .images import Notes
+from .images import Notes, image_size
 from .launch import check_trackers, processes
 from .paths import check_space, expanded
+from .regions import ROI, OwnPixels, own_pixels, read_roi, save_roi
 from .store import REPAIR_HINT, Store, StoreError, atomic_write, check_run, load_json
 
 # %% auto #0
-__all__ = ['METHODS', 'FORMAT', 'Prediction', 'above', 'Decision', 'register', 'method_named', 'import_methods', 'Hooks',
-           'NoOptions', 'Method', 'checked_options', 'trained_settings', 'run_info', 'load_info', 'images_not_at_hand',
-           'open_run', 'checked_images', 'ImageError', 'NotFittedError']
+__all__ = ['METHODS', 'KEPT_ROI', 'FORMAT', 'Prediction', 'above', 'Decision', 'register', 'method_named', 'import_methods',
+           'Hooks', 'NoOptions', 'Method', 'checked_options', 'given_roi', 'checked_roi', 'kept_roi', 'keep_roi',
+           'regions_of', 'trained_settings', 'run_info', 'load_info', 'images_not_at_hand', 'open_run',
+           'checked_images', 'ImageError', 'NotFittedError']
 
 # %% ../nbs/15_method.ipynb #7189f4b1
 @dataclass
@@ -84,11 +86,12 @@ class Decision:
     def learned(cls,
         held_out: Prediction,             # of held-out normal images
         q: float,                         # quantile of their pixels, and of their scores
-        false_alarms: float | None = None # share of normal images; None: by the quantile
+        false_alarms: float | None = None,# share of normal images; None: by the quantile
+        inside: Tensor | None = None      # [H,W] bool: the pixels that count; None: all
     ) -> Decision:
         "The thresholds that held-out normal images imply."
-        return cls(image_threshold(held_out.score, q, false_alarms),
-                   None if held_out.map is None else quantile(held_out.map, q),
+        m = held_out.map if held_out.map is None or inside is None else held_out.map[..., inside]
+        return cls(image_threshold(held_out.score, q, false_alarms), None if m is None else quantile(m, q),
                    tuple(held_out.score.double().tolist()), false_alarms)
 
     @property
@@ -161,6 +164,7 @@ class Method(ABC):
         self.stages: dict[str, Path] = {}
         self._decision: Decision | None = None
         self.info: dict[str, Any] | None = None          # run.json
+        self.roi: ROI | None = None                      # what counts; None: all
 
     @abstractmethod
     def train(self, hooks: Hooks) -> dict[str, Path]:
@@ -185,7 +189,7 @@ def decision(self: Method) -> Decision | None:
 def learn_decision(self: Method) -> None:
     "Thresholds from the held-out normal images."
     f = self.config.fusion
-    self._decision = Decision.learned(self.held_out_prediction(), f.threshold_quantile, f.false_alarms)
+    self._decision = Decision.learned(self.held_out_prediction(), f.threshold_quantile, f.false_alarms, self.inside)
 
 # %% ../nbs/15_method.ipynb #96434a9b
 def checked_options(options: type[Settings], given: dict[str, Any]) -> Settings:
@@ -238,6 +242,101 @@ def seconds(self: Method, images: ImageSet) -> dict[str, float]: # stage -> s
     cached = images.shards('predictions', self.prediction_key, hold=False)
     return {'predict': cached.seconds(list(range(len(images))))}
 
+# %% ../nbs/15_method.ipynb #a1dea84d
+Method.map_score = lambda self, values, area=None: values.flatten(1).amax(1) # [B,1,n] pixels -> [B]
+
+@patch(as_prop=True)
+def inside(self: Method) -> Tensor | None: # [H,W] bool
+    "The pixels of a map that count; None: all."
+    if self.roi is None: return None
+    return self.roi.at(self.config.data.image_size, self.config.data.image_size)
+
+@patch
+def within_roi(self: Method, p: Prediction) -> Prediction: # without `mask` and `anomalous`
+    "A prediction as if there were nothing outside the region of interest."
+    if self.roi is None: return p
+    if p.map is None:
+        raise ConfigError(f"data.roi: the method {self.name} gives no map, so that a part of an image cannot be left "
+                          "out; take another method, or crop the images")
+    inside = self.roi.at(*p.map.shape[-2:])
+    values = p.map[..., inside]
+    return replace(p, map=torch.where(inside, p.map, values.amin(-1)[..., None, None]), score=self.map_score(values))
+
+# %% ../nbs/15_method.ipynb #ca51f4dc
+@patch
+def predictions(self: Method,
+    images: ImageSet,
+    rows: list[int] | None = None # of these images only (default: all)
+) -> Iterator[tuple[list[int], Prediction]]: # as `predict_set`
+    "The predictions of a set, whatever the method, within the region of interest."
+    for r, p in self.predict_set(images, rows): yield r, self.within_roi(p)
+
+@patch
+def decided(self: Method, p: Prediction) -> Prediction:
+    "The prediction with `mask`, `anomalous` and `p_value`."
+    p = self.decision.applied(p)
+    if self.roi is None or p.mask is None: return p
+    return replace(p, mask=p.mask & self.roi.at(*p.mask.shape[-2:]))
+
+# %% ../nbs/15_method.ipynb #3e31ced9
+KEPT_ROI = 'roi.png' # in a run
+
+def given_roi(config: Config) -> ROI | None:
+    "The region of interest that the settings name."
+    return None if config.data.roi is None else checked_roi(read_roi(config.data.roi), config)
+
+def checked_roi(roi: ROI, config: Config) -> ROI:
+    "Raises ConfigError for one of which nothing is left at the size of the method's images."
+    roi.at(config.data.image_size, config.data.image_size)
+    return roi
+
+def kept_roi(config: Config, root: Path) -> ROI | None:
+    "The region of interest of a run or of a saved model. Raises StoreError when its file is gone."
+    if config.data.roi is None: return None
+    if not (root/KEPT_ROI).exists():
+        raise StoreError(f"{root/KEPT_ROI}: no such file, but the settings name a region of interest; put it back, or "
+                         "name it with --set data.roi=FILE (null: without)")
+    return read_roi(root/KEPT_ROI)
+
+def keep_roi(roi: ROI | None, root: Path) -> None:
+    "The region of interest beside the settings."
+    if roi is None: (root/KEPT_ROI).unlink(missing_ok=True)
+    else: save_roi(roi, root/KEPT_ROI)
+
+# %% ../nbs/15_method.ipynb #e43b1df9
+@patch
+def with_roi(self: Method,
+    roi: ROI | None
+) -> Method: # thresholds are learned again when they are asked for
+    "The same fitted method with another region of interest."
+    other = copy.copy(self)
+    other.roi, other._decision = roi and checked_roi(roi, self.config), None
+    other.config = with_overrides(self.config, {'data.roi': roi and f'pixels {roi.key}'})
+    return other
+
+# %% ../nbs/15_method.ipynb #71d33116
+@patch
+def own_pixels(self: Method,
+    p: Prediction,                        # of `predict`
+    i: int,                               # which of its images
+    size: tuple[int, int],                # width and height of that image
+    mm_per_pixel: float | None = None,    # default: of the settings
+    smallest: int = 1                     # pixels of a region
+) -> OwnPixels:
+    "Map, mask and regions of one image, at its own size. Raises ConfigError for a method without a map."
+    if p.map is None: raise ConfigError(f"the method {self.name} gives no map, so that there are no regions")
+    t, scale = self.decision.pixel_threshold, mm_per_pixel or self.config.data.mm_per_pixel
+    return own_pixels(p.map[i], size, t + ROUNDING*max(1., abs(t)), self.roi, scale, smallest)
+
+def regions_of(
+    method: Method,                       # fitted
+    p: Prediction,                        # of `method.predict(files)`
+    files: Sequence[str | Path],          # the same files
+    **how                                 # mm_per_pixel, smallest
+) -> list[OwnPixels]:
+    "Of each image of a prediction its map, mask and list of regions, at its own size."
+    return [method.own_pixels(p, i, image_size(f), **how) for i, f in enumerate(files)]
+
 # %% ../nbs/15_method.ipynb #9caca004
 FORMAT = 2 # of run.json; raised when a run directory of before can no longer be opened
 
@@ -253,6 +352,7 @@ def fit(self: Method,
     c = self.config
     training, held_out = split_normal(dataset, c.data, c.seed)
     check_trackers(c.trackers)
+    self.roi = given_roi(c)
     run_dir = check_run(run_dir)
     if not (run_dir/'run.json').exists(): check_space(run_dir, self.disk_space(len(training)), 'the files of this fit')
     state, store = processes(c.device), Store(run_dir)
@@ -269,6 +369,7 @@ def fit(self: Method,
     with state.main_process_first(): self.learn_decision() # the others find what the first has made
     self.info = run_info(self, dataset, training, held_out)
     if state.is_main_process:
+        keep_roi(self.roi, store.root)
         atomic_write(store.root/'config.json', dump_config(self.config))
         atomic_write(store.root/'run.json', json.dumps(self.info, indent=1, ensure_ascii=False))
     return self
@@ -277,7 +378,7 @@ def fit(self: Method,
 @patch
 def held_out_prediction(self: Method) -> Prediction:
     "Scores and maps of all held-out normal images."
-    return Prediction.concatenated([p for _, p in self.predict_set(self.held_out_set)])
+    return Prediction.concatenated([p for _, p in self.predictions(self.held_out_set)])
 
 # %% ../nbs/15_method.ipynb #68f01413
 def trained_settings(method: Method | type[Method], config: Config) -> dict[str, Any]:
@@ -338,6 +439,7 @@ def open(cls: Method,
         raise ConfigError(f"{root/'config.json'}: not the settings this run was fitted with; "
                           "run `dynad fit` with the same --out again")
     self, store = own(config), Store(root)
+    self.roi = given_roi(config) if 'data.roi' in (overrides or {}) else kept_roi(config, root)
     self.info, load = info, images_not_at_hand(root, overrides)
     self.training_set, self.held_out_set = (ImageSet(store, info['keys'][k], len(info[k]), load, progress)
                                             for k in ('fit', 'held_out'))
@@ -407,4 +509,4 @@ def predict(self: Method,
         raise NotFittedError(f"this {type(self).__name__} is not fitted; call fit, open or from_pretrained first")
     x = checked_images(images, self.config.data.image_size, self.config.data.max_pixels)
     parts = [self.predict_batch(x[b], b) for b in batches(len(x), self.config.batch, 'images', True)]
-    return self.decision.applied(type(parts[0]).concatenated(parts))
+    return self.decided(self.within_roi(type(parts[0]).concatenated(parts)))
