@@ -31,6 +31,7 @@ from .reconstruction import overshoots
 from .spatial_dic import SpatialDIC, SpatialDICError
 from .store import (REPAIR_HINT, StoreError, atomic_write, load_json, load_state, load_tensors, save_tensors,
                          state_hash)
+from .tiles import Kept
 from .training import CHECKPOINT
 from .walk import (Parts, WalkOutputs, adaptation_parts, averaged_t_hat, decode, extract_features,
                         neighbour_groups, reconstruct_latents, walk)
@@ -250,7 +251,7 @@ def calibrated(self: DynAD,
                        self.config.fusion.quantile, self.config.fusion.reference] + ([self.roi.key] if self.roi else []))
     known = self.held_out_set.memory.setdefault(('calibration', key), {})
     for T in sorted(set(torch.as_tensor(t_hat).tolist())):
-        if T not in known: known[T] = measured_level(held, T, self.inside)
+        if T not in known: known[T] = measured_level(held, T, self.inside_square)
         levels[T] = known[T]
     return Calibration(levels, neighbour_ranges(self))
 
@@ -258,7 +259,7 @@ def neighbour_ranges(method: DynAD) -> tuple[tuple[float, float], ...]:
     "Median and upper quantile of each part of n_map on the held-out normal images."
     if not method.parts.spatial: return ()
     c, p, memory = method.config, method.parts, method.held_out_set.memory
-    inside = method.inside
+    inside = method.inside_square
     key = 'neighbour ranges', content_key([p.hashes['spatial'], c.fusion.quantile]
                                           + ([method.roi.key] if method.roi else []))
     if key not in memory:
@@ -473,6 +474,7 @@ def save_pretrained(self: DynAD, folder: str | Path) -> Path:
     if scale is None: scale = self.calibrated(torch.cat([self.held_out.t_hat, possible_t_hat(self)]))
     decision = asdict(self.decision)
     decision['threshold'] = decision.pop('pixel_threshold') # the name of before
+    if self.tiling: decision['kept'] = asdict(self.kept)
     atomic_write(folder/'calibration.json', json.dumps(asdict(scale) | decision, indent=1))
     keep_roi(self.roi, folder)
     atomic_write(folder/'config.json', dump_config(self.config))
@@ -499,6 +501,9 @@ def from_pretrained(cls: DynAD, folder: str | Path) -> DynAD:
     if neighbour_groups(self.config):
         self.parts = replace(self.parts, spatial=load_spatial(self, folder/'spatial.safetensors'))
     self.fixed_calibration, self._decision = load_calibration(folder/'calibration.json')
+    if self.tiling:
+        k = load_json(folder/'calibration.json', 'kept.shape', 'kept.area')['kept']
+        self.kept = Kept(tuple(k['shape']), k['area'])
     return self
 
 # %% ../nbs/16_detector.ipynb #a22f290d

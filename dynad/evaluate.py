@@ -33,9 +33,9 @@ from .store import atomic_write, replacing
 # %% auto #0
 __all__ = ['KEYS', 'NAMES', 'EXACT', 'ORIGIN', 'PRESET_NOTES', 'MASK_RULES', 'MEASURED', 'as_json', 'all_metrics',
            'MetricAccumulator', 'Scored', 'HeldMaps', 'StreamedMaps', 'as_array', 'decided', 'Evaluation', 'evaluate',
-           'within', 'counting', 'timing', 'versions', 'described', 'threshold_rule', 'protocol', 'roi_words',
-           'pixel_reason', 'explain_pixels', 'fitted_baseline', 'write_result', 'save_maps', 'save_table', 'masks_note',
-           'metrics_table', 'undefined', 'method_title']
+           'within', 'counting', 'timing', 'versions', 'described', 'threshold_rule', 'protocol', 'image_words',
+           'roi_words', 'pixel_reason', 'explain_pixels', 'fitted_baseline', 'write_result', 'save_maps', 'save_table',
+           'masks_note', 'metrics_table', 'undefined', 'method_title']
 
 # %% ../nbs/17_evaluate.ipynb #eb662a68
 KEYS = ('i_auroc', 'p_auroc', 'pro', 'i_ap', 'p_ap', 'i_f1_max', 'p_f1_max') # the metrics of every result
@@ -202,17 +202,17 @@ def evaluate(
     if not dataset.test: raise DataError(f"{dataset.name}: no test image; put some under test/good and test/<defect>")
     c = method.config
     samples, found = with_mask_rule(dataset.test, c.data.mask_rule), data_warnings(dataset, c.data)
-    masks, has_mask = load_masks(samples, c.data.image_size, c.data.max_pixels)
+    masks, has_mask = load_masks(samples, method.map_shape, c.data.max_pixels)
     masks, has_mask, outside = within(method.inside, masks, has_mask)
     truth = MetricAccumulator(torch.tensor([s.label for s in samples]), masks, has_mask, n_boot, c.seed, method.inside)
     images = method.test_images(samples, dataset, progress)
     method = method.for_test_set(images)
     for _ in method.predictions(images): pass # so that the metrics are timed by themselves
-    start, stages = time.perf_counter(), method.seconds(images)
+    start, stages = time.perf_counter(), method.stage_seconds(images)
     scored = truth(method.predictions(images), method.decision.pixel_threshold)
     result = (scored.metrics | timing(stages, time.perf_counter() - start, len(samples))
               | {'decision': decided(scored, truth.labels, method)})
-    if null_models:
+    if null_models and not method.tiling:
         result['null_models'] = {k: truth(counting(method, p)).metrics for k, p in method.null_models(images).items()}
     if baselines:
         result['baseline'] = {b.name: truth(b.predictions(b.test_images(samples, dataset, progress))).metrics
@@ -302,12 +302,20 @@ def protocol(
             'calibration': ('minimum and maximum of the test set (looks at what it judges)' if at_test
                             else 'quantiles of held-out normal training images, per T̂'),
             'threshold': threshold_rule(method),
-            'image': f"square resize to {c.data.image_size}, antialiased",
+            'image': image_words(method),
             'masks': f"{MASK_RULES[c.data.mask_rule]}, resized to the nearest pixel",
             'pro': f"{'exact' if truth.exact else 'streaming, within 1e-4 of exact'}, 8-connected regions, "
                    "false positive rate up to 0.3",
             'interval': f"95 % percentile bootstrap over images, {truth.n_boot} resamples, seed {c.seed}",
             'seed': c.seed, **({} if method.roi is None else {'roi': roi_words(method, outside)})}
+
+def image_words(method: Method) -> str:
+    "What the method sees of an image."
+    if (t := method.tiling) is None: return f"square resize to {method.config.data.image_size}, antialiased"
+    h, w = method.map_shape
+    return (f"tiles of {t.tile} pixels every {t.stride}, each resized to {method.config.data.image_size}, antialiased; "
+            f"their maps blended and evaluated as one of {w}×{h}; no null models"
+            + (f"; the map of the whole image, made smaller, with a weight of {t.context:g}" if t.context else ''))
 
 def roi_words(method: Method, outside: int) -> str:
     "What a region of interest leaves out."

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .cache import CachedWalk, ImageSet
-from .config import Config
+from .config import Config, ConfigError
 from .data import (AnomalyDataset, Sample, images_key, load_masks, open_dataset, open_folder, split_normal,
                         with_mask_rule)
 from .demo import NOTE
@@ -120,6 +120,9 @@ class Session:
     ):
         self.run = Path(run) if not isinstance(run, DynAD) else run.training_set.store.root
         self.model = model = run if isinstance(run, DynAD) else DynAD.open(run, progress=False)
+        if model.tiling:
+            raise ConfigError(f"{self.run}: fitted on tiles (data.tile = {model.tiling.tile}); the sliders show images "
+                              "that were fitted whole; `dynad predict` and `dynad evaluate` take this run")
         self.dataset = _opened(data, model)
         c = model.config.data
         self.samples, self.size = with_mask_rule(self.dataset.test, c.mask_rule), c.image_size
