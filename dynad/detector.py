@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from .adaptation import adapt
 from .cache import CachedWalk, ImageSet, batches
 from .choosing import chosen, fit_spatial
-from .config import (UNKEYED_DATA_SETTINGS, UNKEYED_DENOISER_SETTINGS, Config, ConfigError, content_key, dump_config, load_config,
-                          with_overrides)
+from .config import (UNKEYED_DATA_SETTINGS, UNKEYED_DENOISER_SETTINGS, Config, ConfigError, content_key,
+                          dump_config, load_config, with_overrides)
 from .autoencoder import FINETUNE_CHECKPOINT, finetune
 from .denoiser import check_denoiser, load_denoiser, make_unet, save_denoiser, set_compiled, train_denoiser
 from .dic import DIC, pooled, t_grid
@@ -39,8 +39,8 @@ from .walk import (Parts, WalkOutputs, adaptation_parts, averaged_t_hat, decode,
 # %% auto #0
 __all__ = ['DynADPrediction', 'DynAD', 'phi_of', 'train_parts', 'choose_mixture', 'fit_autoencoder', 'denoiser_key', 'fit_phi',
            'phi_key', 'fit_bank', 'load_autoencoder', 'load_unet', 'load_phi', 'load_parts', 'neighbour_ranges',
-           'counted', 'measured_level', 'finished', 'refuse_retraining', 'calibration_of_set', 'untrained',
-           'possible_t_hat', 'load_bank', 'load_spatial', 'load_calibration']
+           'counted_key', 'counted', 'measured_level', 'finished', 'refuse_retraining', 'calibration_of_set',
+           'untrained', 'possible_t_hat', 'load_bank', 'load_spatial', 'load_calibration']
 
 # %% ../nbs/16_detector.ipynb #c2d2088e
 @dataclass
@@ -248,7 +248,7 @@ def calibrated(self: DynAD,
     if self.fixed_calibration is not None: return self.fixed_calibration
     held, levels = self.held_out, {}
     key = content_key([held.reconstructions_key, self.parts.hashes['phi'], self.config.fusion.layers,
-                       self.config.fusion.quantile, self.config.fusion.reference] + ([self.roi.key] if self.roi else []))
+                       self.config.fusion.quantile, self.config.fusion.reference] + counted_key(self))
     known = self.held_out_set.memory.setdefault(('calibration', key), {})
     for T in sorted(set(torch.as_tensor(t_hat).tolist())):
         if T not in known: known[T] = measured_level(held, T, self.inside_square)
@@ -260,12 +260,15 @@ def neighbour_ranges(method: DynAD) -> tuple[tuple[float, float], ...]:
     if not method.parts.spatial: return ()
     c, p, memory = method.config, method.parts, method.held_out_set.memory
     inside = method.inside_square
-    key = 'neighbour ranges', content_key([p.hashes['spatial'], c.fusion.quantile]
-                                          + ([method.roi.key] if method.roi else []))
+    key = 'neighbour ranges', content_key([p.hashes['spatial'], c.fusion.quantile] + counted_key(method))
     if key not in memory:
         memory[key] = tuple(map_range(counted(upsample(m, c.data.image_size, aligned=False), inside), c.fusion.quantile)
                             for m in method.held_out.neighbour_maps())
     return memory[key]
+
+def counted_key(method: DynAD) -> list[str]:
+    "The region of interest in the key of a calibration; nothing without one."
+    return [method.roi.key] if method.roi and not method.tiling else []
 
 def counted(m: Tensor, inside: Tensor | None) -> Tensor:
     "The values of maps [B,1,H,W] that count."
@@ -386,7 +389,8 @@ def with_settings(self: DynAD,
 def refuse_retraining(method: Method, config: Config, overrides: dict[str, Any]) -> None:
     "Raises ConfigError that names the settings for which the method would have to be trained again."
     needs = [k for k in overrides if k.split('.')[0] in method.trains_on
-             and k.removeprefix('data.') not in UNKEYED_DATA_SETTINGS and with_overrides(method.config, {k: overrides[k]}) != method.config]
+             and k.removeprefix('data.') not in UNKEYED_DATA_SETTINGS
+             and with_overrides(method.config, {k: overrides[k]}) != method.config]
     if needs:
         raise ConfigError(f"{', '.join(needs)}: would need training; "
                           f"fit again with {needs[0]} = {overrides[needs[0]]!r}")

@@ -319,8 +319,8 @@ def image_words(method: Method) -> str:
 
 def roi_words(method: Method, outside: int) -> str:
     "What a region of interest leaves out."
-    text = (f"{method.roi.share:.1%} of the image count (mask {method.roi.key}); pixels outside are left out of scores, "
-            "thresholds, calibration, pixel metrics and PRO, regions are cut at its border")
+    text = (f"{method.roi.share:.1%} of the image count (mask {method.roi.key}); pixels outside are left out of "
+            "scores, thresholds, calibration, pixel metrics and PRO, regions are cut at its border")
     if not outside: return text
     return (f"{text}; the defect of {outside} image{'s'*(outside > 1)} lies wholly outside: still labelled anomalous, "
             "at image level only")
@@ -355,8 +355,11 @@ def fitted_baseline(
     progress: bool = True
 ) -> Method:
     "Another method, fitted on the same normal images under the same settings, in the folder `baselines` of the run."
-    config = method.config.model_copy(update={'method': name, 'options': {}, 'trackers': ()})
-    return method_named(name)(config).fit(dataset, method.training_set.store.root/'baselines'/name, progress=progress)
+    data = method.config.data.model_copy(update={'roi': None}) # it is the method's own, wherever its file has gone
+    config = method.config.model_copy(update={'method': name, 'options': {}, 'trackers': (), 'data': data})
+    run_dir = method.training_set.store.root/'baselines'/name
+    baseline = method_named(name)(config).fit(dataset, run_dir, progress=progress)
+    return baseline if method.roi is None else baseline.with_roi(method.roi)
 
 # %% ../nbs/17_evaluate.ipynb #5e48771b
 MEASURED = ('images_per_second', 'seconds_by_stage', 'peak_memory_mb') # may differ between two runs of the same seed

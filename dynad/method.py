@@ -33,7 +33,8 @@ from .images import Notes, image_size, read_whole
 from .launch import check_trackers, processes
 from .paths import check_space, expanded
 from .regions import ROI, OwnPixels, own_pixels, read_roi, save_roi
-from .tiles import Kept, Tiling, WholeImages, common_kept, kept, tile_set, tiles_of, whole_images, whole_map
+from .tiles import (Kept, Tiling, WholeImages, common_kept, kept, tile_set, tiles_of, whole_images,
+                         whole_map)
 from .store import REPAIR_HINT, Store, StoreError, atomic_write, check_run, load_json
 
 # %% auto #0
@@ -171,7 +172,7 @@ class Method(ABC):
         self.tiling = Tiling.of(self.config.data)        # None: images are not cut into tiles
         self.kept: Kept | None = None                    # of the maps of images that are cut
         self.held_out_images: ImageSet | None = None     # what thresholds are learned from: the held-out set, or whole
-        if self.tiling: self.reconstructs = False        # of an image there are only the tiles'
+        if self.tiling: self.reconstructs, self.bins = False, lambda: None # of an image there are only the tiles'
 
     @abstractmethod
     def train(self, hooks: Hooks) -> dict[str, Path]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import csv, io
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -119,11 +119,12 @@ def drawn(
     image: np.ndarray,       # [H,W,3] uint8
     own: OwnPixels,
     threshold: float         # for pixels
-) -> dict[str, np.ndarray]:  # kind -> [H,W,3] or [H,W] uint8
-    "The pictures of one image."
+) -> Iterator[tuple[str, np.ndarray]]: # kind; [H,W,3] or [H,W] uint8
+    "The pictures of one image, one after another: of 12 megapixels each takes 36 MB."
     top = max(2*threshold, float(own.map.max()), 1e-6)
-    over = draw_regions(heat_over(image, own.map, top, own.mask), own.regions)
-    return {'map': coloured(own.map, top), 'mask': own.mask.astype(np.uint8)*255, 'overlay': over}
+    yield 'map', coloured(own.map, top)
+    yield 'mask', own.mask.astype(np.uint8)*255
+    yield 'overlay', draw_regions(heat_over(image, own.map, top, own.mask), own.regions)
 
 def save_array(a: np.ndarray, path: Path) -> None: # [H,W,3] or [H,W] uint8
     "A PNG of large images, in a second for 12 megapixels: lightly compressed."
@@ -138,13 +139,12 @@ def write_one(
     "The pictures of one image, and what the tables say of it."
     c, d = method.config.data, method.decision
     whole = read_whole(file, c.max_pixels)
-    name, own, pictures = printable(file), None, {}
+    name, own, save = printable(file), None, lambda kind, a: save_array(a, stem.parent/f'{stem.name}_{kind}.png')
     if p.map is not None:
         own = method.own_pixels(p, i, whole.size, scale, smallest)
-        pictures = drawn(as_bytes(whole), own, d.pixel_threshold)
+        for kind, image in drawn(as_bytes(whole), own, d.pixel_threshold): save(kind, image)
     if getattr(p, 'reconstruction', None) is not None:
-        pictures['reconstruction'] = np.asarray(Image.fromarray(to_uint8(p.reconstruction[i])).resize(whole.size))
-    for kind, image in pictures.items(): save_array(image, stem.parent/f'{stem.name}_{kind}.png')
+        save('reconstruction', np.asarray(Image.fromarray(to_uint8(p.reconstruction[i])).resize(whole.size)))
     row = {'image': name, 'score': float(p.score[i]), 'anomalous': bool(p.anomalous[i]),
            'threshold': d.image_threshold, **{k: v[i].item() for k, v in p.per_image.items()},
            'anomalous_pixels': int(own.mask.sum()) if own else '', 'regions': len(own.regions) if own else '',

@@ -108,7 +108,8 @@ class ROI:
 
     def __post_init__(self):
         if not self.mask.any():
-            raise ConfigError("a region of interest without a white pixel: nothing would count; paint white what counts")
+            raise ConfigError("a region of interest without a white pixel: nothing would count; paint white what "
+                              "counts")
 
     @cached_property
     def key(self) -> str:
@@ -125,7 +126,7 @@ class ROI:
         return _resized(self, height, width)
 
 # %% ../nbs/13b_regions.ipynb #e312f79a
-@lru_cache(8)
+@lru_cache(4) # of 12 megapixels each takes 12 MB
 def _resized(roi: ROI, height: int, width: int) -> Tensor:
     m = nearest(roi.mask, (height, width))
     if not m.any():

@@ -155,8 +155,8 @@ def tiles_of(
         whole = [(0, 0, *size)] if tiling.context else []
         out += [TileOf(s, b) for b in tiling.boxes(size) + whole]
     if len(out) <= most: return out
-    warnings.warn(f'{samples[0].name} and {len(samples) - 1} more: {len(out)} tiles, of which {most} are drawn at random '
-                  '(data.max_tiles for training, data.max_calibration for calibration)', stacklevel=2)
+    warnings.warn(f'{samples[0].name} and {len(samples) - 1} more: {len(out)} tiles, of which {most} are drawn at '
+                  'random (data.max_tiles for training, data.max_calibration for calibration)', stacklevel=2)
     keep = np.sort(np.random.default_rng(seed).permutation(len(out))[:most])
     return [out[k] for k in keep]
 

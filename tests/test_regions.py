@@ -1,18 +1,14 @@
 "Regions in the image's own pixels, and the region of interest outside which nothing counts."
 import csv, io, json
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dynad.config import ConfigError, make_config, with_overrides
-from dynad.data import load_masks, open_dataset
+from dynad.config import ConfigError, make_config
 from dynad.detector import DynAD
-from dynad.evaluate import MetricAccumulator, evaluate
-from dynad.images import read_image
+from dynad.evaluate import evaluate, fitted_baseline
 from dynad.method import Decision, Prediction, open_run, regions_of
 from dynad.metrics import StreamingPixelMetrics, pixel_metrics
 from dynad.output import write_predictions
@@ -134,6 +130,7 @@ def test_without_a_roi_nothing_changes(smoke, patchcore, boards):
         assert method.within_roi(p := Prediction(torch.zeros(1), torch.zeros(1, 1, 4, 4))) is p
 
 def test_a_roi_is_kept_in_the_run_and_may_be_exchanged(boards, tmp_path):
+    boards = boards.limited(8, 6)
     file = save_roi(half(50), tmp_path/'left.png')
     config = make_config('smoke', {'data.roi': str(file)})
     method = PatchCore(config).fit(boards, tmp_path/'run', progress=False)
@@ -143,9 +140,12 @@ def test_a_roi_is_kept_in_the_run_and_may_be_exchanged(boards, tmp_path):
     right = save_roi(ROI(~half(50).mask), tmp_path/'right.png')
     other = open_run(tmp_path/'run', {'data.roi': str(right)}, progress=False)  # no image is read for it
     assert other.decision != again.decision and other.inside[0].tolist() == (~again.inside)[0].tolist()
-    assert open_run(tmp_path/'run', {'data.roi': None}, progress=False).roi is None
+    plain = open_run(tmp_path/'run', {'data.roi': None}, progress=False)
+    assert plain.roi is None and 'roi' not in evaluate(plain, boards, n_boot=0, progress=False).result['protocol']
+    baseline = fitted_baseline(again, 'padim', boards, progress=False) # the file that the settings name is gone
+    assert baseline.roi.key == again.roi.key and not (tmp_path/'run/baselines/padim/roi.png').exists()
     e = evaluate(again, boards, n_boot=5, progress=False)
-    assert '50.0% of the image count' in e.result['protocol']['roi'] and 'roi' not in evaluate(PatchCore(make_config('smoke')).fit(boards, tmp_path/'plain', progress=False), boards, n_boot=0, progress=False).result['protocol']
+    assert '50.0% of the image count' in e.result['protocol']['roi']
     assert not any((m & ~again.inside).any() for m in e.masks)
     (tmp_path/'run'/'roi.png').unlink()
     with pytest.raises(StoreError, match='roi.png: no such file.*data.roi=FILE'): open_run(tmp_path/'run', progress=False)

@@ -20,12 +20,15 @@ from dynad.session import Session
 from dynad.tiles import Canvas, Tiling, cut, kept, kept_shape, tiles_of, whole_map
 
 TILES = {'data.tile': 64, 'data.stride': 48}
-SMOKE = {'denoiser.steps': 20, 'latents.finetune_steps': 3, 'adaptation.gamma': 0, 'denoiser.checkpoint_every': 10}
+SMOKE = {'denoiser.steps': 5, 'latents.finetune_steps': 1, 'adaptation.gamma': 0, 'denoiser.checkpoint_every': 10}
 
 @pytest.fixture(scope='module')
-def tiled(boards, tmp_path_factory):
+def few(boards): return boards.limited(9, 8)
+
+@pytest.fixture(scope='module')
+def tiled(few, tmp_path_factory):
     run = tmp_path_factory.mktemp('tiled')/'run'
-    return PatchCore(make_config('smoke', TILES)).fit(boards, run, progress=False), run
+    return PatchCore(make_config('smoke', TILES)).fit(few, run, progress=False), run
 
 # the grid and the canvas
 
@@ -71,13 +74,13 @@ def test_settings_that_cannot_be(bad, words):
 
 # a method on tiles
 
-def test_fit_open_predict_and_evaluate(tiled, boards):
-    method, run = tiled
+def test_fit_open_predict_and_evaluate(tiled, few):
+    (method, run), boards = tiled, few
     again = open_run(run, progress=False)
     assert again.decision == method.decision and again.map_shape == method.map_shape == (128, 128)
-    assert len(method.training_set) == 19*9 and len(method.held_out_set) == 45 and len(method.decision.normal_scores) == 5
+    assert len(method.training_set) == 4*9 and len(method.held_out_set) == 45 and len(method.decision.normal_scores) == 5
     p = again.predict([s.image for s in boards.test])
-    assert p.map.shape == p.mask.shape == (16, 1, 128, 128) and torch.equal(p.score, p.map.flatten(1).amax(1))
+    assert p.map.shape == p.mask.shape == (8, 1, 128, 128) and torch.equal(p.score, p.map.flatten(1).amax(1))
     e = evaluate(again, boards, n_boot=5, progress=False, baselines=[method])
     assert torch.allclose(e.scores, p.score) and torch.allclose(e.maps, p.map)
     assert torch.equal(e.masks, load_masks(boards.test, 128)[0])
@@ -86,10 +89,7 @@ def test_fit_open_predict_and_evaluate(tiled, boards):
     other = open_run(run, progress=False)
     other.predict_batch = None # not called: all of it is in the store
     assert torch.equal(torch.cat([q.score for _, q in other.predictions(other.test_images(boards.test, boards))]), e.scores)
-
-def test_a_page_of_a_tiled_run(tiled, boards, tmp_path):
-    page = write_report(evaluate(tiled[0], boards, n_boot=0, progress=False), tmp_path/'page')
-    assert page.exists()
+    assert write_report(e, run.parent/'page').exists()
 
 def test_a_tensor_a_file_and_other_sizes(tiled, tmp_path):
     method, _ = tiled
@@ -132,10 +132,10 @@ def test_a_roi_on_tiles(tiled, boards, tmp_path):
     inside = method.inside
     assert torch.allclose(p.map[..., inside], whole.map[..., inside]) and not p.mask[..., ~inside].any() and p.score <= whole.score
 
-def test_context(boards, tmp_path):
-    method = PatchCore(make_config('smoke', {**TILES, 'data.context': .4})).fit(boards, tmp_path/'run', progress=False)
-    assert len(method.training_set) == 19*10
-    f = boards.test[0].image
+def test_context(few, tmp_path):
+    method = PatchCore(make_config('smoke', {**TILES, 'data.context': .4})).fit(few, tmp_path/'run', progress=False)
+    assert len(method.training_set) == 4*10
+    f = few.test[0].image
     seen = method.predict_batch(cut(read_whole(f), (0, 0, 128, 128), 64)[None], [0]).map
     method.tiling = replace(method.tiling, context=0.)
     bare = method.predict([f]).map
@@ -143,16 +143,18 @@ def test_context(boards, tmp_path):
     method.tiling = replace(method.tiling, context=.4)
     assert torch.allclose(method.predict([f]).map, mixed, atol=1e-5)
 
-def test_the_papers_method_on_tiles(boards, tmp_path):
-    few = {'data.max_tiles': 40, 'data.max_calibration': 10, **TILES}
-    with pytest.warns(UserWarning, match='drawn at random'): model = DynAD(make_config('smoke', {**SMOKE, **few})).fit(boards, tmp_path/'run', progress=False)
+def test_the_papers_method_on_tiles(few, tmp_path):
+    less = {'data.max_tiles': 24, 'data.max_calibration': 6, **TILES}
+    boards = few.limited(9, 2)
+    with pytest.warns(UserWarning, match='drawn at random'): model = DynAD(make_config('smoke', {**SMOKE, **less})).fit(boards, tmp_path/'run', progress=False)
     files = [s.image for s in boards.test[:2]]
     again = DynAD.open(tmp_path/'run', progress=False)
     p = again.predict(files)
-    assert p.map.shape == (2, 1, 128, 128) and again.decision == model.decision and len(model.training_set) == 40
+    assert p.map.shape == (2, 1, 128, 128) and again.decision == model.decision and len(model.training_set) == 24
     saved = DynAD.from_pretrained(model.save_pretrained(tmp_path/'saved'))
     assert torch.allclose(saved.predict(files).score, p.score, atol=1e-5)
     with pytest.raises(ConfigError, match='fitted on tiles'): Session(again, boards)
+    assert write_report(evaluate(again, boards, n_boot=0, progress=False), tmp_path/'page').exists() # without T̂, distances and reconstructions
 
 # twelve megapixels
 
@@ -161,10 +163,9 @@ import json, resource, sys
 from pathlib import Path
 from dynad.method import open_run
 from dynad.output import write_predictions
-run, small, big, out = map(Path, sys.argv[1:])
+run, big, out = map(Path, sys.argv[1:])
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
 m = open_run(run, progress=False)
-write_predictions(m, [small], out)
 before = peak()
 rows = write_predictions(m, [big], out)
 print(json.dumps([before, peak(), rows[0]['width'], rows[0]['height']]))
@@ -172,18 +173,17 @@ print(json.dumps([before, peak(), rows[0]['width'], rows[0]['height']]))
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='peak memory is read as Linux gives it')
 def test_twelve_megapixels_in_bounded_memory(tmp_path):
-    rng = np.random.default_rng(0)
-    for k in range(7):
-        (tmp_path/'data/train/good').mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(90, 160, (600, 800, 3), np.uint8)).save(tmp_path/'data/train/good'/f'{k}.png')
+    y, x = np.mgrid[:600, :800]
+    part = lambda k: Image.fromarray(np.stack([90 + (x//40 + y//40) % 2*60 + k + 0*c for c in range(3)], -1).astype(np.uint8)) # a checkerboard
+    (tmp_path/'data/train/good').mkdir(parents=True)
+    for k in range(7): part(k).save(tmp_path/'data/train/good'/f'{k}.png')
     method = PatchCore(make_config('smoke', {'data.tile': 512, 'batch': 8})).fit(open_dataset(tmp_path/'data', layout='folder'), tmp_path/'run', progress=False)
-    tile = Image.fromarray(rng.integers(90, 160, (600, 800, 3), np.uint8))
     big = Image.new('RGB', (4000, 3000))
-    for y in range(0, 3000, 600):
-        for x in range(0, 4000, 800): big.paste(tile, (x, y))
+    for b in range(0, 3000, 600):
+        for a in range(0, 4000, 800): big.paste(part(3), (a, b))
     big.paste((255, 0, 0), (2100, 1100, 2160, 1150))
     big.save(tmp_path/'big.png', compress_level=1)
-    child = subprocess.run([sys.executable, '-c', BIG, *map(str, (tmp_path/'run', next((tmp_path/'data/train/good').iterdir()), tmp_path/'big.png', tmp_path/'out'))], capture_output=True, text=True)
+    child = subprocess.run([sys.executable, '-c', BIG, *map(str, (tmp_path/'run', tmp_path/'big.png', tmp_path/'out'))], capture_output=True, text=True)
     before, after, *size = json.loads(child.stdout.splitlines()[-1]) if not child.returncode else pytest.fail(child.stderr[-800:])
     assert size == [4000, 3000] and after - before < 700 and after < 2048 # MB
     first = json.loads((tmp_path/'out/regions.json').read_text())['images'][0]['regions'][0]
