@@ -174,7 +174,7 @@ print(json.dumps([before, peak(), rows[0]['width'], rows[0]['height']]))
 @pytest.mark.skipif(sys.platform != 'linux', reason='peak memory is read as Linux gives it')
 def test_twelve_megapixels_in_bounded_memory(tmp_path):
     y, x = np.mgrid[:600, :800]
-    part = lambda k: Image.fromarray(np.stack([90 + (x//40 + y//40) % 2*60 + k + 0*c for c in range(3)], -1).astype(np.uint8)) # a checkerboard
+    part = lambda k: Image.fromarray(np.stack([90 + (x//4 + y//4) % 2*60 + k + 0*c for c in range(3)], -1).astype(np.uint8)) # a checkerboard
     (tmp_path/'data/train/good').mkdir(parents=True)
     for k in range(7): part(k).save(tmp_path/'data/train/good'/f'{k}.png')
     method = PatchCore(make_config('smoke', {'data.tile': 512, 'batch': 8})).fit(open_dataset(tmp_path/'data', layout='folder'), tmp_path/'run', progress=False)
