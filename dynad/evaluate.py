@@ -142,7 +142,9 @@ class StreamedMaps:
     def metrics(self) -> dict[str, Metric]:
         return self.stream.bootstrap(self.truth.n_boot, self.truth.seed) if self.any else {}
 
-def as_array(mask: Tensor | None) -> np.ndarray | None: return None if mask is None else mask.numpy()
+def as_array(mask: Tensor | None) -> np.ndarray | None:
+    "A mask as the metrics take it."
+    return None if mask is None else mask.numpy()
 
 # %% ../nbs/17_evaluate.ipynb #c972f1ed
 def decided(scored: Scored, labels: Tensor, method: Method) -> dict[str, Any]:
