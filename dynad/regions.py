@@ -192,7 +192,7 @@ def draw_regions(
         x, y, w, h = r.box
         draw.rectangle((x - line, y - line, x + w + line, y + h + line), outline=BOX, width=line)
         draw.text((x, max(0, y - 14*line)), str(n), fill=BOX, font_size=12*line)
-    return np.asarray(im)
+    return np.array(im)
 
 # %% ../nbs/13b_regions.ipynb #a19efe22
 _HEAT = (colorize(torch.linspace(0, 1, 256)[None], cmap='inferno')[:, 0].T*255).round().numpy().astype(np.float32)
