@@ -62,7 +62,8 @@ def elongated(dataset: AnomalyDataset, sizes: Sizes, size: int) -> Iterator[Find
                   f'{count(len(odd), "image")} of {len(sizes)} are elongated (up to {w}×{h}, '
                   f'{max(w, h)/min(w, h):.0f}:1) and are squeezed to a square of {size}, in which one pixel stands for '
                   f'{max(1, w/size):.0f}×{max(1, h/size):.0f} of theirs: {named(dataset, odd)}. Cut them into nearly '
-                  f'square parts before fitting, the masks likewise; or pad them to a square', tuple(odd))
+                  f'square parts before fitting, the masks likewise; or let them be cut into tiles: '
+                  f'--set data.tile={max(32, min(w, h))}', tuple(odd))
 
 def large(dataset: AnomalyDataset, sizes: Sizes, size: int) -> Iterator[Finding]:
     "Images so large that what is small in them is below one pixel."
@@ -72,7 +73,8 @@ def large(dataset: AnomalyDataset, sizes: Sizes, size: int) -> Iterator[Finding]
     yield Finding('large images',
                   f'{count(len(big), "image")} of {len(sizes)} are much larger than data.image_size = {size} (up to '
                   f'{w}×{h}): a defect below {-(-w//size)}×{-(-h//size)} of their pixels is smaller than one pixel '
-                  f'there. Raise data.image_size (up to 1024), or crop to the part', tuple(big))
+                  f'there. Raise data.image_size (up to 1024), crop to the part, or let it be cut into tiles: '
+                  f'--set data.tile={2*size}', tuple(big))
 
 def mixed_sizes(dataset: AnomalyDataset, sizes: Sizes, size: int) -> Iterator[Finding]:
     "Images of different proportions, which are squeezed differently."
@@ -183,7 +185,7 @@ def vanishing(dataset: AnomalyDataset, masks: Sequence[MaskFacts], size: int) ->
     counts = ', '.join(f'{len(v)} of {len(all_of[k])} {k}' for k, v in of.items())
     least, keep = min(lost, key=lambda m: m.marked), [m.keeps for m in lost]
     cure = (f'data.image_size={max(keep)} keeps them' if None not in keep else
-            'no data.image_size up to 1024 keeps them all: cut the images into parts')
+            'no data.image_size up to 1024 keeps them all: let the images be cut into tiles (data.tile)')
     yield Finding('vanishing masks',
                   f'{count(len(lost), "mask")} of {len(masks)} vanish at data.image_size = {size} ({counts}); the '
                   f'smallest marks {count(least.marked, "pixel")} ({least.box[1]}×{least.box[0]}) of '
@@ -308,8 +310,9 @@ def _findings(dataset: AnomalyDataset, settings: DataSettings) -> Iterator[Findi
     yield from _unusable(dataset, unreadable, 'image')
     yield from _unusable(dataset, broken, 'mask')
     yield from too_large(dataset, sizes, settings.max_pixels)
-    for check in (vanishing, inverted, grey_levels): yield from check(dataset, masks, size)
-    for check in (elongated, large, mixed_sizes): yield from check(dataset, sizes, size)
+    squeezed = settings.tile is None # tiles are squares of the image as it is
+    for check in (vanishing,)*squeezed + (inverted, grey_levels): yield from check(dataset, masks, size)
+    for check in (elongated, large, mixed_sizes)*squeezed: yield from check(dataset, sizes, size)
     yield from _file_notes(dataset, notes)
 
 # %% ../nbs/03h_checks.ipynb #1e82ce52

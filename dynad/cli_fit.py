@@ -20,9 +20,14 @@ if TYPE_CHECKING:
     from dynad.method import Method
 
 # %% auto #0
-__all__ = ['fit', 'opened', 'baselines_of', 'check_results', 'check_apart', 'evaluate', 'write_page']
+__all__ = ['checked_file', 'fit', 'opened', 'baselines_of', 'check_results', 'check_apart', 'evaluate', 'write_page']
 
 # %% ../nbs/20a_cli_fit.ipynb #2b07b7ab
+def checked_file(path: Path, what: str) -> Path:
+    "Raises PathError for a file that is not there, before anything slow is imported."
+    if not path.is_file(): raise PathError(f'{what}{printable(path)}: no such file; name an image file')
+    return path.resolve()
+
 @app.command()
 def fit(
     data: Annotated[str, typer.Option(**DataSet, help="folder of the data set, or 'elpv'")],
@@ -32,11 +37,17 @@ def fit(
     layout: Layout = 'auto', category: Category = None, preset: Preset = 'small',
     tracker: Annotated[str, typer.Option(
         help='where losses are logged: tensorboard (in the run directory), mlflow, wandb or none')] = 'tensorboard',
+    roi: Annotated[Optional[Path], typer.Option(
+        **File, help='image of any size, white where it counts, black where nothing does; kept in the run')] = None,
+    mm_per_pixel: Annotated[Optional[float], typer.Option(
+        min=1e-9, help='of the images as they are: `predict` then gives regions in mm as well')] = None,
     seed: Seed = 0, set: Set = None, strict: Strict = False
 ):
     "Fit on the normal training images of a data set; `accelerate launch -m dynad.cli fit …` uses several processes."
     with known_mistakes():
-        cfg = config_of(preset, seed, set, {'trackers': [] if tracker == 'none' else [tracker]}, method=method)
+        given = {'data.roi': roi and str(checked_file(roi, '--roi ')), 'data.mm_per_pixel': mm_per_pixel}
+        cfg = config_of(preset, seed, set, {'trackers': [] if tracker == 'none' else [tracker],
+                                            **{k: v for k, v in given.items() if v}}, method=method)
         checked_place(data)
         check_folder(out, '--out ')
         from dynad.checks import check_data

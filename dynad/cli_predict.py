@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from .commands import (Category, DataSet, Folder, Seed, Set, Strict, app, checked_place, config_of, dataset_of,
+from .commands import (Category, DataSet, File, Folder, Seed, Set, Strict, app, checked_place, config_of, dataset_of,
                             known_mistakes, place)
-from .cli_fit import write_page
+from .cli_fit import checked_file, write_page
 from .paths import check_folder, echo, expanded
 
 if TYPE_CHECKING:
@@ -28,23 +28,33 @@ def predict(
         parser=place, help='run directory of `dynad fit`, or a folder of `save_pretrained`')],
     images: Annotated[list[Path], typer.Argument(parser=place, help='images, or folders of images')],
     out: Annotated[Path, typer.Option(
-        **Folder, help='for maps, overlays, reconstructions and scores.csv; an earlier output of dynad there goes')],
+        **Folder, help='for pictures, scores.csv, and regions as csv, json and coco; an earlier output of dynad there '
+                       'goes')],
+    roi: Annotated[Optional[Path], typer.Option(
+        **File, help='image, white where it counts: another region of interest than that of the run')] = None,
+    mm_per_pixel: Annotated[Optional[float], typer.Option(
+        min=1e-9, help='of the images as they are: regions in mm as well')] = None,
+    min_area: Annotated[int, typer.Option(min=1, help='pixels of an image; smaller regions are not listed')] = 1,
     set: Set = None, strict: Strict = False
 ):
-    "Score single images: map, overlay and reconstruction as PNG, and scores.csv."
+    "Score single images: map, mask and overlay at the size of each image, its score, and its anomalous regions."
     with known_mistakes():
         from dynad.config import load_config, parse_overrides
         check_folder(out, '--out ')
+        if roi: checked_file(roi, '--roi ')
         from dynad.collector import check_strict, collect_places, count, summary_line
         from dynad.output import check_output, open_for_prediction, write_predictions
         found = collect_places(images)
         files = list(found.files)
         if strict: check_strict(found.findings, ', '.join(map(str, images)))
-        check_output(out, files, load_config(run/'config.json').data.image_size)
-        method = open_for_prediction(run, parse_overrides(set or []))
+        load_config(run/'config.json') # a run that is not there is named first
+        check_output(out, files)
+        method = open_for_prediction(run, parse_overrides(set or []) | ({'data.roi': str(roi)} if roi else {}))
         echo(summary_line(count(len(files), 'image'), found.findings))
-        rows = write_predictions(method, files, out)
+        rows = write_predictions(method, files, out, mm_per_pixel, min_area)
         echo(f"{sum(r['anomalous'] for r in rows)} of {len(rows)} images above the threshold: {out/'scores.csv'}")
+        echo(f"{count(sum(r['regions'] or 0 for r in rows), 'region')} above the threshold for pixels: "
+             f"{out/'regions.csv'}")
 
 # %% ../nbs/20b_cli_predict.ipynb #02487885
 # of the `small` preset, to end within 8 minutes on two cores

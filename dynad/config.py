@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 __all__ = ['UNKEYED_DATA_SETTINGS', 'BACKBONES', 'Layer', 'UNKEYED_DENOISER_SETTINGS', 'PRESETS', 'CHOSEN', 'WORDS', 'NUMBER',
            'DynadError', 'ConfigError', 'Settings', 'DataSettings', 'check_backbone', 'FeatureSettings',
            'LatentSettings', 'DiffusionSettings', 'DenoiserSettings', 'DICSettings', 'ReconstructionSettings',
-           'AdaptationSettings', 'FusionSettings', 'check_together', 'Config', 'did_you_mean', 'nested', 'merged',
-           'allowed_values', 'setting_names', 'parse_config', 'make_config', 'with_overrides', 'parse_value',
+           'AdaptationSettings', 'FusionSettings', 'check_places', 'check_together', 'Config', 'did_you_mean', 'nested',
+           'merged', 'allowed_values', 'setting_names', 'parse_config', 'make_config', 'with_overrides', 'parse_value',
            'parse_pairs', 'parse_overrides', 'dump_config', 'load_config', 'content_key', 'data_root', 'weights_root']
 
 # %% ../nbs/00_config.ipynb #b5371bd3
@@ -45,14 +45,24 @@ class DataSettings(Settings):
     max_calibration: int = Field(256, ge=2)                       # at most so many are reconstructed for calibration
     max_pixels: int | None = Field(None, ge=1)                    # of one image file; None: Pillow's limit, 89 478 485
     mask_rule: Literal['half', 'nonzero'] | None = None           # what a mask marks; None: as its layout says
+    roi: str | None = None                                        # image file: what is white there counts; None: all
+    mm_per_pixel: float | None = Field(None, gt=0)                # of the images as they are; None: no lengths in mm
+    tile: int | None = Field(None, ge=32, le=8192)                # side in pixels of an image as it is; None: no tiles
+    stride: int | None = Field(None, ge=1)                        # pixels from tile to tile; None: 3/4 of a tile
+    context: float = Field(0., ge=0, lt=1)                        # weight of the map of the whole image, made smaller
+    max_tiles: int = Field(4096, ge=2)                            # of the training images, drawn at random beyond it
+    LATER: ClassVar[dict[str, Any]] = {'tile': None, 'stride': None, 'context': 0., 'max_tiles': 4096}
 
     @model_serializer(mode='wrap')
     def _dump(self, dump):
         # results from before there were these settings keep their keys
-        return {k: v for k, v in dump(self).items() if k not in UNKEYED_DATA_SETTINGS or v is not None}
+        later = {k for k, v in self.LATER.items() if getattr(self, k) == v}
+        unset = {k for k in UNKEYED_DATA_SETTINGS if getattr(self, k) is None}
+        return {k: v for k, v in dump(self).items() if k not in later | unset}
 
-# they decide what is admitted and what is counted as anomalous in an evaluation, not what is learned or predicted
-UNKEYED_DATA_SETTINGS = frozenset({'max_pixels', 'mask_rule'})
+# they decide what is admitted, counted and how it is measured, not what is learned; the region of interest enters the
+# keys of predictions by its pixels, not by the name of its file
+UNKEYED_DATA_SETTINGS = frozenset({'max_pixels', 'mask_rule', 'roi', 'mm_per_pixel'})
 
 # %% ../nbs/00_config.ipynb #80ae5110
 # weights of PyPI and torchvision
@@ -200,9 +210,23 @@ class FusionSettings(Settings):
                                        'neighbour_layers': ((1, 2), (2, 3)), 'choice': 'fixed'}
 
 # %% ../nbs/00_config.ipynb #c19ffd54
+def check_places(data: DataSettings, calibration: str) -> None:
+    "Rules of tiles and of the region of interest; ValueError that names both keys."
+    for key in ('stride', 'context'):
+        if data.tile is None and (value := getattr(data, key)):
+            raise ValueError(f"data.{key} = {value} without data.tile: give the side of a tile in pixels")
+    if data.tile is not None and data.stride is not None and data.stride > data.tile:
+        raise ValueError(f"data.stride = {data.stride} is larger than data.tile = {data.tile}: "
+                         "the pixels between two tiles would not be seen")
+    for key in ('tile', 'roi'):
+        if calibration == 'test' and getattr(data, key) is not None:
+            raise ValueError(f"data.{key} = {getattr(data, key)} with fusion.calibration = 'test', the public code's, "
+                             "which knows none; set fusion.calibration=train")
+
 def check_together(config: Config) -> None:
     "Rules between groups; ValueError that names both keys."
     r, a, d, n = config.reconstruction, config.adaptation, config.diffusion, config.denoiser
+    check_places(config.data, config.fusion.calibration)
     maxima = {'reconstruction.t_max': r.t_max, 'adaptation.t_max': a.t_max}
     for key, t in {**maxima, 'reconstruction.static_t': r.static_t}.items():
         if t is not None and t > d.T: raise ValueError(f"{key} = {t} is larger than diffusion.T = {d.T}")

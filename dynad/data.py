@@ -159,24 +159,24 @@ def with_mask_rule(
     "The samples with another rule of what their masks mark (`data.mask_rule`)."
     return [replace(s, mask_rule=rule) for s in samples] if rule else list(samples)
 
-def _load_mask(s: Sample, side: int, max_pixels: int | None, notes: Notes) -> Tensor: # [1,side,side] bool
+def _load_mask(s: Sample, shape: tuple[int, int], max_pixels: int | None, notes: Notes) -> Tensor: # [1,H,W] bool
     "The mask of a sample, empty where there is none."
-    if s.label == 0 or s.mask is None: return torch.zeros(1, side, side, dtype=torch.bool)
+    if s.label == 0 or s.mask is None: return torch.zeros(1, *shape, dtype=torch.bool)
     check_mask_size(s, notes)
-    return read_mask(s.mask, side, s.mask_rule == 'nonzero', max_pixels, notes)
+    return read_mask(s.mask, shape, s.mask_rule == 'nonzero', max_pixels, notes)
 
 # %% ../nbs/03b_data.ipynb #9fe68d33
 def load_masks(
     samples: Sequence[Sample],
-    size: int,                   # side of the square in pixels
+    size: int | tuple[int, int], # side of the square in pixels, or height and width
     max_pixels: int | None = None # as for `load_images`
 ) -> tuple[Tensor, Tensor]:  # [N,1,size,size] bool; [N] bool: whether the image counts at pixel level
     """Ground truth, empty for normal images.
 
     An anomalous image without a mask, or whose mask is empty at this size, counts at image level only."""
-    side, notes = check_size(size), Notes()
-    masks = torch.zeros(len(samples), 1, side, side, dtype=torch.bool)
-    load = lambda s: _load_mask(s, side, max_pixels, notes)
+    shape, notes = size if isinstance(size, tuple) else (check_size(size),)*2, Notes()
+    masks = torch.zeros(len(samples), 1, *shape, dtype=torch.bool)
+    load = lambda s: _load_mask(s, shape, max_pixels, notes)
     for i, m in enumerate(mapped(load, samples, 'masks')): masks[i] = m
     notes.say()
     normal = torch.tensor([s.label == 0 for s in samples], dtype=torch.bool)

@@ -15,22 +15,25 @@ from torch import Tensor
 
 from .cache import CachedWalk, ImageSet, batches
 from .choosing import chosen, fit_spatial
-from .config import Config, ConfigError, content_key, dump_config, load_config, with_overrides
+from .config import (UNKEYED_DATA_SETTINGS, Config, ConfigError, content_key, dump_config, load_config,
+                          with_overrides)
 from .denoiser import make_unet, save_denoiser
 from .dic import t_grid
 from .fusion import Calibration, feature_map, map_range, mean_map, score, upsample
 from .launch import processes
 from .lean import lean_walk, picked
-from .method import Decision, Hooks, Method, Prediction, checked_images, register
+from .method import (Decision, Hooks, Method, Prediction, checked_images, given_roi, keep_roi, kept_roi, register)
 from .paths import expanded
 from .stages import (fit_autoencoder, fit_bank, fit_denoiser, fit_phi, load_autoencoder, load_bank, load_phi,
                           load_spatial, load_unet, phi_of)
 from .store import REPAIR_HINT, StoreError, atomic_write, load_json, save_tensors, state_hash
+from .tiles import Kept
 from .walk import Parts, WalkOutputs, averaged_t_hat, neighbour_groups, walk
 
 # %% auto #0
-__all__ = ['DynADPrediction', 'DynAD', 'train_parts', 'choose_mixture', 'load_parts', 'neighbour_ranges', 'measured_level',
-           'finished', 'refuse_retraining', 'calibration_of_set', 'untrained', 'possible_t_hat', 'load_calibration']
+__all__ = ['DynADPrediction', 'DynAD', 'train_parts', 'choose_mixture', 'load_parts', 'neighbour_ranges', 'counted_key',
+           'counted', 'measured_level', 'finished', 'refuse_retraining', 'calibration_of_set', 'untrained',
+           'possible_t_hat', 'load_calibration']
 
 # %% ../nbs/16_detector.ipynb #c2d2088e
 @dataclass
@@ -84,6 +87,7 @@ class DynAD(Method):
 
 # %% ../nbs/16_detector.ipynb #9f65147a
 DynAD.prediction_class = DynADPrediction
+DynAD.map_score = lambda self, values, area=None: score(values, self.config.fusion.score, area)
 
 @patch
 def __repr__(self: DynAD) -> str:
@@ -136,10 +140,10 @@ def calibrated(self: DynAD,
     if self.fixed_calibration is not None: return self.fixed_calibration
     held, levels = self.held_out, {}
     key = content_key([held.reconstructions_key, self.parts.hashes['phi'], self.config.fusion.layers,
-                       self.config.fusion.quantile, self.config.fusion.reference])
+                       self.config.fusion.quantile, self.config.fusion.reference] + counted_key(self))
     known = self.held_out_set.memory.setdefault(('calibration', key), {})
     for T in sorted(set(torch.as_tensor(t_hat).tolist())):
-        if T not in known: known[T] = measured_level(held, T)
+        if T not in known: known[T] = measured_level(held, T, self.inside_square)
         levels[T] = known[T]
     return Calibration(levels, neighbour_ranges(self))
 
@@ -147,17 +151,29 @@ def neighbour_ranges(method: DynAD) -> tuple[tuple[float, float], ...]:
     "Median and upper quantile of each part of n_map on the held-out normal images."
     if not method.parts.spatial: return ()
     c, p, memory = method.config, method.parts, method.held_out_set.memory
-    key = 'neighbour ranges', content_key([p.hashes['spatial'], c.fusion.quantile])
+    inside = method.inside_square
+    key = 'neighbour ranges', content_key([p.hashes['spatial'], c.fusion.quantile] + counted_key(method))
     if key not in memory:
-        memory[key] = tuple(map_range(upsample(m, c.data.image_size, aligned=False), c.fusion.quantile)
+        memory[key] = tuple(map_range(counted(upsample(m, c.data.image_size, aligned=False), inside), c.fusion.quantile)
                             for m in method.held_out.neighbour_maps())
     return memory[key]
 
-def measured_level(held_out: CachedWalk, T: int) -> tuple[float, float, float, float]:
+def counted_key(method: DynAD) -> list[str]:
+    "The region of interest in the key of a calibration; nothing without one."
+    return [method.roi.key] if method.roi and not method.tiling else []
+
+def counted(m: Tensor, inside: Tensor | None) -> Tensor:
+    "The values of maps [B,1,H,W] that count."
+    return m if inside is None else m[..., inside]
+
+def measured_level(
+    held_out: CachedWalk, T: int,
+    inside: Tensor | None = None # [H,W] bool: the pixels that count; None: all
+) -> tuple[float, float, float, float]:
     "Median and upper quantile of both maps of held-out normal images that were all reconstructed at T̂ = T."
     raw, c = held_out.raw_maps(torch.full((len(held_out),), T)), held_out.parts.config
-    size = c.data.image_size
-    return Calibration.measure(upsample(raw.latent, size), feature_map(raw.features, size), c.fusion.quantile)
+    l, f = upsample(raw.latent, c.data.image_size), feature_map(raw.features, c.data.image_size)
+    return Calibration.measure(counted(l, inside), counted(f, inside), c.fusion.quantile)
 
 # %% ../nbs/16_detector.ipynb #4377ff00
 def finished(method: DynAD, w: WalkOutputs) -> DynADPrediction:
@@ -261,7 +277,9 @@ def with_settings(self: DynAD,
     refuse_retraining(self, config, overrides)
     if 'speed' in overrides and self.info is not None:
         config = self.at_speed(config, self.training_set.store.root, self.info, overrides)
-    return self.with_parts(config=config)
+    other = self.with_parts(config=config)
+    if 'data.roi' in overrides: other.roi = given_roi(config)
+    return other
 
 @patch(cls_method=True)
 def at_speed(cls: DynAD, config: Config, root: Path, info: dict[str, Any], overrides: dict[str, Any]) -> Config:
@@ -273,6 +291,7 @@ def at_speed(cls: DynAD, config: Config, root: Path, info: dict[str, Any], overr
 def refuse_retraining(method: Method, config: Config, overrides: dict[str, Any]) -> None:
     "Raises ConfigError that names the settings for which the method would have to be trained again."
     needs = [k for k in overrides if k.split('.')[0] in method.trains_on
+             and k.removeprefix('data.') not in UNKEYED_DATA_SETTINGS
              and with_overrides(method.config, {k: overrides[k]}) != method.config]
     if needs:
         raise ConfigError(f"{', '.join(needs)}: would need training; "
@@ -361,7 +380,9 @@ def save_pretrained(self: DynAD, folder: str | Path) -> Path:
     if scale is None: scale = self.calibrated(torch.cat([self.held_out.t_hat, possible_t_hat(self)]))
     decision = asdict(self.decision)
     decision['threshold'] = decision.pop('pixel_threshold') # the name of before
+    if self.tiling: decision['kept'] = asdict(self.kept)
     atomic_write(folder/'calibration.json', json.dumps(asdict(scale) | decision, indent=1))
+    keep_roi(self.roi, folder)
     atomic_write(folder/'config.json', dump_config(self.config))
     return folder
 
@@ -378,6 +399,7 @@ def from_pretrained(cls: DynAD, folder: str | Path) -> DynAD:
     "What `save_pretrained` wrote. Raises ConfigError or StoreError that names the file."
     folder = expanded(folder)
     self = cls(load_config(folder/'config.json'))
+    self.roi = kept_roi(self.config, folder)
     load_autoencoder(self, folder)
     load_unet(self, folder)
     load_phi(self, folder)
@@ -385,6 +407,9 @@ def from_pretrained(cls: DynAD, folder: str | Path) -> DynAD:
     if neighbour_groups(self.config):
         self.parts = replace(self.parts, spatial=load_spatial(self, folder/'spatial.safetensors'))
     self.fixed_calibration, self._decision = load_calibration(folder/'calibration.json')
+    if self.tiling:
+        k = load_json(folder/'calibration.json', 'kept.shape', 'kept.area')['kept']
+        self.kept = Kept(tuple(k['shape']), k['area'])
     return self
 
 # %% ../nbs/16_detector.ipynb #a22f290d

@@ -32,9 +32,10 @@ from .store import atomic_write, replacing
 
 # %% auto #0
 __all__ = ['KEYS', 'NAMES', 'EXACT', 'ORIGIN', 'PRESET_NOTES', 'MASK_RULES', 'MEASURED', 'as_json', 'all_metrics',
-           'MetricAccumulator', 'Scored', 'HeldMaps', 'StreamedMaps', 'decided', 'Evaluation', 'evaluate', 'timing',
-           'versions', 'described', 'threshold_rule', 'protocol', 'pixel_reason', 'explain_pixels', 'fitted_baseline',
-           'write_result', 'save_maps', 'save_table', 'masks_note', 'metrics_table', 'undefined', 'method_title']
+           'MetricAccumulator', 'Scored', 'HeldMaps', 'StreamedMaps', 'as_array', 'decided', 'Evaluation', 'evaluate',
+           'within', 'counting', 'timing', 'versions', 'described', 'threshold_rule', 'protocol', 'image_words',
+           'roi_words', 'pixel_reason', 'explain_pixels', 'fitted_baseline', 'write_result', 'save_maps', 'save_table',
+           'masks_note', 'metrics_table', 'undefined', 'method_title']
 
 # %% ../nbs/17_evaluate.ipynb #eb662a68
 KEYS = ('i_auroc', 'p_auroc', 'pro', 'i_ap', 'p_ap', 'i_f1_max', 'p_f1_max') # the metrics of every result
@@ -69,6 +70,7 @@ class MetricAccumulator:
     has_mask: Tensor           # [N]
     n_boot: int = 1000
     seed: int = 0
+    inside: Tensor | None = None # [H,W] bool: the pixels that count; None: all
 
     @property
     def exact(self) -> bool:
@@ -108,6 +110,7 @@ def count_overlap(self: MetricAccumulator, overlap: list[int], rows: list[int], 
     "Add the pixels of these rows that have a ground truth."
     ok = self.has_mask[rows]
     p, y = predicted[ok], self.masks[rows][ok]
+    if self.inside is not None: p, y = p[..., self.inside], y[..., self.inside]
     overlap[0] += int((p & y).sum())
     overlap[1] += int(p.sum() + y.sum())
 
@@ -122,13 +125,15 @@ class HeldMaps:
 
     def metrics(self) -> dict[str, Metric]:
         t = self.truth
-        return {} if self.maps is None else pixel_metrics(self.maps, t.masks, t.has_mask, n_boot=t.n_boot, seed=t.seed)
+        if self.maps is None: return {}
+        return pixel_metrics(self.maps, t.masks, t.has_mask, n_boot=t.n_boot, seed=t.seed, inside=as_array(t.inside))
 
 class StreamedMaps:
     "Pixel metrics of maps that are let go, by histograms: fewer bins per image for more images, the same memory."
     def __init__(self, truth: MetricAccumulator):
         self.truth, self.any = truth, False
-        self.stream = StreamingPixelMetrics(min(2000, max(200, 2_000_000//len(truth.labels))))
+        bins = min(2000, max(200, 2_000_000//len(truth.labels)))
+        self.stream = StreamingPixelMetrics(bins, inside=as_array(truth.inside))
 
     def add(self, rows: list[int], maps: Tensor) -> None:
         self.any = True
@@ -136,6 +141,10 @@ class StreamedMaps:
 
     def metrics(self) -> dict[str, Metric]:
         return self.stream.bootstrap(self.truth.n_boot, self.truth.seed) if self.any else {}
+
+def as_array(mask: Tensor | None) -> np.ndarray | None:
+    "A mask as the metrics take it."
+    return None if mask is None else mask.numpy()
 
 # %% ../nbs/17_evaluate.ipynb #c972f1ed
 def decided(scored: Scored, labels: Tensor, method: Method) -> dict[str, Any]:
@@ -161,7 +170,7 @@ class Evaluation:
 
     def predictions(self, rows: list[int] | None = None) -> Iterator[tuple[list[int], Prediction]]:
         "Rows and their predictions, in batches (default: all)."
-        return self.method.predict_set(self.images, rows)
+        return self.method.predictions(self.images, rows)
 
     def prediction_of(self, rows: list[int]) -> Prediction:
         "The predictions of some images."
@@ -195,24 +204,42 @@ def evaluate(
     if not dataset.test: raise DataError(f"{dataset.name}: no test image; put some under test/good and test/<defect>")
     c = method.config
     samples, found = with_mask_rule(dataset.test, c.data.mask_rule), data_warnings(dataset, c.data)
-    masks, has_mask = load_masks(samples, c.data.image_size, c.data.max_pixels)
-    truth = MetricAccumulator(torch.tensor([s.label for s in samples]), masks, has_mask, n_boot, c.seed)
+    masks, has_mask = load_masks(samples, method.map_shape, c.data.max_pixels)
+    masks, has_mask, outside = within(method.inside, masks, has_mask)
+    truth = MetricAccumulator(torch.tensor([s.label for s in samples]), masks, has_mask, n_boot, c.seed, method.inside)
     images = method.test_images(samples, dataset, progress)
     method = method.for_test_set(images)
-    for _ in method.predict_set(images): pass # so that the metrics are timed by themselves
-    start, stages = time.perf_counter(), method.seconds(images)
-    scored = truth(method.predict_set(images), method.decision.pixel_threshold)
+    for _ in method.predictions(images): pass # so that the metrics are timed by themselves
+    start, stages = time.perf_counter(), method.stage_seconds(images)
+    scored = truth(method.predictions(images), method.decision.pixel_threshold)
     result = (scored.metrics | timing(stages, time.perf_counter() - start, len(samples))
               | {'decision': decided(scored, truth.labels, method)})
-    if null_models: result['null_models'] = {k: truth(p).metrics for k, p in method.null_models(images).items()}
+    if null_models and not method.tiling:
+        result['null_models'] = {k: truth(counting(method, p)).metrics for k, p in method.null_models(images).items()}
     if baselines:
-        result['baseline'] = {b.name: truth(b.predict_set(b.test_images(samples, dataset, progress))).metrics
+        result['baseline'] = {b.name: truth(b.predictions(b.test_images(samples, dataset, progress))).metrics
                               for b in baselines}
     result |= {'peak_memory_mb': peak_memory_mb(), 'method': method.name, 'settings': c.model_dump(mode='json'),
-               'protocol': protocol(method, truth, dataset.remark, found), 'versions': versions(),
+               'protocol': protocol(method, truth, dataset.remark, found, outside), 'versions': versions(),
                'data': described(dataset)}
     explain_pixels(result, samples, truth)
     return Evaluation(result, samples, scored.scores, scored.per_image, masks, has_mask, method, images)
+
+# %% ../nbs/17_evaluate.ipynb #b71220a4
+def within(
+    inside: Tensor | None,  # [H,W] bool: the pixels that count; None: all
+    masks: Tensor,          # [N,1,H,W] bool
+    has_mask: Tensor        # [N] bool
+) -> tuple[Tensor, Tensor, int]: # masks, has_mask, and how many masks lie wholly outside
+    "The ground truth within a region of interest."
+    if inside is None: return masks, has_mask, 0
+    cut = masks & inside
+    gone = masks.flatten(1).any(1) & ~cut.flatten(1).any(1)
+    return cut, has_mask & ~gone, int(gone.sum())
+
+def counting(method: Method, predictions: Iterable) -> Iterator[tuple[list[int], Prediction]]:
+    "Predictions of a null model within the method's region of interest; one without a map stays as it is."
+    for rows, p in predictions: yield rows, p if p.map is None else method.within_roi(p)
 
 # %% ../nbs/17_evaluate.ipynb #ce68f32e
 def timing(stages: dict[str, float], metrics: float, n: int) -> dict[str, Any]:
@@ -260,7 +287,8 @@ MASK_RULES = {'half': 'above half of the range', 'nonzero': 'every value but 0',
 def protocol(
     method: Method, truth: MetricAccumulator,
     remark: str = '',              # of the data folder
-    found: Sequence[Finding] = () # of `data_findings`
+    found: Sequence[Finding] = (), # of `data_findings`
+    outside: int = 0               # masks that lie outside the region of interest
 ) -> dict[str, Any]:
     "What a reader must know to compare a figure."
     c, y = method.config, truth.labels.bool()
@@ -276,12 +304,28 @@ def protocol(
             'calibration': ('minimum and maximum of the test set (looks at what it judges)' if at_test
                             else 'quantiles of held-out normal training images, per T̂'),
             'threshold': threshold_rule(method),
-            'image': f"square resize to {c.data.image_size}, antialiased",
+            'image': image_words(method),
             'masks': f"{MASK_RULES[c.data.mask_rule]}, resized to the nearest pixel",
             'pro': f"{'exact' if truth.exact else 'streaming, within 1e-4 of exact'}, 8-connected regions, "
                    "false positive rate up to 0.3",
             'interval': f"95 % percentile bootstrap over images, {truth.n_boot} resamples, seed {c.seed}",
-            'seed': c.seed}
+            'seed': c.seed, **({} if method.roi is None else {'roi': roi_words(method, outside)})}
+
+def image_words(method: Method) -> str:
+    "What the method sees of an image."
+    if (t := method.tiling) is None: return f"square resize to {method.config.data.image_size}, antialiased"
+    h, w = method.map_shape
+    return (f"tiles of {t.tile} pixels every {t.stride}, each resized to {method.config.data.image_size}, antialiased; "
+            f"their maps blended and evaluated as one of {w}×{h}; no null models"
+            + (f"; the map of the whole image, made smaller, with a weight of {t.context:g}" if t.context else ''))
+
+def roi_words(method: Method, outside: int) -> str:
+    "What a region of interest leaves out."
+    text = (f"{method.roi.share:.1%} of the image count (mask {method.roi.key}); pixels outside are left out of "
+            "scores, thresholds, calibration, pixel metrics and PRO, regions are cut at its border")
+    if not outside: return text
+    return (f"{text}; the defect of {outside} image{'s'*(outside > 1)} lies wholly outside: still labelled anomalous, "
+            "at image level only")
 
 # %% ../nbs/17_evaluate.ipynb #ee2cdf9f
 def pixel_reason(
@@ -313,8 +357,11 @@ def fitted_baseline(
     progress: bool = True
 ) -> Method:
     "Another method, fitted on the same normal images under the same settings, in the folder `baselines` of the run."
-    config = method.config.model_copy(update={'method': name, 'options': {}, 'trackers': ()})
-    return method_named(name)(config).fit(dataset, method.training_set.store.root/'baselines'/name, progress=progress)
+    data = method.config.data.model_copy(update={'roi': None}) # it is the method's own, wherever its file has gone
+    config = method.config.model_copy(update={'method': name, 'options': {}, 'trackers': (), 'data': data})
+    run_dir = method.training_set.store.root/'baselines'/name
+    baseline = method_named(name)(config).fit(dataset, run_dir, progress=progress)
+    return baseline if method.roi is None else baseline.with_roi(method.roi)
 
 # %% ../nbs/17_evaluate.ipynb #5e48771b
 MEASURED = ('images_per_second', 'seconds_by_stage', 'peak_memory_mb') # may differ between two runs of the same seed

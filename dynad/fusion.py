@@ -173,11 +173,13 @@ def smooth(
 def score(
     a: Tensor,          # [B,1,H,W] A_map
     rule: str = 'max',  # 'max': the largest value (Section 4.2); 'top': the mean of the largest 1 %
+    area: int | None = None # pixels that the 1 % is meant of; None: all that are given
 ) -> Tensor:            # [B]
     "The image score."
     values = a.flatten(1)
     if rule == 'max': return values.amax(1)
-    return values.topk(max(1, values.shape[1]//100), 1).values.mean(1)
+    n = values.shape[1] if area is None else min(area, values.shape[1])
+    return values.topk(max(1, n//100), 1).values.mean(1)
 
 # %% ../nbs/12_fusion.ipynb #74ac95c0
 def anomaly_map(

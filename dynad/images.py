@@ -17,8 +17,8 @@ from .collector import DataError, printable
 from .metadata import Metadata, read_exif, read_metadata, without_items, xmp_orientation
 
 # %% auto #0
-__all__ = ['NOTES', 'SAID', 'Notes', 'check_size', 'to_float', 'decode', 'read_image', 'marked_pixels', 'nearest', 'read_mask',
-           'image_size']
+__all__ = ['NOTES', 'SAID', 'Notes', 'check_size', 'to_float', 'decode', 'read_whole', 'resized', 'read_image', 'marked_pixels',
+           'nearest', 'read_mask', 'image_size']
 
 # %% ../nbs/03_images.ipynb #aa429865
 _CAUSES = ( # the first kind that fits
@@ -220,20 +220,34 @@ def decode(
     "The first image of a file, decoded and upright, in the mode of the file. Raises `DataError`."
     return _open(Path(path), max_pixels=max_pixels, notes=notes)
 
+def read_whole(
+    path: str | Path,
+    max_pixels: int | None = None, # as for `decode`
+    notes: Notes | None = None
+) -> Image.Image:
+    "An image file as it is: 8-bit RGB, or, of deeper files, grey in float from 0 to 1 (mode F)."
+    path = Path(path)
+    im = decode(path, max_pixels, notes)
+    return Image.fromarray(_scale_deep(im, path)) if _is_deep(im) else _to_rgb(im, path)
+
+def resized(
+    im: Image.Image,       # of `read_whole`, or a part of it
+    size: tuple[int, int]  # width, height
+) -> Tensor:               # [3,height,width] float32 in [0,1]
+    "An image at another size. 8-bit images are resized in 8 bits, deeper ones in float."
+    a = np.array(im.resize(size, Image.Resampling.BILINEAR))
+    if im.mode == 'F': return torch.from_numpy(a).clamp(0, 1).expand(3, -1, -1).clone()
+    return to_float(torch.from_numpy(a).permute(2, 0, 1).contiguous())
+
 def read_image(
     path: str | Path,
     size: int,                     # side of the square in pixels
     max_pixels: int | None = None, # as for `decode`
     notes: Notes | None = None
 ) -> Tensor:  # [3,size,size] float32 in [0,1]
-    "Read one image file. 8-bit files are resized in 8 bits, deeper ones in float."
-    path, side = Path(path), (check_size(size),)*2
-    im = decode(path, max_pixels, notes)
-    if _is_deep(im):
-        a = np.asarray(Image.fromarray(_scale_deep(im, path)).resize(side, Image.Resampling.BILINEAR))
-        return torch.from_numpy(a.copy()).clamp(0, 1).expand(3, -1, -1).clone()
-    a = np.array(_to_rgb(im, path).resize(side, Image.Resampling.BILINEAR))
-    return to_float(torch.from_numpy(a).permute(2, 0, 1).contiguous())
+    "Read one image file, resized to a square."
+    side = check_size(size)
+    return resized(read_whole(path, max_pixels, notes), (side, side))
 
 # %% ../nbs/03_images.ipynb #dfc86707
 def _nonzero(im: Image.Image, path: Path) -> np.ndarray:
@@ -263,22 +277,23 @@ def marked_pixels(
     return (_nonzero if nonzero else _above_half)(im, path)
 
 def nearest(
-    m: np.ndarray, # [H,W]
-    size: int      # side of the square
-) -> np.ndarray:   # [size,size]
+    m: np.ndarray,              # [H,W]
+    size: int | tuple[int, int] # side of the square, or height and width
+) -> np.ndarray:                # [size,size], or of this height and width
     "The pixel below each centre, in integers: (2i + 1)/2n of the side."
-    rows, cols = ((2*np.arange(size) + 1)*k//(2*size) for k in m.shape)
+    sides = (size, size) if isinstance(size, int) else size
+    rows, cols = ((2*np.arange(n) + 1)*k//(2*n) for n, k in zip(sides, m.shape))
     return m[rows[:, None], cols]
 
 def read_mask(
     path: str | Path,
-    size: int,             # side of the square in pixels
+    size: int | tuple[int, int], # side of the square in pixels, or height and width
     nonzero: bool = False, # as for `marked_pixels`
     max_pixels: int | None = None, # as for `decode`
     notes: Notes | None = None
-) -> Tensor:               # [1,size,size] bool
+) -> Tensor:               # [1,size,size] bool, or of this height and width
     "Read one mask file, resized to its nearest neighbours."
-    path, n = Path(path), check_size(size)
+    path, n = Path(path), size if isinstance(size, tuple) else check_size(size)
     return torch.from_numpy(nearest(marked_pixels(decode(path, max_pixels, notes), path, nonzero), n))[None]
 
 # %% ../nbs/03_images.ipynb #b438d4c8

@@ -125,6 +125,7 @@ class MapCache:
     neighbour: float = 0.     # λ_n
     score: str = 'max'        # rule of the image score
     false_alarms: float | None = None    # share of normal images, for the threshold of images; None: `quantile`
+    inside: Tensor | None = None         # [size,size] bool: the pixels that count; None: all
     top: tuple[float, float] = (1., 1.)  # l_map and f_map that are shown in the brightest colour
     _exact: dict = field(default_factory=dict, init=False, repr=False)   # (λ, σ) -> thresholds
     _coarse: dict = field(default_factory=dict, init=False, repr=False)  # σ -> l_map, f_map on the grid; the last one
@@ -166,8 +167,9 @@ def mixed(self: MapCache,
 
 @patch
 def anomaly_maps(self: MapCache, rows: Any, lam: float, sigma: float) -> Tensor: # [n,size,size]
-    "A_map of some images."
-    return self.mixed(*self.pair(rows, sigma), self.neighbour_map(rows, sigma), lam)
+    "A_map of some images; outside the region of interest its lowest value inside."
+    A = self.mixed(*self.pair(rows, sigma), self.neighbour_map(rows, sigma), lam)
+    return A if self.inside is None else torch.where(self.inside, A, A[:, self.inside].amin(1)[:, None, None])
 
 # %% ../nbs/17f_map_cache.ipynb #c694466a
 @patch
@@ -188,7 +190,8 @@ def held_out_maps(self: MapCache,
 @patch
 def scores(self: MapCache, maps: np.ndarray) -> np.ndarray: # [N,H,W] -> [N] float64
     "Image scores of anomaly maps."
-    return score(torch.from_numpy(maps)[:, None], self.score).double().numpy()
+    A = torch.from_numpy(maps)
+    return score(A if self.inside is None else A[:, self.inside], self.score).double().numpy()
 
 @patch
 def thresholds(self: MapCache,
@@ -201,6 +204,7 @@ def thresholds(self: MapCache,
     A = self.held_out_maps(lam, sigma, alive)
     if A is None or not alive(): return None
     scores = self.scores(A)
+    if self.inside is not None: A = A[:, self.inside.numpy()]
     if len(self._exact) > 999: self._exact.clear()
     self._exact[lam, sigma] = (quantile(A, self.quantile, overwrite_input=True),
                                image_threshold(scores, self.quantile, self.false_alarms))
@@ -235,6 +239,11 @@ def estimate(self: MapCache,
 ) -> tuple[float, float, bool]:  # for pixels, for images, whether they are exact
     "The thresholds at once: exact when they are known, otherwise from a regular grid of pixels with exact values."
     if known := self._exact.get((lam, sigma)): return *known, True
-    A = self.mixed(*self._on_grid(sigma), lam).numpy()
-    image = image_threshold(self.scores(A), self.quantile, self.false_alarms)
+    A = self.mixed(*self._on_grid(sigma), lam)
+    if self.inside is not None:
+        inside = self.inside[self.step//2::self.step, self.step//2::self.step]
+        if not inside.any(): return *self.thresholds(lam, sigma), True # narrower than the grid
+        A = A[:, inside]
+    A = A.numpy()
+    image = image_threshold(score(torch.from_numpy(A), self.score).double().numpy(), self.quantile, self.false_alarms)
     return quantile(A, self.quantile, overwrite_input=True), image, False

@@ -4,16 +4,18 @@
 
 # %% ../nbs/15_method.ipynb #f166ab04
 from __future__ import annotations
-import importlib, json
+import copy, importlib, json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Callable, ClassVar, Iterator
+from typing import Any, Callable, ClassVar, Iterator, Sequence
 
+import numpy as np
 import torch
 from fastcore.basics import patch
+from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -27,16 +29,20 @@ from .conformal import Guarantee, image_threshold, p_values
 from .dic import ROUNDING
 from .fusion import quantile
 from .guard import aside
-from .images import Notes
+from .images import Notes, image_size, read_whole
 from .launch import check_trackers, processes
 from .machine import keep_freed_memory
 from .paths import check_space, expanded
+from .regions import ROI, OwnPixels, own_pixels, read_roi, save_roi
+from .tiles import (Kept, Tiling, WholeImages, common_kept, kept, tile_set, tiles_of, whole_images,
+                         whole_map)
 from .store import REPAIR_HINT, Store, StoreError, atomic_write, check_run, load_json
 
 # %% auto #0
-__all__ = ['METHODS', 'FORMAT', 'Prediction', 'above', 'Decision', 'register', 'method_named', 'import_methods', 'Hooks',
-           'NoOptions', 'Method', 'checked_options', 'trained_settings', 'run_info', 'load_info', 'images_not_at_hand',
-           'open_run', 'checked_images', 'ImageError', 'NotFittedError']
+__all__ = ['METHODS', 'KEPT_ROI', 'FORMAT', 'Prediction', 'above', 'Decision', 'register', 'method_named', 'import_methods',
+           'Hooks', 'NoOptions', 'Method', 'checked_options', 'given_roi', 'checked_roi', 'kept_roi', 'keep_roi',
+           'regions_of', 'trained_settings', 'run_info', 'load_info', 'images_not_at_hand', 'open_run',
+           'checked_images', 'checked_range', 'ImageError', 'NotFittedError', 'tiles_info', 'open_tiles']
 
 # %% ../nbs/15_method.ipynb #7189f4b1
 @dataclass
@@ -85,11 +91,12 @@ class Decision:
     def learned(cls,
         held_out: Prediction,             # of held-out normal images
         q: float,                         # quantile of their pixels, and of their scores
-        false_alarms: float | None = None # share of normal images; None: by the quantile
+        false_alarms: float | None = None,# share of normal images; None: by the quantile
+        inside: Tensor | None = None      # [H,W] bool: the pixels that count; None: all
     ) -> Decision:
         "The thresholds that held-out normal images imply."
-        return cls(image_threshold(held_out.score, q, false_alarms),
-                   None if held_out.map is None else quantile(held_out.map, q),
+        m = held_out.map if held_out.map is None or inside is None else held_out.map[..., inside]
+        return cls(image_threshold(held_out.score, q, false_alarms), None if m is None else quantile(m, q),
                    tuple(held_out.score.double().tolist()), false_alarms)
 
     @property
@@ -163,6 +170,11 @@ class Method(ABC):
         self.stages: dict[str, Path] = {}
         self._decision: Decision | None = None
         self.info: dict[str, Any] | None = None          # run.json
+        self.roi: ROI | None = None                      # what counts; None: all
+        self.tiling = Tiling.of(self.config.data)        # None: images are not cut into tiles
+        self.kept: Kept | None = None                    # of the maps of images that are cut
+        self.held_out_images: ImageSet | None = None     # what thresholds are learned from: the held-out set, or whole
+        if self.tiling: self.reconstructs, self.bins = False, lambda: None # of an image there are only the tiles'
 
     @abstractmethod
     def train(self, hooks: Hooks) -> dict[str, Path]:
@@ -187,7 +199,7 @@ def decision(self: Method) -> Decision | None:
 def learn_decision(self: Method) -> None:
     "Thresholds from the held-out normal images."
     f = self.config.fusion
-    self._decision = Decision.learned(self.held_out_prediction(), f.threshold_quantile, f.false_alarms)
+    self._decision = Decision.learned(self.held_out_prediction(), f.threshold_quantile, f.false_alarms, self.inside)
 
 # %% ../nbs/15_method.ipynb #96434a9b
 def checked_options(options: type[Settings], given: dict[str, Any]) -> Settings:
@@ -250,6 +262,112 @@ def seconds(self: Method, images: ImageSet) -> dict[str, float]: # stage -> s
     cached = images.shards('predictions', self.prediction_key, hold=False)
     return {'predict': cached.seconds(list(range(len(images))))}
 
+# %% ../nbs/15_method.ipynb #a1dea84d
+Method.map_score = lambda self, values, area=None: values.flatten(1).amax(1) # [B,1,n] pixels -> [B]
+Method.score_of = lambda self, values: self.map_score(values, self.kept.area if self.tiling else None)
+
+@patch(as_prop=True)
+def inside(self: Method) -> Tensor | None: # [H,W] bool
+    "The pixels of a map that count; None: all."
+    return None if self.roi is None else self.roi.at(*self.map_shape)
+
+@patch(as_prop=True)
+def map_shape(self: Method) -> tuple[int, int]: # height, width
+    "The shape of a map."
+    return self.kept.shape if self.tiling else (self.config.data.image_size,)*2
+
+@patch(as_prop=True)
+def inside_square(self: Method) -> Tensor | None: # [H,W] bool
+    "The pixels that count of the square that the method sees; None: all, as of tiles, which lie anywhere."
+    return None if self.tiling else self.inside
+
+@patch
+def within_roi(self: Method, p: Prediction) -> Prediction: # without `mask` and `anomalous`
+    "A prediction as if there were nothing outside the region of interest."
+    if self.roi is None: return p
+    if p.map is None:
+        raise ConfigError(f"data.roi: the method {self.name} gives no map, so that a part of an image cannot be left "
+                          "out; take another method, or crop the images")
+    inside = self.roi.at(*p.map.shape[-2:])
+    values = p.map[..., inside]
+    return replace(p, map=torch.where(inside, p.map, values.amin(-1)[..., None, None]), score=self.score_of(values))
+
+# %% ../nbs/15_method.ipynb #ca51f4dc
+@patch
+def predictions(self: Method,
+    images: ImageSet,
+    rows: list[int] | None = None # of these images only (default: all)
+) -> Iterator[tuple[list[int], Prediction]]: # as `predict_set`
+    "The predictions of a set, whatever the method, within the region of interest."
+    each = self.predict_whole if isinstance(images, WholeImages) else self.predict_set
+    for r, p in each(images, rows): yield r, self.within_roi(p)
+
+@patch
+def decided(self: Method, p: Prediction) -> Prediction:
+    "The prediction with `mask`, `anomalous` and `p_value`."
+    p = self.decision.applied(p)
+    if self.roi is None or p.mask is None: return p
+    return replace(p, mask=p.mask & self.roi.at(*p.mask.shape[-2:]))
+
+# %% ../nbs/15_method.ipynb #3e31ced9
+KEPT_ROI = 'roi.png' # in a run
+
+def given_roi(config: Config) -> ROI | None:
+    "The region of interest that the settings name."
+    return None if config.data.roi is None else checked_roi(read_roi(config.data.roi), config)
+
+def checked_roi(roi: ROI, config: Config) -> ROI:
+    "Raises ConfigError for one of which nothing is left at the size of the method's images."
+    roi.at(config.data.image_size, config.data.image_size)
+    return roi
+
+def kept_roi(config: Config, root: Path) -> ROI | None:
+    "The region of interest of a run or of a saved model. Raises StoreError when its file is gone."
+    if config.data.roi is None: return None
+    if not (root/KEPT_ROI).exists():
+        raise StoreError(f"{root/KEPT_ROI}: no such file, but the settings name a region of interest; put it back, or "
+                         "name it with --set data.roi=FILE (null: without)")
+    return read_roi(root/KEPT_ROI)
+
+def keep_roi(roi: ROI | None, root: Path) -> None:
+    "The region of interest beside the settings."
+    if roi is None: (root/KEPT_ROI).unlink(missing_ok=True)
+    else: save_roi(roi, root/KEPT_ROI)
+
+# %% ../nbs/15_method.ipynb #e43b1df9
+@patch
+def with_roi(self: Method,
+    roi: ROI | None
+) -> Method: # thresholds are learned again when they are asked for
+    "The same fitted method with another region of interest."
+    other = copy.copy(self)
+    other.roi, other._decision = roi and checked_roi(roi, self.config), None
+    other.config = with_overrides(self.config, {'data.roi': roi and f'pixels {roi.key}'})
+    return other
+
+# %% ../nbs/15_method.ipynb #71d33116
+@patch
+def own_pixels(self: Method,
+    p: Prediction,                        # of `predict`
+    i: int,                               # which of its images
+    size: tuple[int, int],                # width and height of that image
+    mm_per_pixel: float | None = None,    # default: of the settings
+    smallest: int = 1                     # pixels of a region
+) -> OwnPixels:
+    "Map, mask and regions of one image, at its own size. Raises ConfigError for a method without a map."
+    if p.map is None: raise ConfigError(f"the method {self.name} gives no map, so that there are no regions")
+    t, scale = self.decision.pixel_threshold, mm_per_pixel or self.config.data.mm_per_pixel
+    return own_pixels(p.map[i], size, t + ROUNDING*max(1., abs(t)), self.roi, scale, smallest)
+
+def regions_of(
+    method: Method,                       # fitted
+    p: Prediction,                        # of `method.predict(files)`
+    files: Sequence[str | Path],          # the same files
+    **how                                 # mm_per_pixel, smallest
+) -> list[OwnPixels]:
+    "Of each image of a prediction its map, mask and list of regions, at its own size."
+    return [method.own_pixels(p, i, image_size(f), **how) for i, f in enumerate(files)]
+
 # %% ../nbs/15_method.ipynb #9caca004
 FORMAT = 2 # of run.json; raised when a run directory of before can no longer be opened
 
@@ -268,6 +386,7 @@ def fit(self: Method,
                           "fit with speed = 'full' or 'exact'")
     training, held_out = split_normal(dataset, c.data, c.seed)
     check_trackers(c.trackers)
+    self.roi = given_roi(c)
     run_dir = check_run(run_dir)
     if not (run_dir/'run.json').exists(): check_space(run_dir, self.disk_space(len(training)), 'the files of this fit')
     state, store = processes(c.device), Store(run_dir)
@@ -275,15 +394,14 @@ def fit(self: Method,
     hooks = Hooks(progress and state.is_main_process, callback, should_stop)
     new = not (store.root/'run.json').exists() # a finished run stays whole until another fit has ended
     if new and state.is_main_process: atomic_write(store.root/'config.json', dump_config(c))
-    sets = (image_set(store, s, dataset, c.data.image_size, hooks.progress, c.data.max_pixels)
-            for s in (training, held_out))
-    self.training_set, self.held_out_set = sets
+    training, held_out = self.make_sets(store, dataset, training, held_out, hooks.progress)
     if new:
         self.training_set.images, self.held_out_set.images # an image that cannot be read is named before any training
     self.stages = self.train(hooks)
     with state.main_process_first(): self.learn_decision() # the others find what the first has made
     self.info = run_info(self, dataset, training, held_out)
     if state.is_main_process:
+        keep_roi(self.roi, store.root)
         atomic_write(store.root/'config.json', dump_config(self.config))
         atomic_write(store.root/'run.json', json.dumps(self.info, indent=1, ensure_ascii=False))
     return self
@@ -292,7 +410,7 @@ def fit(self: Method,
 @patch
 def held_out_prediction(self: Method) -> Prediction:
     "Scores and maps of all held-out normal images."
-    return Prediction.concatenated([p for _, p in self.predict_set(self.held_out_set)])
+    return Prediction.concatenated([p for _, p in self.predictions(self.held_out_images)])
 
 # %% ../nbs/15_method.ipynb #68f01413
 def trained_settings(method: Method | type[Method], config: Config) -> dict[str, Any]:
@@ -307,6 +425,7 @@ def run_info(method: Method, dataset: AnomalyDataset, training: list, held_out: 
     return {'format': FORMAT, 'version': __version__, 'method': method.name, 'data': data,
             'fit': [s.name for s in training], 'held_out': [s.name for s in held_out],
             'keys': {'fit': method.training_set.key, 'held_out': method.held_out_set.key},
+            **tiles_info(method),
             'stages': {k: p.relative_to(root).as_posix() for k, p in method.stages.items()},
             'trained': content_key(trained_settings(method, method.config))}
 
@@ -354,9 +473,12 @@ def open(cls: Method,
         raise ConfigError(f"{root/'config.json'}: not the settings this run was fitted with; "
                           "run `dynad fit` with the same --out again")
     self, store = own(config), Store(root)
+    self.roi = given_roi(config) if 'data.roi' in (overrides or {}) else kept_roi(config, root)
     self.info, load = info, images_not_at_hand(root, overrides)
     self.training_set, self.held_out_set = (ImageSet(store, info['keys'][k], len(info[k]), load, progress)
                                             for k in ('fit', 'held_out'))
+    self.held_out_images = self.held_out_set
+    if self.tiling: open_tiles(self, store, load, progress)
     self.stages = {k: root/str(p) for k, p in info['stages'].items()}
     self.load(self.stages)
     self.learn_decision()
@@ -382,8 +504,9 @@ def test_images(self: Method,
     progress: bool = False
 ) -> ImageSet:
     "Images of a data set, whose predictions are kept in the run's store (needs `fit` or `open`)."
-    c = self.config.data
-    return image_set(self.training_set.store, samples, dataset, c.image_size, progress, c.max_pixels)
+    c, store = self.config.data, self.training_set.store
+    if self.tiling: return whole_images(store, samples, dataset, self.kept.shape, progress, c.max_pixels)
+    return image_set(store, samples, dataset, c.image_size, progress, c.max_pixels)
 
 # %% ../nbs/15_method.ipynb #5928feb5
 def checked_images(
@@ -400,10 +523,14 @@ def checked_images(
         notes.say()
     if images.ndim != 4 or images.shape[1:] != (3, size, size):
         raise ImageError(f"images of shape {tuple(images.shape)}: expected [B,3,{size},{size}] as fitted")
+    return (checked_range(images)*255).round()/255
+
+def checked_range(images: Tensor) -> Tensor:
+    "The same images. Raises ValueError for values outside of [0,1]."
     if not torch.isfinite(images).all() or images.min() < -1e-4 or images.max() > 1.0001:
         raise ImageError(f"images with values in {images.min():.3g}…{images.max():.3g}: "
                          "expected finite values in [0,1]")
-    return (images*255).round()/255
+    return images.clamp(0, 1)
 
 class ImageError(DynadError, ValueError):
     "Images that a method was not fitted for."
@@ -414,13 +541,93 @@ class NotFittedError(DynadError, RuntimeError):
 # %% ../nbs/15_method.ipynb #2e07ff11
 @patch
 def predict(self: Method,
-    images: Tensor | list[str | Path] # [B,3,H,W] in [0,1] at the fitted size, or image files
+    images: Tensor | list[str | Path] # [B,3,H,W] in [0,1] at the fitted size (with tiles: at any), or image files
 ) -> Prediction:
     """Score, map, mask and decision of new images.
 
     Raises ValueError for a wrong size or range, DataError for a file that cannot be read."""
     if self.decision is None:
         raise NotFittedError(f"this {type(self).__name__} is not fitted; call fit, open or from_pretrained first")
+    if self.tiling: return self.predict_any_size(images)
     x = checked_images(images, self.config.data.image_size, self.config.data.max_pixels)
     parts = [self.predict_batch(x[b], b) for b in batches(len(x), self.config.batch, 'images', True)]
-    return self.decision.applied(type(parts[0]).concatenated(parts))
+    return self.decided(self.within_roi(type(parts[0]).concatenated(parts)))
+
+# %% ../nbs/15_method.ipynb #47ae945e
+@patch
+def make_sets(self: Method,
+    store: Store, dataset: AnomalyDataset,
+    training: list, held_out: list, # of `split_normal`
+    progress: bool = False
+) -> tuple[list, list]:             # what is learned from and what is calibrated on: samples, or tiles of them
+    "Give the method its sets of images."
+    c = self.config.data
+    how = dict(dataset=dataset, size=c.image_size, progress=progress, max_pixels=c.max_pixels)
+    if self.tiling:
+        self.kept = common_kept(training + held_out, self.tiling, c.image_size)
+        self.held_out_images = whole_images(store, held_out, dataset, self.kept.shape, progress, c.max_pixels)
+        training, held_out = (tiles_of(s, self.tiling, n, self.config.seed)
+                              for s, n in ((training, c.max_tiles), (held_out, c.max_calibration)))
+    make = tile_set if self.tiling else image_set
+    self.training_set, self.held_out_set = (make(store, s, **how) for s in (training, held_out))
+    if not self.tiling: self.held_out_images = self.held_out_set
+    return training, held_out
+
+def tiles_info(method: Method) -> dict[str, Any]:
+    "What run.json holds of tiles."
+    if not method.tiling: return {}
+    whole, kept = method.held_out_images, method.kept
+    return {'tiles': {'shape': list(kept.shape), 'area': kept.area, 'held_out': len(whole), 'key': whole.key}}
+
+def open_tiles(method: Method, store: Store, load: Callable, progress: bool) -> None:
+    "The sets of an opened run that was fitted on tiles. Raises StoreError where run.json does not know them."
+    t = load_json(store.root/'run.json', 'tiles.shape', 'tiles.area', 'tiles.held_out', 'tiles.key')['tiles']
+    method.kept = Kept(tuple(t['shape']), t['area'])
+    method.held_out_images = WholeImages(store, t['key'], t['held_out'], load, progress, {}, lambda k: load(),
+                                         method.kept.shape)
+
+# %% ../nbs/15_method.ipynb #df79540c
+@patch
+def map_of_any_size(self: Method,
+    im: Image.Image,       # of `read_whole`
+    look: bool = False     # leave out the tiles that lie outside the region of interest
+) -> Tensor:               # [1,1,h,w] of `map_shape`
+    "The map of one image, tile by tile."
+    c, counts = self.config, lambda box: True
+    if look and self.roi is not None:
+        inside = self.roi.at(im.height, im.width)
+        counts = lambda b: bool(inside[b[1]:b[1] + b[3], b[0]:b[0] + b[2]].any())
+    predict = lambda x: self.predict_batch(x, list(range(len(x)))).map
+    return kept(whole_map(im, predict, self.tiling, c.data.image_size, c.batch, counts), self.kept.shape)[None]
+
+@patch
+def predict_whole(self: Method,
+    images: WholeImages,
+    rows: list[int] | None = None # of these images only (default: all)
+) -> Iterator[tuple[list[int], Prediction]]: # as `predict_set`
+    "The predictions of whole images, computed where the store does not have them; one image is in memory at a time."
+    def function(rows):
+        maps = torch.cat([self.map_of_any_size(images.read(r)) for r in rows])
+        return {'score': self.score_of(maps.flatten(2)), 'map': maps}
+    cached = Cached(images.shards('predictions', self.prediction_key, hold=False), function, 1,
+                    f'{self.name}: predictions', images.progress)
+    rows = list(range(len(images))) if rows is None else rows
+    for b in batches(len(rows), 16): yield (r := [rows[k] for k in b]), Prediction(**cached(r))
+
+# %% ../nbs/15_method.ipynb #eedf9c57
+@patch
+def predict_any_size(self: Method,
+    images: Tensor | list[str | Path] # [B,3,H,W] in [0,1] of any size, or image files
+) -> Prediction:                      # all maps of `map_shape`, whatever the sizes of the images
+    "As `predict`, tile by tile."
+    if isinstance(images, Tensor):
+        x = (checked_range(images)*255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        opened = (Image.fromarray(np.ascontiguousarray(a)) for a in x)
+    else: opened = (read_whole(f, self.config.data.max_pixels) for f in images)
+    maps = torch.cat([self.map_of_any_size(im, look=True) for im in opened])
+    return self.decided(self.within_roi(Prediction(self.score_of(maps.flatten(2)), maps)))
+
+@patch
+def stage_seconds(self: Method, images: ImageSet) -> dict[str, float]: # stage -> s
+    "What the predictions of a set cost when they were made, whatever the method."
+    return (Method.seconds if isinstance(images, WholeImages) else type(self).seconds)(self, images)

@@ -172,12 +172,13 @@ class StreamingPixelMetrics:
     From ten images on within 1e-4 of the exact ones (F1-max within 5e-4)."""
     def __init__(self,
         bins: int = 2000,  # runs per image: the memory grows with images × bins, not with pixels
-        limit: float = .3  # largest false-positive rate of PRO
+        limit: float = .3, # largest false-positive rate of PRO
+        inside: np.ndarray | None = None # bool [H,W]: the pixels that count; None: all
     ):
         if bins < 10:
             raise ValueError(f"bins = {bins}: at least 10 runs per image are needed, 2000 for an error below 1e-4")
         if not 0 < limit <= 1: raise ValueError(f"limit = {limit}: a false-positive rate in (0,1] is needed")
-        self.bins, self.limit = bins, limit
+        self.bins, self.limit, self.inside = bins, limit, inside
         self.neg: list[tuple] = []  # per image: medians [k], run lengths [k]
         self.pos: list[tuple] = []  # per image: medians, run lengths, region weights
 
@@ -200,8 +201,9 @@ def update(self: StreamingPixelMetrics,
 ) -> StreamingPixelMetrics:
     "Add a batch."
     for a, m in zip(*check_maps(maps, masks, has_mask)):
-        some = m.any()
-        self.neg.append(condense(np.sort(a[~m] if some else a, axis=None), self.bins)[:2])
+        if self.inside is not None: m = m & self.inside
+        some, normal = m.any(), ~m if self.inside is None else ~m & self.inside
+        self.neg.append(condense(np.sort(a[normal], axis=None), self.bins)[:2])
         if some:
             pos, w = a[m], region_weights(m)[0]
             order = np.argsort(pos, kind='stable')
@@ -289,16 +291,17 @@ def pixel_metrics(
     n_boot: int = 1000,    # resamples of whole images, 0 = no intervals
     seed: int = 0,
     level: float = .95,    # of the interval
-    limit: float = .3      # largest false-positive rate of PRO
+    limit: float = .3,     # largest false-positive rate of PRO
+    inside: np.ndarray | None = None # bool [H,W]: the pixels that count; None: all
 ) -> dict[str, Metric]:    # p_auroc, p_ap, p_f1_max, pro
     "Pixel-level measures with percentile bootstrap intervals over images (the intervals are always streaming)."
     a, m = check_maps(maps, masks, has_mask)
-    stream = StreamingPixelMetrics(limit=limit)
+    stream = StreamingPixelMetrics(limit=limit, inside=inside)
     if n_boot or not exact: stream.update(a[:, None], m[:, None])
     if not exact: return stream.bootstrap(n_boot, seed, level)
-    if why := missing_class(len(a), int((~m).sum()), int(m.sum())):
+    neg, pos, w = pool_pixels(a, m, inside)
+    if why := missing_class(len(a), len(neg), len(pos)):
         return dict.fromkeys(PIXEL_KEYS, Metric(None, reason=why))
-    neg, pos, w = pool_pixels(a, m)
     values = _pixel_names(sorted_metrics(neg, pos, region_w=w, limit=limit))
     if not n_boot: return {k: Metric(v) for k, v in values.items()}
     draws, streamed = stream.draws(resample_weights(len(a), n_boot, seed)), stream.compute()

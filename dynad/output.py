@@ -6,23 +6,28 @@
 from __future__ import annotations
 import csv, io
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Iterator, Sequence
+
+import numpy as np
+from PIL import Image
 
 
 from .collector import collect_places
 from .config import ConfigError
-from .data import read_image
+from .images import image_size, read_image, read_whole
 from .exports import check_export, export_to
 from .guard import tqdm
 from .detector import DynAD
 from .method import Method, Prediction, open_run
 from .paths import check_space, expanded, file_name, printable
-from .show import colorize, overlay, save_png
-from .store import atomic_write
+from .regions import (ImageRegions, OwnPixels, coloured, draw_regions, heat_over, regions_coco, regions_csv,
+                           regions_json)
+from .show import to_uint8
+from .store import atomic_write, replacing
 
 # %% auto #0
-__all__ = ['KINDS', 'images_of', 'open_for_prediction', 'result_stems', 'check_output', 'write_predictions', 'rows_csv', 'row_of',
-           'write_one']
+__all__ = ['KINDS', 'TABLES', 'images_of', 'open_for_prediction', 'result_stems', 'check_output', 'write_predictions',
+           'write_tables', 'rows_csv', 'drawn', 'save_array', 'row_of', 'write_one', 'as_bytes']
 
 # %% ../nbs/17c_output.ipynb #6fe695ff
 def images_of(
@@ -50,7 +55,8 @@ def open_for_prediction(
     return method
 
 # %% ../nbs/17c_output.ipynb #4fcba6c8
-KINDS = ('map', 'overlay', 'reconstruction') # of files for one image
+KINDS = ('map', 'mask', 'overlay', 'reconstruction') # of files for one image
+TABLES = ('scores.csv', 'regions.csv', 'regions.json', 'regions_coco.json')
 
 def result_stems(
     files: Sequence[Path]
@@ -63,33 +69,44 @@ def result_stems(
 def check_output(
     out: str | Path,
     files: Sequence[Path],
-    size: int | None = None, # side of the images, where it is known
+    space: bool = True,      # whether the disk is asked as well; reads the sizes of all images from their headers
     what: str = '--out '     # the option, for the error
 ) -> Path:
     "The folder for the results of images. Raises StoreError or PathError where they cannot be written there."
     names = [f'{s}_{k}.png' for s in result_stems(files) for k in KINDS]
-    out = check_export(out, ['scores.csv', *names], what)
-    # a PNG of three colours is at most a little larger than its pixels
-    if size: check_space(out, len(names)*3*size**2, f'maps of {len(files)} images')
+    out = check_export(out, [*TABLES, *names], what)
+    # map, overlay and reconstruction are about as large as the pixels of one of them, uncompressed
+    if space: check_space(out, sum(3*w*h for w, h in map(image_size, files)), f'maps of {len(files)} images')
     return out
 
 # %% ../nbs/17c_output.ipynb #37b3ed1e
 def write_predictions(
     method: Method,       # fitted
     files: list[Path],    # images
-    out: Path             # folder for PNGs and scores.csv
+    out: Path,            # folder for PNGs and tables
+    mm_per_pixel: float | None = None, # of the images as they are; default: of the settings
+    smallest: int = 1     # pixels of a region
 ) -> list[dict[str, Any]]:# the rows of scores.csv
-    "Maps, overlays and, where the method has them, reconstructions as PNG, and one row per image; all or nothing."
-    c, rows, batch, stems = method.config.data, [], method.config.batch, result_stems(files)
-    out = check_output(out, files, c.image_size, '')
+    "Maps, masks and overlays at each image's own size, and tables of scores and regions; all or nothing."
+    c, rows, regions, stems = method.config.data, [], [], result_stems(files)
+    scale, batch = mm_per_pixel or c.mm_per_pixel, 1 if c.tile else method.config.batch
+    out = check_output(out, files, what='')
     for f in tqdm(files, desc='checking', leave=False, delay=2): read_image(f, c.image_size, c.max_pixels)
     with export_to(out) as work:
-        for a in range(0, len(files), batch):
-            part = files[a:a+batch]
-            p = method.predict(part)
-            rows += [write_one(method, p, i, f, stems[a + i], work) for i, f in enumerate(part)]
-        atomic_write(work/'scores.csv', rows_csv(rows))
+        for a in tqdm(range(0, len(files), batch), desc='images', leave=False, delay=2):
+            p = method.predict(part := files[a:a+batch])
+            for i, f in enumerate(part):
+                row, found = write_one(method, p, i, f, work/stems[a + i], scale, smallest)
+                rows.append(row); regions.append(found)
+        write_tables(rows, regions, work, scale)
     return rows
+
+def write_tables(rows: list[dict[str, Any]], regions: list[ImageRegions], out: Path, scale: float | None) -> None:
+    "scores.csv, and the regions of all images as CSV, JSON and COCO."
+    atomic_write(out/'scores.csv', rows_csv(rows))
+    atomic_write(out/'regions.csv', regions_csv(regions, scale is not None))
+    atomic_write(out/'regions.json', regions_json(regions, scale))
+    atomic_write(out/'regions_coco.json', regions_coco(regions))
 
 def rows_csv(rows: list[dict[str, Any]]) -> str:
     "A table with one row per image as text."
@@ -98,20 +115,53 @@ def rows_csv(rows: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 # %% ../nbs/17c_output.ipynb #d37efb32
-def row_of(method: Method, p: Prediction, i: int, file: Path, stem: str) -> dict[str, Any]:
+def drawn(
+    image: np.ndarray,       # [H,W,3] uint8
+    own: OwnPixels,
+    threshold: float         # for pixels
+) -> Iterator[tuple[str, np.ndarray]]: # kind; [H,W,3] or [H,W] uint8
+    "The pictures of one image, one after another: of 12 megapixels each takes 36 MB."
+    top = max(2*threshold, float(own.map.max()), 1e-6)
+    yield 'map', coloured(own.map, top)
+    yield 'mask', own.mask.astype(np.uint8)*255
+    yield 'overlay', draw_regions(heat_over(image, own.map, top, own.mask), own.regions)
+
+def save_array(a: np.ndarray, path: Path) -> None: # [H,W,3] or [H,W] uint8
+    "A PNG of large images, in a second for 12 megapixels: lightly compressed."
+    with replacing(path) as tmp: Image.fromarray(a).save(tmp, format='PNG', compress_level=1)
+
+# %% ../nbs/17c_output.ipynb #3460f706
+def row_of(
+    method: Method, p: Prediction, i: int, file: Path, stem: str,
+    size: tuple[int, int],   # width and height of the image
+    own: OwnPixels | None    # None: the method gives no map
+) -> dict[str, Any]:
     "What is said of one image in a table: numbers and text."
     return {'image': printable(file), 'score': float(p.score[i]), 'anomalous': bool(p.anomalous[i]),
             'threshold': method.decision.image_threshold, **{k: v[i].item() for k, v in p.per_image.items()},
-            'anomalous_pixels': int(p.mask[i].sum()) if p.mask is not None else '', 'files': stem}
+            'anomalous_pixels': int(own.mask.sum()) if own else '', 'regions': len(own.regions) if own else '',
+            'width': size[0], 'height': size[1], 'files': stem}
 
-def write_one(method: Method, p: Prediction, i: int, file: Path, stem: str, out: Path) -> dict[str, Any]:
-    "The pictures of one image, and its row."
+# %% ../nbs/17c_output.ipynb #95677a7b
+def write_one(
+    method: Method, p: Prediction, i: int, file: Path,
+    stem: Path,              # of the files, in their folder
+    scale: float | None = None, smallest: int = 1 # as for `own_pixels`
+) -> tuple[dict[str, Any], ImageRegions]: # its row, its regions
+    "The pictures of one image, and what the tables say of it."
     c, d = method.config.data, method.decision
-    x = read_image(file, c.image_size, c.max_pixels)
-    drawn = {}
+    whole = read_whole(file, c.max_pixels)
+    name, own, save = printable(file), None, lambda kind, a: save_array(a, stem.parent/f'{stem.name}_{kind}.png')
     if p.map is not None:
-        drawn = {'map': colorize(p.map[i], 0, max(2*d.pixel_threshold, float(p.map[i].max()), 1e-6)),
-                 'overlay': overlay(x, map=p.map[i], mask=p.mask[i])}
-    if getattr(p, 'reconstruction', None) is not None: drawn['reconstruction'] = p.reconstruction[i]
-    for kind, image in drawn.items(): save_png(image, out/f'{stem}_{kind}.png')
-    return row_of(method, p, i, file, stem)
+        own = method.own_pixels(p, i, whole.size, scale, smallest)
+        for kind, image in drawn(as_bytes(whole), own, d.pixel_threshold): save(kind, image)
+    if getattr(p, 'reconstruction', None) is not None:
+        save('reconstruction', np.asarray(Image.fromarray(to_uint8(p.reconstruction[i])).resize(whole.size)))
+    row = row_of(method, p, i, file, stem.name, whole.size, own)
+    return row, ImageRegions(name, whole.size, row['score'], row['anomalous'], d.image_threshold,
+                             d.pixel_threshold, own.regions if own else [])
+
+def as_bytes(im: Image.Image) -> np.ndarray: # [H,W,3] uint8
+    "An image of `read_whole` for drawing."
+    if im.mode != 'F': return np.asarray(im)
+    return np.repeat((np.asarray(im).clip(0, 1)*255).round().astype(np.uint8)[..., None], 3, 2)

@@ -22,12 +22,14 @@ class QuickMetrics:
         labels: Tensor,      # [N] 0 normal, 1 anomalous
         masks: Tensor,       # [N,1,H,W] bool
         has_mask: Tensor,    # [N] bool; False: image level only
-        steps: int = 65_536  # of the rounding, at most 65 536
+        steps: int = 65_536, # of the rounding, at most 65 536
+        inside: np.ndarray | None = None # bool [H,W]: the pixels that count; None: all
     ):
-        self.labels, self.steps = labels.numpy().astype(bool), steps
+        self.labels, self.steps, self.inside = labels.numpy().astype(bool), steps, inside
         self.keep = np.flatnonzero(has_mask.numpy())
         m = masks[:, 0].numpy()[self.keep]
-        self.at = np.flatnonzero(m.ravel())  # places of the anomalous pixels
+        if inside is not None: m = m & inside
+        self.at = np.flatnonzero(m if inside is None else m[:, inside])  # places of the anomalous pixels
         self.weights = np.concatenate([np.zeros(0)] + [region_weights(x)[0] for x in m if x.any()])
 
 # %% ../nbs/13a_quick_metrics.ipynb #2f678ec9
@@ -36,6 +38,7 @@ def _count(self: QuickMetrics,
     maps: np.ndarray, alive: Callable[[], bool]
 ) -> tuple[np.ndarray, np.ndarray] | None:
     "[steps] pixels per step, [anomalous pixels] the step of each; 64 images at a time."
+    if self.inside is not None: maps = maps[:, self.inside]
     low, high = float(maps.min()), float(maps.max())
     part = maps if len(self.keep) == len(maps) else maps[self.keep]
     every, pos = np.zeros(self.steps, np.int64), np.empty(len(self.at), np.uint16)

@@ -121,13 +121,16 @@ def region_weights(
 # %% ../nbs/12a_ranking.ipynb #cfcbbf2b
 def pool_pixels(
     maps: np.ndarray,                            # [n,H,W]
-    masks: np.ndarray                            # bool [n,H,W]
+    masks: np.ndarray,                           # bool [n,H,W]
+    inside: np.ndarray | None = None             # bool [H,W]: the pixels that count; None: all
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # sorted normal scores, sorted anomalous scores, region weights
     "The pixels of all images as `sorted_metrics` needs them."
+    if inside is not None: masks = masks & inside
+    normal = ~masks if inside is None else ~masks & inside
     pos = maps[masks]
     w = np.concatenate([np.zeros(0)] + [region_weights(m)[0] for m in masks if m.any()])
     order = np.argsort(pos, kind='stable')
-    return np.sort(maps[~masks]), pos[order], w[order]
+    return np.sort(maps[normal]), pos[order], w[order]
 
 # %% ../nbs/12a_ranking.ipynb #4d1db272
 def missing_class(

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .cache import CachedWalk, ImageSet
-from .config import Config
+from .config import Config, ConfigError
 from .data import (AnomalyDataset, Sample, images_key, load_masks, open_dataset, open_folder, split_normal,
                         with_mask_rule)
 from .demo import NOTE
@@ -90,7 +90,7 @@ def map_cache(self: MethodAt) -> MapCache:
         maps.append([sum(m)/len(each) for m in zip(*each)])
         near.append(neighbour_parts(walk.neighbour_maps(), cal))
     return MapCache(self.test.t_hat, *maps, self.model.config.data.image_size, f.threshold_quantile, *near,
-                    f.neighbour, f.score, f.false_alarms)
+                    f.neighbour, f.score, f.false_alarms, self.model.inside)
 
 # %% ../nbs/18_session.ipynb #0707b397
 def decode_images(
@@ -120,6 +120,9 @@ class Session:
     ):
         self.run = Path(run) if not isinstance(run, DynAD) else run.training_set.store.root
         self.model = model = run if isinstance(run, DynAD) else DynAD.open(run, progress=False)
+        if model.tiling:
+            raise ConfigError(f"{self.run}: fitted on tiles (data.tile = {model.tiling.tile}); the sliders show images "
+                              "that were fitted whole; `dynad predict` and `dynad evaluate` take this run")
         self.dataset = _opened(data, model)
         c = model.config.data
         self.samples, self.size = with_mask_rule(self.dataset.test, c.mask_rule), c.image_size
@@ -129,7 +132,12 @@ class Session:
         self.staged = model.cached_walk(self.test_set)  # under the run's own settings
         self.labels = torch.tensor([s.label for s in self.samples])
         self.masks, self.has_mask = load_masks(self.samples, self.size, model.config.data.max_pixels)
-        self.quick_metrics = QuickMetrics(self.labels, self.masks, self.has_mask)
+        inside = model.inside
+        if inside is not None:
+            self.masks = self.masks & inside
+            self.has_mask &= (self.labels == 0) | self.masks.flatten(1).any(1)
+        self.quick_metrics = QuickMetrics(self.labels, self.masks, self.has_mask,
+                                          inside=None if inside is None else inside.numpy())
         self.map_caches: dict[tuple, MapCache] = {}  # by `Setting.maps_key`
         self.lock = threading.RLock()  # one thread at a time calls the model
         for walk in (self.staged, model.held_out): walk.z0, walk.features, walk.severity  # made now, not under a slider

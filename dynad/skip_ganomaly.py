@@ -155,6 +155,8 @@ class SkipGANomaly(Method):
         maps = gan_maps(self.gan, images.to(self.device)*2 - 1, self.options.lam)
         return Prediction(maps.mean((1, 2, 3)).cpu(), smooth(maps, self.options.sigma).cpu())
 
+    def map_score(self, values, area=None): return values.flatten(1).mean(1)
+
 # %% ../nbs/16e_skip_ganomaly.ipynb #7ce8d89e
 def fit_gan(method: SkipGANomaly, hooks: Hooks) -> Path:
     "Both networks as a stage of the method's store."

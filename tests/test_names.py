@@ -20,7 +20,7 @@ from dynad.data import open_dataset
 from dynad.detector import DynAD
 from dynad.exports import MARKER, check_export, export_to, listed_files
 from dynad.inspection import save_uploads
-from dynad.output import result_stems, write_predictions
+from dynad.output import TABLES, result_stems, write_predictions
 from dynad.paths import LONGEST_NAME, RESERVED, PathError, expanded, file_name, name_key, numbered, printable
 from dynad.store import StoreError, WriteError, atomic_write, load_json
 
@@ -82,7 +82,7 @@ def test_the_home_folder_in_every_path_of_the_command_line(home):
             if info is None or not ('Path' in str(get_args(hint)[0]) or name == 'data'): continue
             found.add(name)
             assert info.parser is (data_place if name == 'data' else place), f'{command.callback.__name__} {name}'
-    assert found == {'out', 'run', 'images', 'data', 'json_file', 'save_maps', 'report', 'table', 'file', 'html'}
+    assert found == {'out', 'run', 'images', 'data', 'json_file', 'save_maps', 'report', 'table', 'file', 'html', 'roi'}
     assert place('~/x') == home/'x' and data_place('~/x') == str(home/'x') and data_place('elpv') == 'elpv'
     out = CliRunner().invoke(app, ['fit', '--data=~/none', '--out=~/x'])
     assert out.exit_code == 2 and f"{home/'none'}: no such folder" in out.output and [*Path.cwd().iterdir()] == []
@@ -152,7 +152,7 @@ def test_images_whose_names_differ_in_case_or_folder_have_results_of_their_own(f
     for i, n in enumerate(('1/a.png', '2/a.png', '3/A.png', '4/a.jpg')): files.append(save(part(60 + i), tmp_path/n))
     rows = write_predictions(model, files, tmp_path/'out')
     names = [p.name for p in (tmp_path/'out').iterdir()]
-    assert len({name_key(n) for n in names}) == len(names) == 4*3 + 2 and len({r['files'].casefold() for r in rows}) == 4
+    assert len({name_key(n) for n in names}) == len(names) == 4*4 + 5 and len({r['files'].casefold() for r in rows}) == 4
 
 def drop(name, value):
     b = io.BytesIO(); Image.fromarray(np.full((16, 16), value, 'uint8')).save(b, 'PNG')
@@ -174,7 +174,7 @@ def test_a_second_export_leaves_nothing_of_the_first_and_all_of_others(fitted, t
     write_predictions(model, files, tmp_path/'out')
     (tmp_path/'out/0_notes_map.png').write_text('of somebody')
     rows = write_predictions(model, files[:1], tmp_path/'out')
-    assert {p.name for p in (tmp_path/'out').iterdir()} == {MARKER, 'scores.csv', '0_notes_map.png', *(f"{rows[0]['files']}_{k}.png" for k in ('map', 'overlay', 'reconstruction'))}
+    assert {p.name for p in (tmp_path/'out').iterdir()} == {MARKER, *TABLES, '0_notes_map.png', *(f"{rows[0]['files']}_{k}.png" for k in ('map', 'mask', 'overlay', 'reconstruction'))}
     assert set(listed_files(tmp_path/'out')) == {p.name for p in (tmp_path/'out').iterdir()} - {MARKER, '0_notes_map.png'}
 
 def test_an_export_that_fails_leaves_the_first_whole(tmp_path):
