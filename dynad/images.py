@@ -304,7 +304,8 @@ def _upright_size(im: Image.Image, meta: Metadata) -> tuple[int, int]:
 # %% ../nbs/03_images.ipynb #1c312a12
 def image_size(
     path: str | Path,
-    notes: Notes | None = None # as for `decode`
+    notes: Notes | None = None, # as for `decode`
+    data: bytes | None = None
 ) -> tuple[int, int]: # (width, height), upright
     "The size of an image file, read from its header; however large it is."
-    return _open(Path(path), _upright_size, notes=notes)
+    return _open(Path(path), _upright_size, notes=notes, data=data)
