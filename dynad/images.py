@@ -36,11 +36,11 @@ def _admitting(pixels: int) -> int:
     unit = 10**(len(str(max(1, pixels))) - 1)
     return -(-pixels//unit)*unit
 
-def _file_error(path: Path, e: Exception) -> DataError:
+def _file_error(path: Path, e: Exception, data: bytes | None = None) -> DataError:
     "The `DataError` for an exception raised while `path` was read."
     if isinstance(e, DataError): return e
     text = next(text for kind, text in _CAUSES if isinstance(e, kind))
-    size = path.stat().st_size if isinstance(e, UnidentifiedImageError) and path.is_file() else 0
+    size = len(data) if data is not None else path.stat().st_size if isinstance(e, UnidentifiedImageError) else 0
     admit = _admitting(getattr(e, 'pixels', 0))
     return DataError(f"{path}: " + text.format(size=size, error=e, admit=admit, kind=type(e).__name__))
 
@@ -156,7 +156,7 @@ def _open(
         if (path.stat().st_size if data is None else len(data)) == 0:
             raise DataError(f"{path}: the file is empty (0 bytes); copy it again or remove it")
         result = _first(path, use, max_pixels, own, data)
-    except Exception as e: raise _file_error(path, e) from None
+    except Exception as e: raise _file_error(path, e, data) from None
     if notes is None: own.say()
     return result
 
