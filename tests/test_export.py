@@ -143,7 +143,7 @@ def eight(smoke, tmp_path_factory):
 
 def test_int8_measures_scales_and_threshold_anew(made, eight):
     out, c = eight
-    assert c['int8'] == ['unet', 'phi', 'decoder'] and len(c['tried']) == 1 and set(c['points']['lost']) == {'i_auroc', 'p_auroc', 'pro'}
+    assert c['int8'] == ['unet', 'decoder'] and len(c['tried']) == 1 and set(c['points']['lost']) == {'i_auroc', 'p_auroc', 'pro'}
     a, b = Package(out, 1).settings, Package(made[0], 1).settings
     assert a['calibration'] != b['calibration'] and a['decision'] != b['decision']
     assert (out/'unet.onnx').stat().st_size < .7*(made[0]/'unet.onnx').stat().st_size
