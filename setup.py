@@ -31,6 +31,8 @@ setup(
         "faiss-cpu": cfg["extra_faiss_cpu"].split(),
         "faiss-gpu": cfg["extra_faiss_gpu"].split(),
         "baselines": cfg["extra_baselines"].split(),
+        "export": cfg["extra_export"].split(),
+        "serve": cfg["extra_serve"].split(),
     },
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,

@@ -14,8 +14,7 @@ from typing import Iterable, Iterator, Sequence
 from PIL import Image
 
 from .config import DynadError
-from .exports import MARKER, listed_files
-from .paths import name_key, printable
+from .paths import MARKER, listed_files, name_key, printable
 
 # %% auto #0
 __all__ = ['NOT_PHOTOGRAPHS', 'EXTENSIONS', 'COMMON', 'MENTIONED', 'SYSTEM', 'RUN_PARTS', 'REPORT_PARTS', 'RESULTS', 'MASKS',

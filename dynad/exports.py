@@ -12,24 +12,13 @@ from typing import Collection, Iterator
 from filelock import FileLock, Timeout
 
 from . import __version__
-from .paths import check_writable, expanded, move, name_key, printable
+from .paths import MARKER, check_writable, expanded, listed_files, move, name_key, printable
 from .store import DISK_ERRORS, StoreError, atomic_write, make_folder, write_error
 
 # %% auto #0
-__all__ = ['MARKER', 'listed_files', 'write_list', 'check_export', 'put_in_place', 'export_to']
+__all__ = ['write_list', 'check_export', 'put_in_place', 'export_to']
 
 # %% ../nbs/01b_exports.ipynb #7b33eb81
-MARKER = 'dynad-output.json' # in every folder of results
-
-def listed_files(
-    folder: str | Path
-) -> list[str]: # names; empty where there is no list that can be read
-    "What was written into the folder before; never a name that leads out of it."
-    try: names = json.loads((Path(folder)/MARKER).read_text(encoding='utf-8'))['files']
-    except (OSError, ValueError, KeyError, TypeError): return []
-    if not isinstance(names, list): return []
-    return [n for n in names if isinstance(n, str) and n == Path(n).name and '\\' not in n and n not in ('', '..')]
-
 def write_list(folder: Path, names: Collection[str], whole: bool) -> None:
     "The list, `whole` once all of the files are there."
     text = {'dynad': __version__, 'whole': whole, 'files': sorted(names)}

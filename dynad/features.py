@@ -40,7 +40,7 @@ class FeatureExtractor(nn.Module):
         if self.enlarge > 1:
             image = F.interpolate(image, scale_factor=float(self.enlarge), mode='bicubic').clamp(0, 1)
         x = (image - self.mean)/self.std
-        size = self.size or tuple(max(1, round(s/self.patch))*self.patch for s in x.shape[-2:])
+        size = self.size or tuple(max(1, round(int(s)/self.patch))*self.patch for s in x.shape[-2:])
         if size != tuple(x.shape[-2:]): x = F.interpolate(x, size, mode='bilinear', antialias=True)
         return x.contiguous(memory_format=torch.channels_last)
 

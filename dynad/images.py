@@ -6,19 +6,19 @@
 from __future__ import annotations
 import io, threading, warnings
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Iterator
+from typing import TYPE_CHECKING, Any, BinaryIO, Callable, Iterator
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from .collector import DataError, printable
 from .metadata import Metadata, read_exif, read_metadata, without_items, xmp_orientation
 
+if TYPE_CHECKING: from torch import Tensor # whoever reads arrays needs no torch
+
 # %% auto #0
-__all__ = ['NOTES', 'SAID', 'Notes', 'check_size', 'to_float', 'decode', 'read_whole', 'resized', 'read_image', 'marked_pixels',
-           'nearest', 'read_mask', 'image_size']
+__all__ = ['NOTES', 'SAID', 'Notes', 'check_size', 'to_float', 'decode', 'read_whole', 'resized_pixels', 'resized', 'read_pixels',
+           'read_image', 'marked_pixels', 'nearest', 'read_mask', 'image_size']
 
 # %% ../nbs/03_images.ipynb #aa429865
 _CAUSES = ( # the first kind that fits
@@ -36,11 +36,11 @@ def _admitting(pixels: int) -> int:
     unit = 10**(len(str(max(1, pixels))) - 1)
     return -(-pixels//unit)*unit
 
-def _file_error(path: Path, e: Exception) -> DataError:
+def _file_error(path: Path, e: Exception, data: bytes | None = None) -> DataError:
     "The `DataError` for an exception raised while `path` was read."
     if isinstance(e, DataError): return e
     text = next(text for kind, text in _CAUSES if isinstance(e, kind))
-    size = path.stat().st_size if isinstance(e, UnidentifiedImageError) else 0
+    size = len(data) if data is not None else path.stat().st_size if isinstance(e, UnidentifiedImageError) else 0
     admit = _admitting(getattr(e, 'pixels', 0))
     return DataError(f"{path}: " + text.format(size=size, error=e, admit=admit, kind=type(e).__name__))
 
@@ -134,12 +134,12 @@ def _read(
     if troubles: notes.add('metadata', path, ', '.join(troubles))
     return result
 
-def _attempts(path: Path) -> Iterator[tuple[Path | BinaryIO, Metadata]]:
+def _attempts(path: Path, data: bytes | None) -> Iterator[tuple[Path | BinaryIO, Metadata]]:
     "The file without its metadata, the file as it is, and for AVIF and HEIC with its metadata hidden."
-    with open(path, 'rb') as f:
+    with open(path, 'rb') if data is None else io.BytesIO(data) as f:
         meta = read_metadata(f)
         if meta.parts: yield io.BytesIO(meta.pixels(f)), meta
-        yield path, meta
+        yield path if data is None else io.BytesIO(data), meta
         if hidden := without_items(f): yield io.BytesIO(hidden), Metadata(troubles=('EXIF, XMP or ICC profile',))
 
 # %% ../nbs/03_images.ipynb #fd1239f1
@@ -147,22 +147,23 @@ def _open(
     path: Path,
     use: Callable[[Image.Image, Metadata], Any] = _upright, # what to take from the open file
     max_pixels: int | None = None, # None: Pillow's limit
-    notes: Notes | None = None     # None: what is found is said at once
+    notes: Notes | None = None,    # None: what is found is said at once
+    data: bytes | None = None      # content of the file, where it is not on disk
 ) -> Any:
     "The result of `use` on an image file. Raises `DataError` when the file cannot be read."
     own = notes or Notes()
     try:
-        if path.stat().st_size == 0:
+        if (path.stat().st_size if data is None else len(data)) == 0:
             raise DataError(f"{path}: the file is empty (0 bytes); copy it again or remove it")
-        result = _first(path, use, max_pixels, own)
-    except Exception as e: raise _file_error(path, e) from None
+        result = _first(path, use, max_pixels, own, data)
+    except Exception as e: raise _file_error(path, e, data) from None
     if notes is None: own.say()
     return result
 
-def _first(path: Path, use: Callable, max_pixels: int | None, notes: Notes) -> Any:
+def _first(path: Path, use: Callable, max_pixels: int | None, notes: Notes, data: bytes | None) -> Any:
     "The first attempt that works. Raises the first error when none does."
     error = None
-    for source, meta in _attempts(path):
+    for source, meta in _attempts(path, data):
         try: return _read(path, source, meta, use, max_pixels, notes)
         except Image.DecompressionBombError: raise
         except Exception as e: error = error or e
@@ -215,29 +216,48 @@ def to_float(
 def decode(
     path: str | Path,
     max_pixels: int | None = None, # more are refused; None: Pillow's limit, 89 478 485 unless it was changed
-    notes: Notes | None = None     # collects what is to be said of the file; None: it is said at once
+    notes: Notes | None = None,    # collects what is to be said of the file; None: it is said at once
+    data: bytes | None = None      # content of the file, where it is not on disk: nothing is opened under its name
 ) -> Image.Image:
     "The first image of a file, decoded and upright, in the mode of the file. Raises `DataError`."
-    return _open(Path(path), max_pixels=max_pixels, notes=notes)
+    return _open(Path(path), max_pixels=max_pixels, notes=notes, data=data)
 
 def read_whole(
     path: str | Path,
     max_pixels: int | None = None, # as for `decode`
-    notes: Notes | None = None
+    notes: Notes | None = None,
+    data: bytes | None = None      # of the file, as for `decode`
 ) -> Image.Image:
     "An image file as it is: 8-bit RGB, or, of deeper files, grey in float from 0 to 1 (mode F)."
     path = Path(path)
-    im = decode(path, max_pixels, notes)
+    im = decode(path, max_pixels, notes, data)
     return Image.fromarray(_scale_deep(im, path)) if _is_deep(im) else _to_rgb(im, path)
 
-def resized(
+def resized_pixels(
     im: Image.Image,       # of `read_whole`, or a part of it
     size: tuple[int, int]  # width, height
-) -> Tensor:               # [3,height,width] float32 in [0,1]
+) -> np.ndarray:           # [3,height,width] float32 in [0,1]
     "An image at another size. 8-bit images are resized in 8 bits, deeper ones in float."
-    a = np.array(im.resize(size, Image.Resampling.BILINEAR))
-    if im.mode == 'F': return torch.from_numpy(a).clamp(0, 1).expand(3, -1, -1).clone()
-    return to_float(torch.from_numpy(a).permute(2, 0, 1).contiguous())
+    a = np.asarray(im.resize(size, Image.Resampling.BILINEAR))
+    if im.mode == 'F': return np.repeat(a[None].clip(0, 1), 3, 0)
+    return np.ascontiguousarray(a.transpose(2, 0, 1)).astype(np.float32)/np.float32(255)
+
+def resized(im: Image.Image, size: tuple[int, int]) -> Tensor: # [3,height,width] float32 in [0,1]
+    "The same as a tensor."
+    import torch
+    return torch.from_numpy(resized_pixels(im, size))
+
+# %% ../nbs/03_images.ipynb #1123e22b
+def read_pixels(
+    path: str | Path,
+    size: int,                     # side of the square in pixels
+    max_pixels: int | None = None, # as for `decode`
+    notes: Notes | None = None,
+    data: bytes | None = None      # of the file, as for `decode`
+) -> np.ndarray: # [3,size,size] float32 in [0,1]
+    "Read one image file, resized to a square."
+    side = check_size(size)
+    return resized_pixels(read_whole(path, max_pixels, notes, data), (side, side))
 
 def read_image(
     path: str | Path,
@@ -245,9 +265,9 @@ def read_image(
     max_pixels: int | None = None, # as for `decode`
     notes: Notes | None = None
 ) -> Tensor:  # [3,size,size] float32 in [0,1]
-    "Read one image file, resized to a square."
-    side = check_size(size)
-    return resized(read_whole(path, max_pixels, notes), (side, side))
+    "The same as a tensor."
+    import torch
+    return torch.from_numpy(read_pixels(path, size, max_pixels, notes))
 
 # %% ../nbs/03_images.ipynb #dfc86707
 def _nonzero(im: Image.Image, path: Path) -> np.ndarray:
@@ -293,6 +313,7 @@ def read_mask(
     notes: Notes | None = None
 ) -> Tensor:               # [1,size,size] bool, or of this height and width
     "Read one mask file, resized to its nearest neighbours."
+    import torch
     path, n = Path(path), size if isinstance(size, tuple) else check_size(size)
     return torch.from_numpy(nearest(marked_pixels(decode(path, max_pixels, notes), path, nonzero), n))[None]
 
@@ -305,7 +326,8 @@ def _upright_size(im: Image.Image, meta: Metadata) -> tuple[int, int]:
 # %% ../nbs/03_images.ipynb #1c312a12
 def image_size(
     path: str | Path,
-    notes: Notes | None = None # as for `decode`
+    notes: Notes | None = None, # as for `decode`
+    data: bytes | None = None
 ) -> tuple[int, int]: # (width, height), upright
     "The size of an image file, read from its header; however large it is."
-    return _open(Path(path), _upright_size, notes=notes)
+    return _open(Path(path), _upright_size, notes=notes, data=data)

@@ -24,7 +24,7 @@ from .guard import Aside
 from .images import read_image
 from .output import result_stems, rows_csv
 from .paths import expanded, file_name, name_key, numbered, printable
-from .session import fitted_dataset
+from .method import fitted_dataset
 from .show import Figure, colorize, overlay, png_bytes, save_png, smoothed, to_uint8
 from .store import StoreError, atomic_write, load_tensors, replacing
 from .view import soft

@@ -24,7 +24,7 @@ from .cache import Cached, ImageSet, batches, image_set
 from .checks import data_warnings
 from .config import (UNKEYED_DATA_SETTINGS, Config, ConfigError, DynadError, Settings, content_key, did_you_mean,
                           dump_config, load_config, make_config, with_overrides)
-from .data import AnomalyDataset, read_image, split_normal, to_float
+from .data import AnomalyDataset, open_dataset, open_folder, read_image, split_normal, to_float
 from .conformal import Guarantee, image_threshold, p_values
 from .dic import ROUNDING
 from .fusion import quantile
@@ -42,7 +42,8 @@ from .store import REPAIR_HINT, Store, StoreError, atomic_write, check_run, load
 __all__ = ['METHODS', 'KEPT_ROI', 'FORMAT', 'Prediction', 'above', 'Decision', 'register', 'method_named', 'import_methods',
            'Hooks', 'NoOptions', 'Method', 'checked_options', 'given_roi', 'checked_roi', 'kept_roi', 'keep_roi',
            'regions_of', 'trained_settings', 'run_info', 'load_info', 'images_not_at_hand', 'open_run',
-           'checked_images', 'checked_range', 'ImageError', 'NotFittedError', 'tiles_info', 'open_tiles']
+           'fitted_dataset', 'checked_images', 'checked_range', 'ImageError', 'NotFittedError', 'tiles_info',
+           'open_tiles']
 
 # %% ../nbs/15_method.ipynb #7189f4b1
 @dataclass
@@ -496,6 +497,17 @@ def images_not_at_hand(root: Path, overrides: dict[str, Any] | None) -> Callable
 def open_run(run_dir: str | Path, overrides: dict[str, Any] | None = None, progress: bool = True) -> Method:
     "A finished run of whatever method; as `Method.open`."
     return Method.open(run_dir, overrides, progress)
+
+# %% ../nbs/15_method.ipynb #46aab105
+def fitted_dataset(
+    info: dict[str, Any],  # run.json
+    config: Config
+) -> AnomalyDataset:
+    "The data set that a run was fitted on. Raises DataError when it is not there any more."
+    d = info['data']
+    if d['layout'] == 'folder': return open_folder(d['root'])
+    if d['layout'] == 'elpv': return open_dataset('elpv', layout='elpv', category=d['category'], seed=config.seed)
+    return open_dataset(d['root'], layout=d['layout'], seed=config.seed)
 
 # %% ../nbs/15_method.ipynb #cf2d7a7b
 @patch

@@ -11,9 +11,9 @@ from typing import Any, Collection
 from .config import DynadError
 
 # %% auto #0
-__all__ = ['UNSAFE', 'RESERVED', 'LONGEST_NAME', 'ASCII', 'PathError', 'escaped', 'printable', 'shortened', 'file_name',
+__all__ = ['UNSAFE', 'RESERVED', 'LONGEST_NAME', 'MARKER', 'ASCII', 'PathError', 'escaped', 'printable', 'shortened', 'file_name',
            'name_key', 'numbered', 'expanded', 'move', 'nearest_folder', 'check_writable', 'check_folder', 'check_file',
-           'megabytes', 'check_space', 'console_text', 'echo', 'echo_json', 'lenient_streams']
+           'megabytes', 'check_space', 'listed_files', 'console_text', 'echo', 'echo_json', 'lenient_streams']
 
 # %% ../nbs/00a_paths.ipynb #cf2f67ad
 class PathError(DynadError, ValueError):
@@ -157,6 +157,18 @@ def check_space(
     if need > free:
         raise PathError(f"{printable(path)}: {what} take about {megabytes(need)}, but only {megabytes(free)} are free; "
                         "make room, or choose a folder on another disk")
+
+# %% ../nbs/00a_paths.ipynb #37c32e53
+MARKER = 'dynad-output.json' # in every folder of results
+
+def listed_files(
+    folder: str | Path
+) -> list[str]: # names; empty where there is no list that can be read
+    "What was written into the folder before; never a name that leads out of it."
+    try: names = json.loads((Path(folder)/MARKER).read_text(encoding='utf-8'))['files']
+    except (OSError, ValueError, KeyError, TypeError): return []
+    if not isinstance(names, list): return []
+    return [n for n in names if isinstance(n, str) and n == Path(n).name and '\\' not in n and n not in ('', '..')]
 
 # %% ../nbs/00a_paths.ipynb #17f1cd55
 ASCII = {'→': '->', '≈': '~', '…': '...', '—': '-', '–': '-', '·': '-', '×': 'x', '\u0302': '^', '₀': '0', '⚠': '!',

@@ -17,30 +17,19 @@ from torch import Tensor
 
 from .cache import CachedWalk, ImageSet
 from .config import Config, ConfigError
-from .data import (AnomalyDataset, Sample, images_key, load_masks, open_dataset, open_folder, split_normal,
-                        with_mask_rule)
+from .data import AnomalyDataset, Sample, images_key, load_masks, open_dataset, split_normal, with_mask_rule
 from .demo import NOTE
 from .detector import DynAD, calibration_of_set
 from .fusion import Calibration
 from .images import DataError
 from .map_cache import MapCache, Setting, calibrated_parts, neighbour_parts
+from .method import fitted_dataset
 from .quick_metrics import QuickMetrics
 from .reconstruction import pull, timesteps
 from .walk import averaged_t_hat, decode, sampler_settings
 
 # %% auto #0
-__all__ = ['fitted_dataset', 'MethodAt', 'decode_images', 'Session']
-
-# %% ../nbs/18_session.ipynb #124cac5c
-def fitted_dataset(
-    info: dict[str, Any],  # run.json
-    config: Config
-) -> AnomalyDataset:
-    "The data set that a run was fitted on. Raises DataError when it is not there any more."
-    d = info['data']
-    if d['layout'] == 'folder': return open_folder(d['root'])
-    if d['layout'] == 'elpv': return open_dataset('elpv', layout='elpv', category=d['category'], seed=config.seed)
-    return open_dataset(d['root'], layout=d['layout'], seed=config.seed)
+__all__ = ['MethodAt', 'decode_images', 'Session']
 
 # %% ../nbs/18_session.ipynb #2707d4af
 @dataclass(frozen=True)

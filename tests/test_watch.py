@@ -186,7 +186,7 @@ def test_a_method_without_reconstructions(boards, images, place, tmp_path):
     from dynad.padim import PaDiM
     m = PaDiM(make_config('smoke')).fit(boards, tmp_path/'run', progress=False)
     shutil.copy(images[0], place[0]/'a.png')
-    assert watched(m, place, pictures='all')[1] == [1] and {p.name.rsplit('_')[-1] for p in (place[1]/'pictures').iterdir()} == {'map.png', 'overlay.png'}
+    assert watched(m, place, pictures='all')[1] == [1] and {p.name.rsplit('_')[-1] for p in (place[1]/'pictures').iterdir()} == {'map.png', 'mask.png', 'overlay.png'}
 
 def test_a_saved_model(method, images, place, tmp_path):
     saved = open_for_prediction(method.save_pretrained(tmp_path/'saved'), {})

@@ -1,0 +1,242 @@
+"An exported package is the detector that it was made of, needs no torch, and is refused where it is not; its server keeps its limits."
+import io, json, os, subprocess, sys, threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+for name in ('onnx', 'onnxruntime', 'starlette', 'uvicorn'): pytest.importorskip(name, reason=f"{name} is not installed: pip install 'dynad[export,serve]'")
+
+from dynad import export as ex
+from dynad.config import make_config
+from dynad.detector import DynAD
+from dynad.export import ExportError, check_target, export, exportable, imported, write_runtime
+from dynad.patchcore import PatchCore
+from dynad.runtime import Package, PackageError, needed, predict, predict_arrays, read_images, regions
+from dynad.serve import Limits, ServeError, Service, ask, load_test, make_app
+from dynad.store import StoreError
+
+BLOCKED = """
+import runpy, sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in ('torch', 'torchvision', 'pydantic', 'fastcore', 'scipy', 'pandas', 'matplotlib', 'filelock', 'safetensors'): raise ImportError('blocked: ' + name)
+sys.meta_path.insert(0, Blocked())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+@pytest.fixture(scope='module')
+def made(smoke, tmp_path_factory):
+    "A package, its certificate and the method."
+    out = tmp_path_factory.mktemp('package')
+    return out, export(smoke[1], out, threads=1, defects=8), DynAD.open(smoke[1], progress=False)
+
+@pytest.fixture(scope='module')
+def package(made): return Package(made[0], threads=1)
+
+@pytest.fixture(scope='module')
+def files(boards): return [s.image for s in boards.test]
+
+# the package is the method
+
+def test_certificate(made):
+    out, c, _ = made
+    assert [d['images'] for d in c['compared'].values()] == [5, 8]
+    for d in c['compared'].values(): assert d['verdicts that differ'] == 0 and d['T̂ that differ'] == 0 and d['largest difference of map'] < 1e-4
+    assert json.loads((out/'certificate.json').read_text(encoding='utf-8')) == json.loads(json.dumps(c))
+    page = (out/'certificate.html').read_text(encoding='utf-8')
+    assert '0 verdicts differ' in page and page.count('data:image/png') == 4
+    assert set(c['files']) == {'phi.onnx', 'encoder.onnx', 'unet.onnx', 'decoder.onnx', 'arrays.npz', 'dynad_runtime.pyz'}
+
+def test_files_of_the_test_set(made, package, files):
+    theirs, mine = made[2].predict(files), predict(package, files)
+    assert np.abs(theirs.map.numpy() - mine.map).max() < 1e-4
+    assert np.array_equal(theirs.anomalous.numpy(), mine.anomalous) and np.array_equal(theirs.t_hat.numpy(), mine.t_hat)
+    assert np.abs(theirs.reconstruction.numpy() - mine.reconstruction).max() < 1e-4
+
+SETTINGS = [{'reconstruction.eta': 8., 'reconstruction.clamp_pull': True}, {'reconstruction.severity': 'static', 'reconstruction.static_sampler': 'authors', 'reconstruction.t_max': 80},
+            {'reconstruction.average': 3, 'fusion.neighbour': .5, 'fusion.reference': 'decoded', 'fusion.score': 'top', 'fusion.false_alarms': .1},
+            {'reconstruction.steps': 'stride', 'reconstruction.indices': 'authors', 'fusion.layers': [1, 3], 'fusion.sigma': 0.}]
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('overrides', SETTINGS, ids=lambda o: next(iter(o)).split('.')[1])
+def test_every_setting_of_inference(smoke, made, files, tmp_path, overrides):
+    "The same networks under other settings: only what stands between them changes."
+    method = smoke[0].with_settings(overrides)
+    settings, arrays = ex.settings_of(method)
+    for f in made[0].glob('*.onnx'): (tmp_path/f.name).symlink_to(f)
+    if set(method.parts.layers) != set(made[2].parts.layers): ex.write_onnx(ex.networks_of(method)['phi'], (tmp_path/'phi.onnx').unlink() or tmp_path/'phi.onnx')
+    np.savez(tmp_path/'arrays.npz', **arrays)
+    ex.write_manifest(tmp_path, 'onnx', (), settings, {})
+    mine, theirs = predict(Package(tmp_path, 1), files[:6]), method.predict(files[:6])
+    assert np.abs(theirs.map.numpy() - mine.map).max() < 2e-4
+    assert np.abs(theirs.p_value.numpy() - mine.p_value).max() < 1e-9
+    assert np.array_equal(theirs.anomalous.numpy(), mine.anomalous) and np.array_equal(theirs.mask.numpy(), mine.mask)
+
+def test_alone_as_in_a_batch(package, files):
+    x = read_images(files[:9], package.settings['image_size'])
+    assert np.abs(predict_arrays(package, x).map[4] - predict_arrays(package, x[4:5]).map[0]).max() < 1e-5
+
+def test_patchcore(boards, tmp_path):
+    method = PatchCore(make_config('smoke')).fit(boards, tmp_path/'run', progress=False)
+    c = export(tmp_path/'run', tmp_path/'out', threads=1, defects=4)
+    assert sum(d['verdicts that differ'] for d in c['compared'].values()) == 0 and not (tmp_path/'out'/'unet.onnx').exists()
+    file = boards.test[0].image
+    assert abs(float(method.predict([file]).score) - predict(Package(tmp_path/'out', 1), [file]).score[0]) < 1e-3
+
+# without torch
+
+def test_runtime_without_torch_or_this_package(made, package, files, tmp_path):
+    "The zip alone, in a process that could not import torch, pydantic or anything of ours if it wanted to."
+    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+    words = [sys.executable, '-c', BLOCKED, str(made[0]/'dynad_runtime.pyz'), 'predict', str(files[0].parent)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    same = [f for f in files if f.parent == files[0].parent]
+    assert [Path(r['image']) for r in rows] == sorted(same)
+    assert np.allclose([r['score'] for r in rows], predict(package, sorted(same)).score, atol=1e-5)
+
+def test_runtime_imports_nothing_heavy():
+    assert imported('serve') >= {'runtime', 'images', 'metadata'} and not imported('serve') & {'store', 'exports', 'method', 'config'}
+
+def test_runtime_is_reproducible(tmp_path):
+    for name in 'ab': write_runtime(tmp_path/name)
+    assert (tmp_path/'a').read_bytes() == (tmp_path/'b').read_bytes()
+
+# refused
+
+def test_changed_file_is_named(made, tmp_path):
+    import shutil
+    shutil.copytree(made[0], tmp_path/'p')
+    (tmp_path/'p'/'unet.onnx').write_bytes(b'cut off')
+    with pytest.raises(PackageError, match='unet.onnx: was changed'): Package(tmp_path/'p')
+
+@pytest.mark.parametrize('settings, says', [({'reconstruction.omega': .5}, 'reconstruction.omega = 0.5')])
+def test_what_cannot_be_exported(made, settings, says):
+    with pytest.raises(ExportError, match=says): exportable(made[2].with_settings(settings))
+
+def test_a_differing_verdict_is_refused_and_nothing_is_exchanged(made, smoke, monkeypatch, tmp_path):
+    "A package whose networks are not those of the method."
+    out = tmp_path/'out'
+    real = ex.write_onnx
+    def wrong(n, file):
+        if file.stem == 'decoder': n = ex.Network(ex.Piece(n.module, lambda m, z: (1 - m(z)[0],)), n.example, n.inputs, n.outputs)
+        real(n, file)
+    monkeypatch.setattr(ex, 'write_onnx', wrong)
+    with pytest.raises(ExportError, match='verdicts differ.*nothing was written'): export(smoke[1], out, threads=1, defects=4)
+    assert not out.exists()
+
+def test_targets(tmp_path):
+    with pytest.raises(ExportError, match='did you mean onnx'): check_target('onyx', False, tmp_path)
+    (tmp_path/'manifest.json').write_text('{}')
+    with pytest.raises(StoreError, match='was not written by dynad'): check_target('onnx', False, tmp_path)
+    with pytest.raises(PackageError, match="no_such.*pip install"): needed('no_such')
+
+@pytest.fixture(scope='module')
+def eight(smoke, tmp_path_factory):
+    "A package in int8, whatever it costs."
+    out = tmp_path_factory.mktemp('int8')
+    return out, export(smoke[1], out, int8=True, most=100., threads=1, defects=6)
+
+def test_int8_measures_scales_and_threshold_anew(made, eight):
+    out, c = eight
+    assert c['int8'] == ['unet', 'decoder'] and len(c['tried']) == 1 and set(c['points']['lost']) == {'i_auroc', 'p_auroc', 'pro'}
+    a, b = Package(out, 1).settings, Package(made[0], 1).settings
+    assert a['calibration'] != b['calibration'] and a['decision'] != b['decision']
+    assert (out/'unet.onnx').stat().st_size < .7*(made[0]/'unet.onnx').stat().st_size
+
+def test_int8_that_costs_too_much_is_refused(eight, smoke, monkeypatch, tmp_path):
+    monkeypatch.setattr(ex, 'QUANTISED', (('unet',),))
+    real = ex.points
+    def worse(*a): return {k: v - 1. for k, v in real(*a).items()} if sys._getframe(1).f_code.co_name == 'certificate' else real(*a)
+    monkeypatch.setattr(ex, 'points', worse)
+    with pytest.raises(ExportError, match=r'int8 costs more than 0.5 points.*unet: i_auroc.*nothing was written'): export(smoke[1], tmp_path/'out', int8=True, threads=1, defects=4)
+    assert not (tmp_path/'out').exists()
+
+# the server
+
+@pytest.fixture(scope='module')
+def server(package):
+    "A running server with tight limits."
+    import socket, time, uvicorn
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    service = Service(package, Limits(bytes=400_000, pixels=300_000, waiting=6, seconds=1.))
+    running = uvicorn.Server(uvicorn.Config(make_app(service), port=port, log_level='error'))
+    thread = threading.Thread(target=running.run, daemon=True)
+    thread.start()
+    end = time.time() + 20
+    while not running.started and time.time() < end: time.sleep(.01)
+    yield f'http://127.0.0.1:{port}', service
+    running.should_exit = True
+    thread.join(20)
+    assert not thread.is_alive()
+
+def picture(side, **kw):
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (side, side, 3), np.uint8)).save(out, **{'format': 'PNG', **kw})
+    return out.getvalue()
+
+def test_posted_image_is_judged_as_the_file(server, package, files):
+    got, mine = ask(server[0], files[-1].read_bytes(), 'overlay', 'map'), predict(package, [files[-1]])
+    assert got['score'] == pytest.approx(float(mine.score[0]), abs=1e-5) and (got['verdict'] == 'anomalous') == bool(mine.anomalous[0])
+    from base64 import b64decode
+    assert np.abs(np.load(io.BytesIO(b64decode(got['map']))) - mine.map[0, 0]).max() < 1e-5
+    assert Image.open(io.BytesIO(b64decode(got['overlay']))).size == (64, 64)
+    assert sum(r['area'] for r in got['regions']) == pytest.approx(got['anomalous_pixels']/64**2)
+    with Image.open(files[-1]) as im: assert all(0 <= r['box'][0] < r['box'][2] <= im.width for r in got['regions'])
+
+@pytest.mark.parametrize('data, status, says', [(b'', 422, 'empty'), (b'no image', 422, 'not an image'), (b'../../etc/passwd', 422, 'not an image'), (picture(600, format='JPEG', quality=20), 413, '600×600 pixels'),
+                                                (b'\0'*500_000, 413, '400000'), (picture(100)[:900], 422, 'damaged')], ids=['empty', 'text', 'path', 'pixels', 'bytes', 'cut off'])
+def test_limits(server, data, status, says):
+    got = ask(server[0], data)
+    assert got['status'] == status and says in got['error'] and '/' not in got['error'].replace('image/', '')
+
+def raw(url, text, wait=3):
+    import socket
+    host, port = url.removeprefix('http://').split(':')
+    with socket.create_connection((host, int(port)), timeout=10) as s:
+        s.sendall(text)
+        s.settimeout(10)
+        return s.recv(65536).decode()
+
+def test_slow_and_endless_bodies(server):
+    assert raw(server[0], b'POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nabc').startswith('HTTP/1.1 408')
+    part = b'10000\r\n' + b'x'*0x10000 + b'\r\n'
+    assert raw(server[0], b'POST /predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n' + part*8).startswith('HTTP/1.1 413')
+
+def test_other_names_and_routes(server):
+    assert raw(server[0], b'GET /health HTTP/1.1\r\nHost: evil.example\r\n\r\n').startswith('HTTP/1.1 400')
+    assert raw(server[0], b'GET /predict HTTP/1.1\r\nHost: localhost\r\n\r\n').startswith('HTTP/1.1 405')
+    assert raw(server[0], b'GET /../manifest.json HTTP/1.1\r\nHost: localhost\r\n\r\n').startswith('HTTP/1.1 404')
+
+def test_an_error_ends_one_request_and_not_the_worker(server, package, files, monkeypatch):
+    from dynad import serve
+    monkeypatch.setattr(serve, 'predict_arrays', lambda *a: 1/0)
+    got = ask(server[0], files[0].read_bytes())
+    monkeypatch.undo()
+    assert got['status'] == 500 and 'ZeroDivisionError' in got['error'] and 'score' in ask(server[0], files[0].read_bytes())
+
+def test_load(server, files):
+    "More clients than may wait: some are sent away and come again, none is lost, and every one is counted."
+    url, service = server
+    before = sum(service.counts.verdicts.values())
+    got = load_test(url, [f.read_bytes() for f in files], requests=100, clients=12)
+    assert got['lost'] == 0 and got['sent away'] > 0 and sum(service.counts.verdicts.values()) - before == 100 and service.counts.waiting == 0
+    text = service.counts.text()
+    assert f'dynad_requests_total{{status="503"}} {got["sent away"]}' in text and 'dynad_waiting 0' in text
+
+def test_limits_are_checked():
+    with pytest.raises(ServeError, match='pixels = 0'): Limits(pixels=0)
+
+def test_regions_are_those_of_scipy():
+    from scipy.ndimage import label
+    for seed in range(30):
+        m = np.random.default_rng(seed).random((1, 17, 23)) > .55
+        found = regions(m, m*1., most=999)
+        assert len(found) == label(m[0], np.ones((3, 3)))[1] and sum(r['area'] for r in found) == pytest.approx(m.mean())
+    assert regions(np.zeros((1, 4, 4), bool), np.zeros((1, 4, 4))) == []
