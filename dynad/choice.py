@@ -169,7 +169,8 @@ def choose(
             best = max(range(len(tried)), key=lambda k: gains[k][0] - sure*gains[k][1])
             taken = gains[best][0] - sure*gains[best][1] > 1e-6
             rows += [dict(turn=turn, group=group, **m.settings, **dict(zip(FOUND, of(m).mean(0).tolist())), gain=g,
-                          error=e, sure=sure, taken=taken and k == best) for k, (m, (g, e)) in enumerate(zip(tried, gains))]
+                          error=e, sure=sure, taken=taken and k == best)
+                     for k, (m, (g, e)) in enumerate(zip(tried, gains))]
             if taken: now = tried[best]
         if now == before: break
     return Choice(prior, now, rows)

@@ -9,8 +9,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from .commands import (Category, DataSet, File, Folder, Layout, Preset, Set, Strict, app, checked_place, dataset_of,
-                            known_mistakes)
+from .commands import (Category, DataSet, File, Folder, Layout, Preset, Set, Strict, app, checked_place,
+                            dataset_of, known_mistakes)
 from .paths import check_file, check_folder, echo
 
 # %% auto #0

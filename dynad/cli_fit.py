@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from .commands import (Category, DataSet, File, Folder, Layout, Preset, Seed, Set, Strict, app, checked_place, config_of,
-                            dataset_of, known_mistakes, place)
+from .commands import (Category, DataSet, File, Folder, Layout, Preset, Seed, Set, Strict, app, checked_place,
+                            config_of, dataset_of, known_mistakes, place)
 from .paths import PathError, check_file, check_folder, check_space, echo, printable
 
 if TYPE_CHECKING:

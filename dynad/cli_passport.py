@@ -10,8 +10,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from .commands import (Category, DataSet, File, Folder, Layout, Set, app, checked_place, dataset_of, known_mistakes,
-                            place)
+from .commands import (Category, DataSet, File, Folder, Layout, Set, app, checked_place, dataset_of,
+                            known_mistakes, place)
 from .config import DynadError
 from .paths import check_file, check_folder, echo
 
@@ -37,15 +37,17 @@ def passport(
     html: Annotated[Optional[Path], typer.Option(**Folder, help='for a page with curves and examples')] = None,
     json_file: Annotated[Optional[Path], typer.Option('--json', **File, help='where the result goes')] = None,
     sizes: Annotated[Optional[str], typer.Option(
-        help='√area of the defects in pixels of the files, e.g. 4,8,16; default: 1, 2, 4, 8 and 16 pixels of the input')] = None,
+        help='√area of the defects in pixels of the files, e.g. 4,8,16; default: 1, 2, 4, 8 and 16 pixels of the '
+             'input')] = None,
     contrasts: Annotated[Optional[str], typer.Option(
         help='mean change within a defect, as a share of the range; default .06,.12,.25,.5')] = None,
     trials: Annotated[int, typer.Option(min=1, help='of each size and contrast')] = 18,
-    mm_per_pixel: Annotated[Optional[float], typer.Option(help='of the files, so that sizes are told in mm too')] = None,
+    mm_per_pixel: Annotated[Optional[float], typer.Option(
+        help='of the files, so that sizes are told in mm too')] = None,
     seed: Annotated[Optional[int], typer.Option(min=0, help='of the defects; default: the seed of the run')] = None,
     layout: Layout = 'auto', category: Category = None, set: Set = None
 ):
-    "The smallest synthetic defect that a run finds in its own held-out normal images; `evaluate --report` shows it too."
+    "The smallest synthetic defect that a run finds in its held-out normal images; `evaluate --report` shows it too."
     with known_mistakes():
         from dynad.config import load_config, parse_overrides, with_overrides
         cfg = with_overrides(load_config(run/'config.json'), parse_overrides(set or []))

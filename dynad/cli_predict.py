@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from .commands import (Category, DataSet, File, Folder, Seed, Set, Strict, app, checked_place, config_of, dataset_of,
-                            known_mistakes, place)
+from .commands import (Category, DataSet, File, Folder, Seed, Set, Strict, app, checked_place, config_of,
+                            dataset_of, known_mistakes, place)
 from .cli_fit import checked_file, write_page
 from .paths import check_folder, echo, expanded
 

@@ -108,7 +108,7 @@ def checked_place(data: str) -> None:
 # %% ../nbs/20_commands.ipynb #6fa9b2a1
 def dataset_of(data: str, layout: str, category: str | None, seed: int, strict: bool = False,
                quiet: bool = False) -> AnomalyDataset:
-    "The data set of a command line, and a line of what is in its folder. Raises DataError; if strict, for findings too."
+    "The data set of a command line, and a line of what its folder holds. DataError; if strict, for findings too."
     import warnings
     from dynad.data import FindingWarning, open_dataset
     with warnings.catch_warnings():

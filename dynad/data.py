@@ -83,7 +83,8 @@ def _remark(*folders: Path) -> str:
 def _opened(path: str | Path, layout: str, category: str | None, seed: int, strict: bool) -> AnomalyDataset:
     "The data set of `open_dataset`."
     if layout not in ('auto', *LAYOUTS):
-        raise DataError(f"layout = {layout!r} does not exist{did_you_mean(layout, LAYOUTS)}; allowed: auto, {', '.join(LAYOUTS)}")
+        raise DataError(f"layout = {layout!r} does not exist{did_you_mean(layout, LAYOUTS)}; "
+                        f"allowed: auto, {', '.join(LAYOUTS)}")
     installed = str(path) == 'elpv' and layout in ('auto', 'elpv')
     root = elpv_root() if installed else expanded(path)
     if not root.is_dir():

@@ -154,7 +154,8 @@ def near_pairs(
     d, unit = distances(looked)
     unit = unit or float('inf')
     row = {s.name: i for i, s in enumerate(looked.samples)}
-    equal = {frozenset((row[x.name], row[y.name])) for g in same for x in g for y in g if x != y and {x.name, y.name} <= set(row)}
+    equal = {frozenset((row[x.name], row[y.name]))
+             for g in same for x in g for y in g if x != y and {x.name, y.name} <= set(row)}
     found: dict[tuple[int, int], tuple[str, int, int]] = {} # (later, earlier) -> rule, turn, bits
     for i, j, k, bits in hash_pairs(looked):
         key = (max(i, j), min(i, j))
@@ -253,7 +254,8 @@ def _law(n, a, b, c): return a + b*n**-c
 
 def _fitted(n: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
     scale, upper = y[-1], n >= n[-1]/8
-    p, _ = optimize.curve_fit(_law, n[upper]/n[-1], y[upper]/scale, (.8, .2, .5), bounds=([0, 0, .05], [2, 2, 3]), max_nfev=2000)
+    p, _ = optimize.curve_fit(_law, n[upper]/n[-1], y[upper]/scale, (.8, .2, .5), bounds=([0, 0, .05], [2, 2, 3]),
+                              max_nfev=2000)
     return float(p[0]*scale), float(p[1]*scale*n[-1]**p[2]), float(p[2])
 
 def learning_curve(
@@ -272,13 +274,15 @@ def learning_curve(
     fits = [_fitted(n, rows[i].mean(0)) for i in (np.arange(N), *rng.integers(0, N, (resamples, N)))]
     low, high = np.quantile([fall(p) for p in fits[1:]], (.025, .975))
     half = 1 - rows[:, -1].mean()/nearest_of(d, max(1, (N - 1)//2)).mean()
-    return Curve(tuple(n.tolist()), tuple(rows.mean(0).tolist()), fits[0], (fall(fits[0]), float(low), float(high)), float(half))
+    return Curve(tuple(n.tolist()), tuple(rows.mean(0).tolist()), fits[0], (fall(fits[0]), float(low), float(high)),
+                 float(half))
 
 # %% ../nbs/17k_data_doctor.ipynb #18782dd3
 def in_numbers(c: Curve) -> str:
     "The curve as a sentence."
-    text = (f"a normal image lies {c.halving:.0%} nearer to its nearest neighbour among {c.n[-1]} others than among half of them; "
-            f"twice as many normal images would bring about {max(0, c.gain[0]):.0%} more ({max(0, c.gain[1]):.0%} to {c.gain[2]:.0%})")
+    text = (f'a normal image lies {c.halving:.0%} nearer to its nearest neighbour among {c.n[-1]} others than among '
+            f'half of them; twice as many normal images would bring about {max(0, c.gain[0]):.0%} more '
+            f'({max(0, c.gain[1]):.0%} to {c.gain[2]:.0%})')
     return text + (': enough, for what these images show' if c.enough else ': more normal images would help')
 
 # %% ../nbs/17k_data_doctor.ipynb #111756f4
@@ -304,12 +308,12 @@ def pair_place(looked: Looked, p: Pair) -> str: # a key of `CURES`
     return 'in training and test' if a.split != b.split else 'in training' if a.split == 'train' else 'in test'
 
 CURES = {
-    'in training and test': '{n} nearly the same as in training: {pairs}. What is measured on them does not hold for new images; '
-                            'take them out of one of the two',
-    'in training': '{n} nearly the same as another one: {pairs}. They count as several and show one part; where one is held out '
-                   'and the other learned from, the threshold gets too low. Keep one of each',
-    'of two labels': '{n} nearly the same as one of the other label: {pairs}. Either a label is wrong, or one part was photographed before '
-                     'and after; look at each, and correct the label or take one away',
+    'in training and test': '{n} nearly the same as in training: {pairs}. What is measured on them does not hold for '
+                            'new images; take them out of one of the two',
+    'in training': '{n} nearly the same as another one: {pairs}. They count as several and show one part; where one is '
+                   'held out and the other learned from, the threshold gets too low. Keep one of each',
+    'of two labels': '{n} nearly the same as one of the other label: {pairs}. Either a label is wrong, or one part was '
+                     'photographed before and after; look at each, and correct the label or take one away',
     'in test': '{n} nearly the same as another one: {pairs}. They count as often; keep one of each'}
 
 def pair_findings(looked: Looked, pairs: Sequence[Pair]) -> Iterator[Finding]:
@@ -331,11 +335,12 @@ def odd_findings(dataset: AnomalyDataset, looked: Looked, odd: Sequence[Odd]) ->
         far = [o for o in odd if o.z > ODD and looked.samples[o.row].split == split]
         if not far: continue
         files = [looked.samples[o.row].image for o in far]
-        cure = ('Look at them: a defective part teaches that defects are normal; move it to the test' if split == 'train' else
+        cure = ('Look at them: a defective part teaches that defects are normal; move it to the test'
+                if split == 'train' else
                 'Look at them: a wrong label makes a right decision count as a false alarm; correct it')
         yield Finding(f'odd {what} images', f"{count(len(far), f'{what} image')} of {len(looked.rows(split, 0))} "
-                      f"lie{'s'*(len(far) == 1)} far outside of the others (z up to {far[0].z:.1f}, the rule is above {ODD:g}): "
-                      f"{named(dataset, files)}. {cure}", tuple(files))
+                      f"lie{'s'*(len(far) == 1)} far outside of the others (z up to {far[0].z:.1f}, the rule is above "
+                      f"{ODD:g}): {named(dataset, files)}. {cure}", tuple(files))
 
 # %% ../nbs/17k_data_doctor.ipynb #c70359cc
 SHIFTED = 1.15, 1e-3 # ratio of medians, and p-value, from which on the normal test images count as others
@@ -345,9 +350,9 @@ def shift_finding(own: np.ndarray, other: np.ndarray) -> Iterator[Finding]:
     if len(own) < FEWEST or len(other) < 8: return
     ratio, p = np.median(other)/max(np.median(own), 1e-6), stats.mannwhitneyu(other, own, alternative='greater').pvalue
     if ratio < SHIFTED[0] or p > SHIFTED[1]: return
-    yield Finding('shifted test', f'the {len(other)} normal test images lie {ratio - 1:.0%} farther from the training images than these lie '
-                  f'from each other (p = {p:.1g}): another day, light or position, and false alarms to be expected. '
-                  'Add normal images taken as the test images are')
+    yield Finding('shifted test', f'the {len(other)} normal test images lie {ratio - 1:.0%} farther from the training '
+                  f'images than these lie from each other (p = {p:.1g}): another day, light or position, and false '
+                  'alarms to be expected. Add normal images taken as the test images are')
 
 def colour_finding(dataset: AnomalyDataset, looked: Looked) -> Iterator[Finding]:
     "Grey images among coloured ones."
@@ -356,8 +361,8 @@ def colour_finding(dataset: AnomalyDataset, looked: Looked) -> Iterator[Finding]
     few = [s.image for s, g in zip(looked.samples, grey) if g == (2*sum(grey) < len(grey))]
     if not 0 < sum(grey) < len(grey): return
     kind = 'grey' if 2*sum(grey) < len(grey) else 'coloured'
-    yield Finding('grey and colour', f"{count(len(few), f'{kind} image')} among {len(grey) - len(few)} others: {named(dataset, few)}. "
-                  'To φ they are another product; save all of them alike', tuple(few))
+    yield Finding('grey and colour', f"{count(len(few), f'{kind} image')} among {len(grey) - len(few)} others: "
+                  f'{named(dataset, few)}. To φ they are another product; save all of them alike', tuple(few))
 
 # %% ../nbs/17k_data_doctor.ipynb #fe0b89d0
 def mask_findings(dataset: AnomalyDataset, masks: Sequence[MaskFacts], size: int) -> Iterator[Finding]:
@@ -368,16 +373,18 @@ def mask_findings(dataset: AnomalyDataset, masks: Sequence[MaskFacts], size: int
     say = lambda some: (tuple(m.sample.mask for m in some), named(dataset, [m.sample.mask for m in some]))
     if empty := [m for m in masks if not m.marked]:
         files, names = say(empty)
-        yield Finding('empty masks', f"{count(len(empty), 'mask')} of {len(masks)} mark nothing: {names}. Their images count at image level "
-                      'only; paint them, or move the images to the normal ones', files)
+        yield Finding('empty masks', f"{count(len(empty), 'mask')} of {len(masks)} mark nothing: {names}. Their images "
+                      'count at image level only; paint them, or move the images to the normal ones', files)
     if most := [m for m in masks if share(m) > .5 and m.sample.mask not in known]:
         files, names = say(most)
         yield Finding('large masks', f"{count(len(most), 'mask')} of {len(masks)} mark more than half of the image "
-                      f'(up to {max(map(share, most)):.0%}): {names}. Where the whole part is marked instead of its defect, paint them anew', files)
+                      f'(up to {max(map(share, most)):.0%}): {names}. Where the whole part is marked instead of its '
+                      'defect, paint them anew', files)
     if tiny := [m for m in masks if m.marked and m.kept and left(m) < 2]:
         files, names = say(tiny)
-        yield Finding('tiny defects', f"{count(len(tiny), 'defect')} of {len(masks)} are less than 2 pixels high or wide at data.image_size = {size}: "
-                      f'{names}. Whether they are found is chance; raise data.image_size', files)
+        yield Finding('tiny defects', f"{count(len(tiny), 'defect')} of {len(masks)} are less than 2 pixels high or "
+                      f'wide at data.image_size = {size}: {names}. Whether they are found is chance; '
+                      'raise data.image_size', files)
 
 # %% ../nbs/17k_data_doctor.ipynb #d8a26e90
 @dataclass(frozen=True)
@@ -401,16 +408,20 @@ class Diagnosis:
         "The findings that should be put in order."
         return [f for f in self.findings if f.kind not in ORDINARY | WORTH_A_LOOK]
 
-WORTH_A_LOOK = {'tiny defects', 'shifted test', 'near-duplicates in test', 'odd normal training images', 'odd normal test images'}
+WORTH_A_LOOK = {'tiny defects', 'shifted test', 'near-duplicates in test', 'odd normal training images',
+                'odd normal test images'}
 
 # %% ../nbs/17k_data_doctor.ipynb #1c56ddcd
-def _looked_at(dataset: AnomalyDataset, samples: list[Sample], config: Config, notes: list[str], progress: bool) -> Looked:
+def _looked_at(dataset: AnomalyDataset, samples: list[Sample], config: Config, notes: list[str],
+               progress: bool) -> Looked:
     "The images; nothing, with a note, where φ is missing."
     try: found = look(samples, config.data.max_pixels, progress)
     except FeatureError as e:
         notes.append(f'images were not compared: {e}')
         return Looked([], torch.empty(0, 3, SIDE, SIDE), torch.empty(0, 1), torch.empty(0, 1, 1))
-    if found.left: notes.append(f'{found.left} of {len(samples)} images were not compared, evenly spread over the list ({MOST} at most)')
+    if found.left:
+        notes.append(f'{found.left} of {len(samples)} images were not compared, evenly spread over the list '
+                     f'({MOST} at most)')
     if (n := len(found.rows('train', 0))) < FEWEST:
         notes.append(f'{n} normal training images: odd ones and the learning curve take {FEWEST}')
     return found
@@ -442,14 +453,16 @@ def enough(self: Diagnosis) -> list[str]:
     out = [in_numbers(self.curve)] if self.curve else []
     if self.promise: out.append(in_words(self.promise))
     needs = {r: normal_images_for(r, self.config) for r in (.05, .02, .01)}
-    text = ', '.join(f"{'more than data.max_calibration allows' if n is None else n} for 1 in {1/r:.0f}" for r, n in needs.items())
+    text = ', '.join(f"{'more than data.max_calibration allows' if n is None else n} for 1 in {1/r:.0f}"
+                     for r, n in needs.items())
     return [*out, f'normal images that it takes for a promise on false alarms (preset {self.config.preset}): {text}']
 
 @patch
 def lines(self: Diagnosis) -> list[str]:
     "The diagnosis for a screen."
     n = len(self.faults)
-    head = f"{count(n, 'thing')} to put in order, {len(self.findings) - n} worth a look" if self.findings else 'nothing found to put in order'
+    head = (f"{count(n, 'thing')} to put in order, {len(self.findings) - n} worth a look" if self.findings
+            else 'nothing found to put in order')
     mark = {id(f): '✗' for f in self.faults}
     first = [f'{printable(self.looked.samples[o.row].name)} ({o.z:.1f})' for o in self.odd[:3]]
     ranked = [f"  oddest normal images (z; the rule is above {ODD:g}): {', '.join(first)}"] if first else []
@@ -462,18 +475,21 @@ def lines(self: Diagnosis) -> list[str]:
 def to_json(self: Diagnosis) -> dict[str, Any]:
     "The diagnosis for programs; names are those below the data set's folder."
     s, c, faults = self.looked.samples, self.curve, {id(f) for f in self.faults}
-    short = lambda p: printable(p.relative_to(self.dataset.root).as_posix() if p.is_relative_to(self.dataset.root) else str(p))
+    short = lambda p: printable(p.relative_to(self.dataset.root).as_posix() if p.is_relative_to(self.dataset.root)
+                                else str(p))
     pair = lambda p: dict(a=printable(s[p.a].name), b=printable(s[p.b].name), by=p.by, turn=p.turn, bits=p.bits,
                           ratio=round(p.ratio, 4) if np.isfinite(p.ratio) else None, where=pair_place(self.looked, p))
     return dict(
         data=printable(self.dataset.name), layout=self.dataset.layout, counts=self.dataset.counts(),
         preset=self.config.preset, image_size=self.config.data.image_size,
-        findings=[dict(kind=f.kind, text=printable(f.text), files=[short(p) for p in f.files], fault=id(f) in faults) for f in self.findings],
+        findings=[dict(kind=f.kind, text=printable(f.text), files=[short(p) for p in f.files], fault=id(f) in faults)
+                  for f in self.findings],
         pairs=[pair(p) for p in self.pairs],
         odd=[dict(image=printable(s[o.row].name), split=s[o.row].split, z=round(o.z, 2)) for o in self.odd[:50]],
         sizes=[dict(width=w, height=h, images=n) for (w, h), n in _counted(self.sizes)],
         curve=c and dict(n=c.n, distance=c.distance, gain=c.gain, halving=c.halving, enough=c.enough),
-        promise=self.promise and dict(held_out=self.promise.n, rate=self.promise.rate, wanted=self.promise.wanted, missing=self.promise.missing),
+        promise=self.promise and dict(held_out=self.promise.n, rate=self.promise.rate, wanted=self.promise.wanted,
+                                      missing=self.promise.missing),
         notes=[printable(t) for t in self.notes], seconds=round(self.seconds, 2))
 
 def _counted(sizes: Sizes) -> list[tuple[tuple[int, int], int]]:

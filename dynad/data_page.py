@@ -69,15 +69,18 @@ class Thumbnails:
 def shown_pairs(d: Diagnosis, f: Finding) -> list[Pair]:
     "The pairs that a finding is about."
     where = f.kind.removeprefix('near-duplicates ')
-    if f.kind.startswith('near-duplicates'): return [p for p in d.pairs if p.by != 'bytes' and pair_place(d.looked, p) == where]
+    if f.kind.startswith('near-duplicates'):
+        return [p for p in d.pairs if p.by != 'bytes' and pair_place(d.looked, p) == where]
     if not f.kind.startswith('duplicates'): return []
-    return [p for p in d.pairs if p.by == 'bytes' and {d.looked.samples[p.a].image, d.looked.samples[p.b].image} & set(f.files)]
+    return [p for p in d.pairs
+            if p.by == 'bytes' and {d.looked.samples[p.a].image, d.looked.samples[p.b].image} & set(f.files)]
 
 def pair_note(p: Pair) -> str:
     "By which rule, in a few words."
     if p.by == 'bytes': return 'the same file'
     ratio = f'{p.ratio:.2f} of the usual distance' if np.isfinite(p.ratio) else ''
-    return ', '.join(filter(None, [f'by {p.by}', p.turn, f'{p.bits} of 255 bits differ' if 'hash' in p.by else '', ratio]))
+    return ', '.join(filter(None, [f'by {p.by}', p.turn, f'{p.bits} of 255 bits differ' if 'hash' in p.by else '',
+                                   ratio]))
 
 def finding_rows(d: Diagnosis, thumbs: Thumbnails) -> list[dict[str, Any]]:
     "The findings for the template, faults first."
@@ -86,7 +89,8 @@ def finding_rows(d: Diagnosis, thumbs: Thumbnails) -> list[dict[str, Any]]:
         pairs = shown_pairs(d, f)
         single = [] if pairs else list(dict.fromkeys(thumbs.rows[p] for p in f.files if p in thumbs.rows))
         note = lambda i: f'z = {z[i]:.1f}' if f.kind.startswith('odd') and i in z else ''
-        return dict(kind=f.kind, text=printable(f.text), fault=id(f) in faults, left=max(len(pairs), len(single)) - SHOWN,
+        return dict(kind=f.kind, text=printable(f.text), fault=id(f) in faults,
+                    left=max(len(pairs), len(single)) - SHOWN,
                     pairs=[(thumbs(p.a), thumbs(p.b), pair_note(p)) for p in pairs[:SHOWN]],
                     images=[thumbs(i, note(i)) for i in single[:SHOWN]])
     return sorted(map(row, d.findings), key=lambda r: not r['fault'])
@@ -108,7 +112,8 @@ def sizes_figure(d: Diagnosis) -> Figure:
         ax.scatter(*shape.T, s=12 + 160*np.sqrt(n/n.sum()), color=color, alpha=.5, lw=0, label=f'{split} ({len(at)})')
     side = d.config.data.image_size
     ax.plot([side], [side], 's', mfc='none', color='.3', ms=8, label=f'input ({side} × {side})')
-    ax.set_xlabel('width in pixels', fontsize=8); ax.set_ylabel('height in pixels', fontsize=8); ax.legend(fontsize=7, frameon=False)
+    ax.set_xlabel('width in pixels', fontsize=8); ax.set_ylabel('height in pixels', fontsize=8)
+    ax.legend(fontsize=7, frameon=False)
     ax.set_xlim(0, None); ax.set_ylim(0, None)
     return fig
 
@@ -124,11 +129,14 @@ def defects_figure(d: Diagnosis) -> Figure | None: # None: no mask
     fig, ax = _axes(4.2, .9 + .28*len(groups))
     for y, (kind, group) in enumerate(groups.items()):
         x = np.array([left_of(m, size) for m in group])
-        ax.scatter(x, y + np.linspace(-.25, .25, len(x)), s=9, lw=0, color=[COLORS[0] if m.kept else COLORS[4] for m in group])
-    ax.axvline(1, color=COLORS[4], lw=1, ls='--'); ax.text(1, len(groups) - .5, ' 1 pixel', fontsize=7, color=COLORS[4], va='top')
+        ax.scatter(x, y + np.linspace(-.25, .25, len(x)), s=9, lw=0,
+                   color=[COLORS[0] if m.kept else COLORS[4] for m in group])
+    ax.axvline(1, color=COLORS[4], lw=1, ls='--')
+    ax.text(1, len(groups) - .5, ' 1 pixel', fontsize=7, color=COLORS[4], va='top')
     ax.set_ylim(-.6, len(groups) - .4)
     ax.set_yticks(range(len(groups)), [f'{printable(k)} ({len(v)})' for k, v in groups.items()], parse_math=False)
-    ax.set_xscale('log'); ax.set_xlabel(f'smaller side of the defect in pixels of the input ({size} × {size})', fontsize=8)
+    ax.set_xscale('log')
+    ax.set_xlabel(f'smaller side of the defect in pixels of the input ({size} × {size})', fontsize=8)
     return fig
 
 def curve_figure(d: Diagnosis) -> Figure | None:
@@ -167,8 +175,9 @@ def parts_html(d: Diagnosis) -> Markup:
     odd = [thumbs(o.row, f'z = {o.z:.1f}') for o in d.odd[:12]]
     figures = [(t, u) for t, u in (('Sizes', _uri(sizes_figure(d))), ('Defects', _uri(defects_figure(d))),
                                    ('Normal images', _uri(curve_figure(d)))) if u]
-    return Markup(render('data_doctor_parts.html', head=d.lines()[0], findings=finding_rows(d, thumbs), odd=odd, rule=f'{ODD:g}',
-                         figures=figures, enough=d.enough(), groups=contact_groups(d, thumbs), notes=[printable(n) for n in d.notes]))
+    return Markup(render('data_doctor_parts.html', head=d.lines()[0], findings=finding_rows(d, thumbs), odd=odd,
+                         rule=f'{ODD:g}', figures=figures, enough=d.enough(), groups=contact_groups(d, thumbs),
+                         notes=[printable(n) for n in d.notes]))
 
 # %% ../nbs/17ka_data_page.ipynb #2480adc0
 def widget_html(d: Diagnosis) -> str:
@@ -178,10 +187,12 @@ def widget_html(d: Diagnosis) -> str:
 def page_html(d: Diagnosis) -> str:
     "The diagnosis as a page of its own."
     c = d.config
-    chips = [d.dataset.counts(), f'layout {d.dataset.layout}', f'preset {c.preset}: {c.data.image_size} × {c.data.image_size} pixels']
+    chips = [d.dataset.counts(), f'layout {d.dataset.layout}',
+             f'preset {c.preset}: {c.data.image_size} × {c.data.image_size} pixels']
     unused = [printable(f.text) for f in d.dataset.findings if f.files and f.kind not in ('document', 'system')]
     remark = ['synthetic images'] if (Path(d.dataset.root)/'synthetic.json').exists() else []
-    return render('data_doctor.html', title=printable(d.dataset.name), style=css('page.css', 'report.css', 'data_doctor.css'),
+    return render('data_doctor.html', title=printable(d.dataset.name),
+                  style=css('page.css', 'report.css', 'data_doctor.css'),
                   chips=chips, warnings=remark, unused=unused, parts=parts_html(d))
 
 def write_diagnosis(

@@ -233,7 +233,7 @@ DynAD.reconstructs = True
 
 @patch
 def disk_space(self: DynAD, n: int) -> int:
-    "Bytes, about, that a fit on n images writes: of each weight four numbers in a checkpoint, old and new, and the result."
+    "Bytes, about, that a fit on n images writes: four numbers per weight in a checkpoint, old and new, and the result."
     c, s = self.config, self.config.denoiser
     with torch.device('meta'): unet = make_unet(s, 4, 64*s.patch*2**len(s.widths)) # its weights take no memory
     return 4*9*sum(p.numel() for p in unet.parameters()) + 4*n*c.data.image_size**2

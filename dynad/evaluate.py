@@ -265,8 +265,9 @@ def described(dataset: AnomalyDataset) -> dict[str, Any]:
 
 # %% ../nbs/17_evaluate.ipynb #c39e72f9
 ORIGIN = { # where the fixed settings of a preset come from
-    'small': "one preset for all data; its mixture of maps is chosen on synthetic defects in held-out normal images of "
-             "the set. Its T_max and number of steps are older: seen on test images of cookies, magnetic tile and boards",
+    'small': 'one preset for all data; its mixture of maps is chosen on synthetic defects in held-out normal images of '
+             'the set. Its T_max and number of steps are older: seen on test images of cookies, magnetic tile and '
+             'boards',
     'smoke': 'fixed preset for tests of the machinery',
     'paper': 'as printed in the paper (η and γ within its printed ranges); not printed, and chosen here: the moving '
              'average of the weights, the batch of the adaptation, and the share of normal images that is held out',

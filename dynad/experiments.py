@@ -256,7 +256,8 @@ def expected_kind(
     "What a parameter takes: what its annotation says, else the kind of its default."
     if annotation:
         named = {n.strip(): k for k in KINDS for n in (k.__name__,)}
-        words = [w for w in re.findall(r'\w+', re.sub(r'\[.*', '', re.sub(r'Optional\[(.*)\]', r'\1', annotation))) if w != 'None']
+        words = [w for w in re.findall(r'\w+', re.sub(r'\[.*', '', re.sub(r'Optional\[(.*)\]', r'\1', annotation)))
+                 if w != 'None']
         return named.get(words[0]) if len(words) == 1 else None
     try: known = ast.literal_eval(default)
     except (ValueError, SyntaxError): return None

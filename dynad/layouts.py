@@ -11,7 +11,8 @@ from typing import Callable
 
 import numpy as np
 
-from .collector import COMMON, EXTENSIONS, GOOD, INNER, SPLITS, DataError, Finding, collect, count, plain, subfolders
+from .collector import (COMMON, EXTENSIONS, GOOD, INNER, SPLITS, DataError, Finding, collect, count, plain,
+                             subfolders)
 from .samples import (Reading, Sample, evaluation_findings, is_normal, left_out, read_mvtec, relative_name,
                            unused_findings)
 

@@ -172,8 +172,8 @@ def _count(self: OwnImages) -> None:
     place = self.model.folder/'good'
     n = len(list_images(place)) if place.is_dir() else 0
     self.normal.text.value = soft(
-        f'{n} dropped so far{self.normal.note}, kept in {html.escape(self.model.folder.name)}/good. Many images: name a folder, '
-        'a drop of more than some 10 MB at once may be refused by the server.')
+        f'{n} dropped so far{self.normal.note}, kept in {html.escape(self.model.folder.name)}/good. Many images: '
+        'name a folder, a drop of more than some 10 MB at once may be refused by the server.')
 
 # %% ../nbs/18j_own_images.ipynb #bb31a7e8
 @patch

@@ -135,7 +135,8 @@ class Design:
     seed: int = 0
 
     def __post_init__(self):
-        if not self.sizes or min(self.sizes) <= 0: raise PassportError(f'sizes = {self.sizes}: at least one, each above 0 pixels')
+        if not self.sizes or min(self.sizes) <= 0:
+            raise PassportError(f'sizes = {self.sizes}: at least one, each above 0 pixels')
         if not self.contrasts or not all(0 < c <= 1 for c in self.contrasts):
             raise PassportError(f'contrasts = {self.contrasts}: at least one, each above 0 and at most 1')
         if unknown := [k for k in self.kinds if k not in DEFECTS]:
@@ -149,7 +150,9 @@ class Design:
             for contrast in self.contrasts:
                 for i in range(self.trials):
                     kind = self.kinds[(i + k//self.trials) % len(self.kinds)]
-                    out.append(Trial((k*5 + k//n) % n, kind, size, contrast, (i + k//self.trials) % 9, self.seed*10**6 + k)); k += 1
+                    out.append(Trial((k*5 + k//n) % n, kind, size, contrast, (i + k//self.trials) % 9,
+                                     self.seed*10**6 + k))
+                    k += 1
         return sorted([*(Trial(i, '', 0., 0., 0, 0) for i in range(n)), *out], key=lambda t: (t.image, t.seed))
 
 # %% ../nbs/17n_passport.ipynb #4861b346
@@ -171,7 +174,8 @@ def held_out_samples(
     except DataError: held = []
     if not held or images_key(held, dataset.fingerprint, c.data.image_size) != method.held_out_set.key:
         raise DataError(f"{dataset.root}: not the images that the run was fitted on ({method.info['data']['name']}, "
-                        f"{method.info['data']['root']}), or they have changed since; the passport needs its held-out normal images")
+                        f"{method.info['data']['root']}), or they have changed since; the passport needs its held-out "
+                        'normal images')
     return held
 
 def file_pixels(s: Sample, max_pixels: int | None) -> np.ndarray: # [H,W,3] uint8
@@ -253,7 +257,8 @@ class Share:
         "Clopper and Pearson's."
         if not self.n: return 0., 1.
         k, n = self.found, self.n
-        return (0. if k == 0 else float(stats.beta.ppf(.025, k, n - k + 1)), 1. if k == n else float(stats.beta.ppf(.975, k + 1, n - k)))
+        return (0. if k == 0 else float(stats.beta.ppf(.025, k, n - k + 1)),
+                1. if k == n else float(stats.beta.ppf(.975, k + 1, n - k)))
 
     def text(self) -> str:
         low, high = self.interval
@@ -273,7 +278,8 @@ def smallest(sizes: Sequence[float], shares: Sequence[Share], least: float = .9)
     return next((s for s, v in zip(sizes, rising(shares)) if v >= least - 1e-9), None)
 
 # %% ../nbs/17n_passport.ipynb #af5e3729
-PLACES = tuple(f'{a} {b}'.replace('middle middle', 'middle') for a in ('top', 'middle', 'bottom') for b in ('left', 'middle', 'right'))
+PLACES = tuple(f'{a} {b}'.replace('middle middle', 'middle')
+               for a in ('top', 'middle', 'bottom') for b in ('left', 'middle', 'right'))
 
 @dataclass(frozen=True)
 class Passport:
@@ -301,7 +307,11 @@ class Passport:
 
 # %% ../nbs/17n_passport.ipynb #64657a00
 @patch
-def share(self: Passport, what: str = 'found', **of) -> Share: # of: size, contrast, place, kind; a value, or a tuple of them
+def share(
+    self: Passport,
+    what: str = 'found',
+    **of                 # size, contrast, place, kind; a value, or a tuple of them
+) -> Share:
     "How many of some of the trials are found, or 'located'."
     fits = lambda t: all(getattr(t, k) in (v if isinstance(v, tuple) else (v,)) for k, v in of.items())
     chosen = np.array([fits(t) for t in self.trials]) & self.counts
@@ -333,8 +343,8 @@ def default_design(
 ) -> Design:
     "What is tried when nothing else is said; sizes follow from the files."
     c = method.config
-    return Design(sizes or input_sizes(file_side(held_out_samples(method, dataset)), c.data.image_size), contrasts or CONTRASTS,
-                  trials=trials, seed=c.seed if seed is None else seed)
+    return Design(sizes or input_sizes(file_side(held_out_samples(method, dataset)), c.data.image_size),
+                  contrasts or CONTRASTS, trials=trials, seed=c.seed if seed is None else seed)
 
 def file_side(samples: Sequence[Sample]) -> int: # pixels
     "The shorter side of the files, in the middle of them all."
@@ -348,7 +358,7 @@ def passport(
     mm_per_pixel: float | None = None, # of the files
     progress: bool = True
 ) -> Passport:
-    "Put graded defects into the run's held-out normal images and count what is found. Raises DataError for other images."
+    "Put graded defects into the run's held-out normal images and count what is found. DataError for other images."
     if mm_per_pixel is not None and not mm_per_pixel > 0:
         raise PassportError(f'mm_per_pixel = {mm_per_pixel}: above 0, the length in mm that one pixel of a file shows')
     samples, c = held_out_samples(method, dataset), method.config
@@ -358,9 +368,10 @@ def passport(
     key = content_key(dict(images=method.held_out_set.key, design=asdict(design), version=VERSION))
     results = try_all(method, samples, trials, key, progress)
     promise, d = method.decision.guarantee, method.info['data']
-    about = dict(method=method.title or method.name, data=d['name'], preset=c.preset, image_size=c.data.image_size, seed=c.seed,
-                 file_sizes=sorted({f'{w} × {h}' for w, h in shapes})[:4], held_out=len(samples),
-                 rule=in_words(promise) if promise else f'quantile {c.fusion.threshold_quantile} of held-out scores: promises no rate of false alarms',
+    about = dict(method=method.title or method.name, data=d['name'], preset=c.preset, image_size=c.data.image_size,
+                 seed=c.seed, file_sizes=sorted({f'{w} × {h}' for w, h in shapes})[:4], held_out=len(samples),
+                 rule=in_words(promise) if promise else f'quantile {c.fusion.threshold_quantile} of held-out scores: '
+                                                        'promises no rate of false alarms',
                  chosen=c.fusion.choice == 'synthetic' and method.name == 'dynad',
                  synthetic=(Path(dataset.root)/'synthetic.json').exists())
     return Passport(design, trials, results, method.decision.image_threshold, about, mm_per_pixel, samples)
@@ -388,7 +399,8 @@ def by_kind(self: Passport) -> dict[str, Share]: return {k: self.share(kind=k) f
 def lines(self: Passport) -> list[str]:
     "The passport for a screen: what is found, on what it rests, and what to keep in mind."
     a, trials = self.about, int(self.counts.sum())
-    out = [f"{a['method']} on {a['data']}: {trials} synthetic defects in {a['held_out'] - len(self.left_out)} held-out normal images",
+    out = [f"{a['method']} on {a['data']}: {trials} synthetic defects in {a['held_out'] - len(self.left_out)} held-out "
+           'normal images',
            f"threshold: {a['rule']}"]
     for c in self.design.contrasts:
         size = self.smallest(contrast=c)
@@ -404,14 +416,22 @@ def lines(self: Passport) -> list[str]:
 def cautions(self: Passport) -> list[str]:
     "What a reader must keep in mind."
     a, lost = self.about, sum(bool(t.kind) for t in self.trials) - int(self.counts.sum())
-    out = ['size is the square root of the area in pixels of the files; the defects are synthetic, real ones may be harder']
+    out = ['size is the square root of the area in pixels of the files; the defects are synthetic, real ones may be '
+           'harder']
     if a['synthetic']: out.append('the images themselves are synthetic')
-    if a['preset'] in ('small', 'smoke'): out.append(f"{a['preset']} preset: {a['image_size']} × {a['image_size']} pixels of input")
-    if a['chosen']: out.append("the run chose its mixture of maps on defects of these kinds in these images: an upper end")
+    if a['preset'] in ('small', 'smoke'):
+        out.append(f"{a['preset']} preset: {a['image_size']} × {a['image_size']} pixels of input")
+    if a['chosen']:
+        out.append('the run chose its mixture of maps on defects of these kinds in these images: an upper end')
     if n := len(self.left_out):
-        out.append(f"{n} of {a['held_out']} held-out images are at or above the threshold as they are, and are left out")
-    if lost: out.append(f'{lost} trials do not count: the place is background, the contrast cannot be had there, or the image is left out')
-    if a['held_out'] < 10: out.append(f"{a['held_out']} images only: the intervals know the trials, not how these images differ from others")
+        out.append(f"{n} of {a['held_out']} held-out images are at or above the threshold as they are, "
+                   'and are left out')
+    if lost:
+        out.append(f'{lost} trials do not count: the place is background, the contrast cannot be had there, '
+                   'or the image is left out')
+    if a['held_out'] < 10:
+        out.append(f"{a['held_out']} images only: the intervals know the trials, "
+                   'not how these images differ from others')
     return out
 
 # %% ../nbs/17n_passport.ipynb #e550ef70
@@ -419,12 +439,16 @@ def cautions(self: Passport) -> list[str]:
 def to_json(self: Passport) -> dict[str, Any]:
     "The passport for programs."
     n = lambda s: dict(found=s.found, n=s.n, low=round(s.interval[0], 4), high=round(s.interval[1], 4))
-    d, images = self.design, lambda **of: len({t.image for t, c in zip(self.trials, self.counts) if c and all(getattr(t, k) == v for k, v in of.items())})
+    d = self.design
+    images = lambda **of: len({t.image for t, c in zip(self.trials, self.counts)
+                               if c and all(getattr(t, k) == v for k, v in of.items())})
     grid = [dict(size=s, contrast=c, images=images(size=s, contrast=c), **n(self.share(size=s, contrast=c)),
                  located=self.share('located', size=s, contrast=c).found) for s in d.sizes for c in d.contrasts]
     return dict(about=self.about, design=asdict(d), mm_per_pixel=self.mm_per_pixel, threshold=self.threshold, grid=grid,
-                smallest=[dict(contrast=c, pixels=self.smallest(contrast=c), half=self.smallest(.5, contrast=c)) for c in d.contrasts],
-                places=[dict(place=PLACES[k], images=images(place=k), **n(self.share(place=k)), half=self.smallest(.5, place=k)) for k in range(9)],
+                smallest=[dict(contrast=c, pixels=self.smallest(contrast=c), half=self.smallest(.5, contrast=c))
+                          for c in d.contrasts],
+                places=[dict(place=PLACES[k], images=images(place=k), **n(self.share(place=k)),
+                             half=self.smallest(.5, place=k)) for k in range(9)],
                 worse_places=[PLACES[k] for k in self.worse_places()],
                 kinds=[dict(kind=k, **n(s), half=self.smallest(.5, kind=k)) for k, s in self.by_kind().items()],
                 images_left_out=len(self.left_out), cautions=self.cautions())

@@ -36,14 +36,16 @@ def curve_figure(p: Passport) -> Figure:
         y = np.array([shares[k].value for k in there])
         low, high = np.array([shares[k].interval for k in there]).T
         x = sizes[there]*1.04**(i - (m - 1)/2)
-        ax.errorbar(x, y, [y - low, high - y], fmt='o-', ms=4, lw=1.4, elinewidth=.8, capsize=2, color=color, label=f'contrast {c:.0%}')
+        ax.errorbar(x, y, [y - low, high - y], fmt='o-', ms=4, lw=1.4, elinewidth=.8, capsize=2, color=color,
+                    label=f'contrast {c:.0%}')
     ax.axhline(.9, color='.7', lw=.8, ls='--')
     ax.set_xscale('log'); ax.set_xticks(sizes, [f'{s:g}' for s in sizes]); ax.minorticks_off(); ax.set_ylim(-.03, 1.03)
     ax.set_yticks([0, .5, .9, 1], ['0', '50 %', '90 %', '100 %'])
     ax.set_xlabel('size of the defect: √area in pixels of the file', fontsize=8); ax.set_ylabel('found', fontsize=8)
     if p.mm_per_pixel:
         top = ax.secondary_xaxis('top')
-        top.set_xticks(sizes, [f'{s*p.mm_per_pixel:.2g}' for s in sizes], fontsize=7); top.minorticks_off(); top.set_xlabel('in mm', fontsize=8)
+        top.set_xticks(sizes, [f'{s*p.mm_per_pixel:.2g}' for s in sizes], fontsize=7)
+        top.minorticks_off(); top.set_xlabel('in mm', fontsize=8)
     ax.tick_params(labelsize=7); ax.spines[['right']].set_visible(False); ax.legend(fontsize=7, frameon=False)
     fig.tight_layout()
     return fig
@@ -52,13 +54,13 @@ def curve_figure(p: Passport) -> Figure:
 def cell(s, **more) -> dict[str, Any]:
     "A share as a coloured cell of a table."
     low, high = s.interval
-    return dict(n=s.n, text='—' if s.value is None else f'{s.value:.0%}', of=f'{s.found} of {s.n}', span=f'{low:.0%} – {high:.0%}',
-                shade=0 if s.value is None else round(.08 + .5*s.value, 2), **more)
+    return dict(n=s.n, text='—' if s.value is None else f'{s.value:.0%}', of=f'{s.found} of {s.n}',
+                span=f'{low:.0%} – {high:.0%}', shade=0 if s.value is None else round(.08 + .5*s.value, 2), **more)
 
 def grid_rows(p: Passport) -> list[dict[str, Any]]: # contrast, cells, smallest
     "The table of sizes and contrasts."
-    return [dict(contrast=f'{c:.0%}', cells=[cell(s) for s in p.curve(contrast=c)], smallest=p.size_text(p.smallest(contrast=c)))
-            for c in p.design.contrasts]
+    return [dict(contrast=f'{c:.0%}', cells=[cell(s) for s in p.curve(contrast=c)],
+                 smallest=p.size_text(p.smallest(contrast=c))) for c in p.design.contrasts]
 
 def place_rows(p: Passport) -> list[list[dict[str, Any]]]:
     "The nine places, as they lie in the image."
@@ -68,8 +70,8 @@ def place_rows(p: Passport) -> list[list[dict[str, Any]]]:
 
 def kind_rows(p: Passport) -> list[dict[str, Any]]:
     "The kinds, least found first."
-    rows = [cell(s, kind=k.replace('_', ' '), half=p.size_text(p.smallest(.5, kind=k)), key=2. if s.value is None else s.value)
-            for k, s in p.by_kind().items()]
+    rows = [cell(s, kind=k.replace('_', ' '), half=p.size_text(p.smallest(.5, kind=k)),
+                 key=2. if s.value is None else s.value) for k, s in p.by_kind().items()]
     return sorted(rows, key=lambda r: r['key'])
 
 # %% ../nbs/17na_passport_page.ipynb #052881c7
@@ -100,8 +102,9 @@ def _curves(p: Passport): return png_uri(curve_figure(p))
 
 def section_html(p: Passport) -> Markup:
     "The passport as a section of a page."
-    return Markup(render('passport_parts.html', style=css('passport.css'), figure=_curves(p), sizes=[p.size_text(s) for s in p.design.sizes],
-                         rows=grid_rows(p), places=place_rows(p), kinds=kind_rows(p), examples=_examples(p) or [], rule=p.about['rule'],
+    return Markup(render('passport_parts.html', style=css('passport.css'), figure=_curves(p),
+                         sizes=[p.size_text(s) for s in p.design.sizes], rows=grid_rows(p), places=place_rows(p),
+                         kinds=kind_rows(p), examples=_examples(p) or [], rule=p.about['rule'],
                          cautions=p.cautions(), contrast=f"{p.design.contrasts[len(p.design.contrasts)//2]:.0%}",
                          images=p.about['held_out'] - len(p.left_out), trials=int(p.counts.sum())))
 
@@ -111,10 +114,11 @@ def write_passport(
 ) -> Path:             # its index.html
     "The page and passport.json, atomically."
     a = p.about
-    chips = [f"{a['method']}, preset {a['preset']}, seed {a['seed']}", f"{a['image_size']} × {a['image_size']} pixels of input",
-             f"files of {', '.join(a['file_sizes'])}"]
+    chips = [f"{a['method']}, preset {a['preset']}, seed {a['seed']}",
+             f"{a['image_size']} × {a['image_size']} pixels of input", f"files of {', '.join(a['file_sizes'])}"]
     warnings = (['synthetic images'] if a['synthetic'] else []) + ['synthetic defects']
-    page = render('passport.html', title=a['data'], style=css('page.css', 'report.css'), chips=chips, warnings=warnings, section=section_html(p))
+    page = render('passport.html', title=a['data'], style=css('page.css', 'report.css'), chips=chips, warnings=warnings,
+                  section=section_html(p))
     with export_to(folder) as work:
         atomic_write(work/'index.html', page)
         atomic_write(work/'passport.json', json.dumps(p.to_json(), indent=1, ensure_ascii=False, allow_nan=False))

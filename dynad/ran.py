@@ -22,8 +22,8 @@ from .fusion import score
 from .gradient_denoising import FeatureGaussian, GradientDenoising, gradient_denoise, stacked_features
 from .learned_variance import reverse_step
 from .method import Hooks, Method, Prediction, checked_options, register
-from .ran_network import (ASKED_LATER, RAN_DIFFUSION, Chain, RANError, RANMaps, RANNet, RANOptions, chain_of, combine,
-                               ran_maps, resolved, target_features, train_ran)
+from .ran_network import (ASKED_LATER, RAN_DIFFUSION, Chain, RANError, RANMaps, RANNet, RANOptions, chain_of,
+                               combine, ran_maps, resolved, target_features, train_ran)
 from .reconstruction import noise_for, noise_keys
 from .store import REPAIR_HINT, Store, StoreError, load_tensors, state_hash
 from .training import CHECKPOINT

@@ -210,8 +210,8 @@ def walk_text(settings: dict[str, Any]) -> dict[str, str] | None:
     scale = ('Both are scaled by the lowest and the highest value of the test images themselves.'
              if f['calibration'] == 'test' else 'Both are scaled by normal images that were not used for training: '
              f"0 is an ordinary pixel, 1 the {f['quantile']:g} quantile of normal pixels.")
-    near = (f" A neighbour map, how far each patch is from the nearest normal one, has {f['neighbour']:.0%} of the weight, "
-            'here and in the null models.' if f.get('neighbour') else '')
+    near = (' A neighbour map, how far each patch is from the nearest normal one, has '
+            f"{f['neighbour']:.0%} of the weight, here and in the null models." if f.get('neighbour') else '')
     return dict(severity=severity, noise=noise, scale=scale, lam=f"{f['lam']:g}", near=near)
 
 # %% ../nbs/17a_report.ipynb #4975661b
@@ -270,8 +270,8 @@ def write_gallery(
     def entry(i):
         hit, label = bool(above(d.scores[i], threshold)), int(y[i])
         s, t_hat = d.samples[i], None if d.t_hat is None else int(d.t_hat[i])
-        return dict(name=printable(s.name), label=label, kind=s.defect if label else 'normal', wrong=hit != label, t_hat=t_hat,
-                    score=f'{float(d.scores[i]):.3f}', decision=DECISIONS[hit, bool(label)],
+        return dict(name=printable(s.name), label=label, kind=s.defect if label else 'normal', wrong=hit != label,
+                    t_hat=t_hat, score=f'{float(d.scores[i]):.3f}', decision=DECISIONS[hit, bool(label)],
                     figures=_figures(shown[i], i, folder))
     return [dict(title=TITLES[k], images=[entry(i) for i in rows]) for k, rows in chosen.items() if rows]
 
@@ -292,7 +292,7 @@ def check_report(
     folder: str | Path,
     what: str = ''     # the option, for the error, e.g. '--report '
 ) -> Path:
-    "The real place of a new report. Raises ReportError when something else is there, PathError when it cannot be written."
+    "The real place of a new report. Raises ReportError where something else is, PathError when it cannot be written."
     place = check_folder(folder, what).resolve()
     if place.is_dir() and any(place.iterdir()) and not is_report(place):
         other = sorted(p.name for p in place.iterdir() if p.name not in OURS)

@@ -306,7 +306,8 @@ def plan(
     "What would run. Raises RunnerError for an unknown name or profile; a job that cannot run carries the reason."
     from dynad.lesson import runs_folder
     if profile not in PROFILES:
-        raise RunnerError(f"profile = {profile!r} does not exist{did_you_mean(profile, PROFILES)}; allowed: {', '.join(PROFILES)}")
+        raise RunnerError(f"profile = {profile!r} does not exist{did_you_mean(profile, PROFILES)}; "
+                          f"allowed: {', '.join(PROFILES)}")
     given, base = dict(parameters or {}), check_folder(root, '--out ') if root else runs_folder()
     if 'out' in given: raise RunnerError("-p out: the runner sets this one; use --out for another folder")
     if 'data' in given: given['data'] = _from_here(given['data'])

@@ -27,7 +27,7 @@ def patch_features(
     features: dict[int, Tensor],      # layer -> [B,C_j,h_j,w_j], as φ gives them
     layers: tuple[int, ...] = (2, 3)  # the finest of them sets the grid
 ) -> Tensor:                          # [B,ΣC,h,w] float32
-    "Features of several layers, averaged over 3×3 with zero padding, on the grid of the finest layer (PatchCore, Section 3.1)."
+    "Features of several layers, averaged over 3×3, zeros around, on the grid of the finest (PatchCore, Section 3.1)."
     if missing := [j for j in layers if j not in features]:
         raise SpatialDICError(f"layers {missing} are not among the features {sorted(features)}")
     maps = [F.avg_pool2d(features[j].float(), 3, 1, 1) for j in layers]
