@@ -5,9 +5,8 @@
 # %% ../nbs/12b_choice.ipynb #854f0cf1
 from __future__ import annotations
 from dataclasses import dataclass, field, replace
-from typing import Any, Iterable
+from typing import Any
 
-import numpy as np
 import torch
 from scipy.stats import t as student_t
 from torch import Tensor

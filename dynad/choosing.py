@@ -10,7 +10,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .cache import CachedWalk, ImageSet, MAP_NAMES, batches
 from .choice import Choice, Mixture, StoredMaps, choose

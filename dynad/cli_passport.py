@@ -10,8 +10,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .commands import (Category, DataSet, File, Folder, Layout, Set, app, checked_place, dataset_of,
-                            known_mistakes, place)
+from .commands import (Category, DataSet, File, Folder, Layout, Set, app, checked_place, known_mistakes, place)
 from .config import DynadError
 from .paths import check_file, check_folder, echo
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Iterator, Sequence
 
 import numpy as np

@@ -6,20 +6,19 @@
 from __future__ import annotations
 import base64, io, json
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
-import torch
 from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
 from .charts import css, render
 from .checks import MaskFacts, by_defect
-from .collector import DataError, Finding, count
-from .data import load_masks, to_float, with_mask_rule
-from .data_doctor import CURES, ODD, SIDE, Diagnosis, Looked, Pair, pair_place
-from .exports import check_export, export_to
+from .collector import DataError, Finding
+from .data import load_masks, to_float
+from .data_doctor import ODD, SIDE, Diagnosis, Pair, pair_place
+from .exports import export_to
 from .guard import aside
 from .paths import printable
 from .show import COLORS, Figure, figure_png, overlay, to_uint8

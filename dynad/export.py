@@ -103,7 +103,7 @@ def networks_of(method: Method) -> dict[str, Network]: # on the CPU
     p = getattr(method, 'parts', method)
     layers = tuple(p.layers) if isinstance(method, DynAD) else tuple(method.options.layers)
     # `out` binds the layers: a package computes no others
-    phi = Piece(on_cpu(p.phi), lambda part, image, out=layers: tuple((f := part(image))[j] for j in out))
+    phi = Piece(on_cpu(p.phi), lambda part, image, out=layers: tuple(f[j] for f in (part(image),) for j in out))
     found = {'phi': Network(phi, (x,), ('image',), tuple(f'layer{j}' for j in layers))}
     if not isinstance(method, DynAD): return found
     ae, unet = on_cpu(p.autoencoder), on_cpu(p.denoiser)

@@ -16,8 +16,8 @@ import dynad
 from .config import content_key
 from .paths import move
 from .runner import (
-    PROFILES, Job, RunnerError, check_notebook, data_folders, data_stamps, environment, gpu_count, job_parts, plan,
-    read_json, swap_folder, why_not)
+    PROFILES, Job, RunnerError, check_notebook, data_folders, data_stamps, environment, gpu_count, job_parts, read_json,
+    swap_folder, why_not)
 
 # %% auto #0
 __all__ = ['Outcome', 'log_event', 'own_roots', 'on_this_machine', 'run_job', 'local_workers', 'cluster', 'run_jobs',

@@ -15,7 +15,7 @@ from .config import Config, ConfigError, content_key
 from .reconstruction import noise_keys
 from .store import load_json
 from .walk import (Parts, RawMaps, WalkOutputs, averaged_t_hat, choose_t_hat, compare, decode, encode,
-                        neighbour_groups, neighbour_maps, reconstruct_latents, severity, walk)
+                        neighbour_groups, neighbour_maps, reconstruct_latents, severity)
 
 # %% auto #0
 __all__ = ['SPEED_FILE', 'Needed', 'needed', 'layers_of', 'features_at', 'blank', 'lean_walk', 'run_key', 'picked']

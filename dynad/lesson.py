@@ -16,7 +16,7 @@ from .denoiser import load_denoiser, make_unet, save_denoiser, train_denoiser
 from .diffusion import make_schedule
 from .features import load_features
 from .latents import load_latents
-from .store import Store, load_tensors
+from .store import Store
 from .synthetic import write_synthetic
 
 # %% auto #0

@@ -5,8 +5,8 @@
 # %% ../nbs/02d_metadata.ipynb #b95d505c
 from __future__ import annotations
 import io, re, struct, zlib
-from dataclasses import dataclass, replace
-from typing import BinaryIO, Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
 
 # %% auto #0
 __all__ = ['Part', 'SIZES', 'WHOLE', 'ORIENTATION', 'SUBFILE', 'EXIF_IFD', 'GPS_IFD', 'TEXT_LIMIT', 'PIXEL_CHUNKS', 'PIXEL_TAGS',

@@ -4,7 +4,6 @@
 
 # %% ../nbs/16g_static.ipynb #82561ac0
 from __future__ import annotations
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from .cache import Cached, CachedWalk, ImageSet, batches
+from .cache import Cached, CachedWalk, ImageSet
 from .config import Config, ConfigError, Settings, make_config, with_overrides
 from .data import to_float
 from .denoiser import denoiser_training, draw_batch, eps_loss, make_unet, save_denoiser

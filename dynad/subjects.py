@@ -20,7 +20,7 @@ from .data import AnomalyDataset, load_masks, open_dataset, with_mask_rule
 from .detector import DynAD, untrained
 from .download import count, missing
 from .evaluate import KEYS, all_metrics
-from .experiments import METRICS, SETS
+from .experiments import SETS
 from .fusion import score
 from .lesson import runs_folder
 from .method import Method, Prediction, method_named

@@ -6,7 +6,6 @@
 from __future__ import annotations
 import base64, csv, json, os, shutil, time
 from collections import Counter, deque
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
