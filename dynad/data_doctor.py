@@ -94,6 +94,7 @@ def turned(
     "The images turned."
     return np.rot90(grey[:, :, ::-1] if k >= 4 else grey, k % 4, (1, 2))
 
+# %% ../nbs/17k_data_doctor.ipynb #dec11982
 def signs(
     rest: np.ndarray # [N,GRID,GRID] difference of grey images from a median
 ) -> np.ndarray:     # [N,255] -1 or 1
@@ -101,6 +102,7 @@ def signs(
     low = fft.dctn(rest, axes=(1, 2), norm='ortho')[:, :LOW, :LOW].reshape(len(rest), -1)[:, 1:]
     return np.sign(low).astype(np.float32)
 
+# %% ../nbs/17k_data_doctor.ipynb #f80c75af
 def pixel_distances(
     a: np.ndarray, b: np.ndarray # [M,GRID,GRID], [N,GRID,GRID]
 ) -> np.ndarray:                 # [M,N]
@@ -119,6 +121,7 @@ class Pair:
     bits: int        # different bits of 255
     turn: str = ''   # of `TURNS`
 
+# %% ../nbs/17k_data_doctor.ipynb #60484706
 def hash_pairs(
     looked: Looked
 ) -> Iterator[tuple[int, int, int, int]]: # row, row, position in `TURNS`, different bits
@@ -144,6 +147,7 @@ def distances(
     unit = float(d[train][:, train].min(1).values.median()) if len(train) > 2 else 0.
     return d, unit
 
+# %% ../nbs/17k_data_doctor.ipynb #f4ac457f
 def near_pairs(
     looked: Looked,
     same: Sequence[Sequence[Sample]] = () # of `duplicates`
@@ -205,6 +209,7 @@ class Odd:
     row: int
     z: float
 
+# %% ../nbs/17k_data_doctor.ipynb #bdd87cef
 def robust_z(
     values: np.ndarray,     # positive
     of: np.ndarray          # those that are normal
@@ -214,6 +219,7 @@ def robust_z(
     spread = stats.median_abs_deviation(of, scale='normal')
     return (low - np.median(of))/max(spread, 1e-3)
 
+# %% ../nbs/17k_data_doctor.ipynb #73e51706
 def odd_ones(
     looked: Looked, progress: bool = False
 ) -> tuple[list[Odd], np.ndarray, np.ndarray]: # normal images, the oddest first; patch distances of training, of test
@@ -257,6 +263,7 @@ def _fitted(n: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
                               max_nfev=2000)
     return float(p[0]*scale), float(p[1]*scale*n[-1]**p[2]), float(p[2])
 
+# %% ../nbs/17k_data_doctor.ipynb #30154276
 def learning_curve(
     looked: Looked,
     resamples: int = 100, seed: int = 0
@@ -293,6 +300,7 @@ def normal_images_for(
     if k > d.max_calibration: return None
     return next(n for n in range(k, 10**7) if max(round(d.holdout*n), d.min_holdout) >= k and n - k >= 2)
 
+# %% ../nbs/17k_data_doctor.ipynb #6b2b6ad8
 def promise(
     dataset: AnomalyDataset, config: Config
 ) -> Guarantee: # raises DataError where there are too few normal images to fit on
@@ -306,6 +314,7 @@ def pair_place(looked: Looked, p: Pair) -> str: # a key of `CURES`
     if a.label != b.label: return 'of two labels'
     return 'in training and test' if a.split != b.split else 'in training' if a.split == 'train' else 'in test'
 
+# %% ../nbs/17k_data_doctor.ipynb #ac91394b
 CURES = {
     'in training and test': '{n} nearly the same as in training: {pairs}. What is measured on them does not hold for '
                             'new images; take them out of one of the two',
@@ -353,6 +362,7 @@ def shift_finding(own: np.ndarray, other: np.ndarray) -> Iterator[Finding]:
                   f'images than these lie from each other (p = {p:.1g}): another day, light or position, and false '
                   'alarms to be expected. Add normal images taken as the test images are')
 
+# %% ../nbs/17k_data_doctor.ipynb #d14bc399
 def colour_finding(dataset: AnomalyDataset, looked: Looked) -> Iterator[Finding]:
     "Grey images among coloured ones."
     x = looked.images.to(torch.int16)
@@ -425,6 +435,7 @@ def _looked_at(dataset: AnomalyDataset, samples: list[Sample], config: Config, n
         notes.append(f'{n} normal training images: odd ones and the learning curve take {FEWEST}')
     return found
 
+# %% ../nbs/17k_data_doctor.ipynb #20743f12
 def diagnose(
     dataset: AnomalyDataset,
     config: Config,          # its image_size, masks and held-out share count
@@ -456,6 +467,7 @@ def enough(self: Diagnosis) -> list[str]:
                      for r, n in needs.items())
     return [*out, f'normal images that it takes for a promise on false alarms (preset {self.config.preset}): {text}']
 
+# %% ../nbs/17k_data_doctor.ipynb #19771e22
 @patch
 def lines(self: Diagnosis) -> list[str]:
     "The diagnosis for a screen."
@@ -491,6 +503,7 @@ def to_json(self: Diagnosis) -> dict[str, Any]:
                                       missing=self.promise.missing),
         notes=[printable(t) for t in self.notes], seconds=round(self.seconds, 2))
 
+# %% ../nbs/17k_data_doctor.ipynb #9b23371d
 def _counted(sizes: Sizes) -> list[tuple[tuple[int, int], int]]:
     shapes, n = np.unique(np.array([*sizes.values()] or np.empty((0, 2), int)), axis=0, return_counts=True)
     return [((int(w), int(h)), int(k)) for (w, h), k in sorted(zip(shapes, n), key=lambda x: -x[1])]

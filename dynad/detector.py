@@ -115,6 +115,7 @@ def train_parts(method: DynAD, hooks: Hooks) -> dict[str, Path]:
         if method.config.fusion.choice == 'synthetic': choose_mixture(method)
     return stages
 
+# %% ../nbs/16_detector.ipynb #cba0d8f0
 def choose_mixture(method: DynAD) -> None:
     "The settings that synthetic defects in the held-out images choose become those of the method."
     config = with_overrides(method.config, chosen(method.parts, method.held_out_set)['settings'])
@@ -147,6 +148,7 @@ def calibrated(self: DynAD,
         levels[T] = known[T]
     return Calibration(levels, neighbour_ranges(self))
 
+# %% ../nbs/16_detector.ipynb #bb1eacfe
 def neighbour_ranges(method: DynAD) -> tuple[tuple[float, float], ...]:
     "Median and upper quantile of each part of n_map on the held-out normal images."
     if not method.parts.spatial: return ()
@@ -158,6 +160,7 @@ def neighbour_ranges(method: DynAD) -> tuple[tuple[float, float], ...]:
                             for m in method.held_out.neighbour_maps())
     return memory[key]
 
+# %% ../nbs/16_detector.ipynb #3ba2ad5e
 def counted_key(method: DynAD) -> list[str]:
     "The region of interest in the key of a calibration; nothing without one."
     return [method.roi.key] if method.roi and not method.tiling else []
@@ -166,6 +169,7 @@ def counted(m: Tensor, inside: Tensor | None) -> Tensor:
     "The values of maps [B,1,H,W] that count."
     return m if inside is None else m[..., inside]
 
+# %% ../nbs/16_detector.ipynb #e0d84640
 def measured_level(
     held_out: CachedWalk, T: int,
     inside: Tensor | None = None # [H,W] bool: the pixels that count; None: all
@@ -229,6 +233,7 @@ def predict_set(self: DynAD,
     for r, (A, l, f) in self.maps(walk, None, rows):
         yield r, DynADPrediction(score(A, rule), A, t_hat=T[r], latent_map=l, feature_map=f, distance=distance[r])
 
+# %% ../nbs/16_detector.ipynb #0de0600f
 DynAD.reconstructs = True
 
 @patch
@@ -238,6 +243,7 @@ def disk_space(self: DynAD, n: int) -> int:
     with torch.device('meta'): unet = make_unet(s, 4, 64*s.patch*2**len(s.widths)) # its weights take no memory
     return 4*9*sum(p.numel() for p in unet.parameters()) + 4*n*c.data.image_size**2
 
+# %% ../nbs/16_detector.ipynb #ee68608f
 @patch
 def reconstructions(self: DynAD, images: ImageSet, rows: list[int]) -> Tensor: # [len(rows),3,H,W] in [0,1]
     "x̂_0 of some images of a set."
@@ -248,6 +254,7 @@ def bins(self: DynAD) -> tuple[Tensor, Tensor]:
     "The training images' distances among themselves [N], and the edges of the bins."
     return self.parts.dic.train_distance, self.parts.dic.edges
 
+# %% ../nbs/16_detector.ipynb #0b3b3e9a
 @patch
 def seconds(self: DynAD, images: ImageSet) -> dict[str, float]:
     "What each stage of a set cost when it was made."
@@ -268,6 +275,7 @@ def with_parts(self: DynAD,
     other._decision = None # learned when it is asked for
     return other
 
+# %% ../nbs/16_detector.ipynb #b83ff4e8
 @patch
 def with_settings(self: DynAD,
     overrides: dict[str, Any] # dotted inference settings, e.g. {'reconstruction.omega': .3}
@@ -281,6 +289,7 @@ def with_settings(self: DynAD,
     if 'data.roi' in overrides: other.roi = given_roi(config)
     return other
 
+# %% ../nbs/16_detector.ipynb #6103a4ae
 @patch(cls_method=True)
 def at_speed(cls: DynAD, config: Config, root: Path, info: dict[str, Any], overrides: dict[str, Any]) -> Config:
     "The settings that `dynad speed` has picked for this run; what is asked for by name wins."
@@ -305,6 +314,7 @@ def on_scale_of(self: DynAD, calibration: Calibration) -> DynAD:
     other.fixed_calibration, other._decision = replace(calibration, neighbour=neighbour_ranges(self)), None
     return other
 
+# %% ../nbs/16_detector.ipynb #8a9c3784
 @patch
 def for_test_set(self: DynAD, images: ImageSet) -> DynAD:
     "With `fusion.calibration = 'test'`: on the scale of this set; else the method itself."
@@ -386,6 +396,7 @@ def save_pretrained(self: DynAD, folder: str | Path) -> Path:
     atomic_write(folder/'config.json', dump_config(self.config))
     return folder
 
+# %% ../nbs/16_detector.ipynb #0527f7b5
 def possible_t_hat(method: DynAD) -> Tensor:
     "Every T̂ that these settings can choose."
     r, d = method.config.reconstruction, method.config.dic

@@ -128,6 +128,7 @@ class HeldMaps:
         if self.maps is None: return {}
         return pixel_metrics(self.maps, t.masks, t.has_mask, n_boot=t.n_boot, seed=t.seed, inside=as_array(t.inside))
 
+# %% ../nbs/17_evaluate.ipynb #5a33e6cc
 class StreamedMaps:
     "Pixel metrics of maps that are let go, by histograms: fewer bins per image for more images, the same memory."
     def __init__(self, truth: MetricAccumulator):
@@ -142,6 +143,7 @@ class StreamedMaps:
     def metrics(self) -> dict[str, Metric]:
         return self.stream.bootstrap(self.truth.n_boot, self.truth.seed) if self.any else {}
 
+# %% ../nbs/17_evaluate.ipynb #597b9609
 def as_array(mask: Tensor | None) -> np.ndarray | None:
     "A mask as the metrics take it."
     return None if mask is None else mask.numpy()
@@ -237,6 +239,7 @@ def within(
     gone = masks.flatten(1).any(1) & ~cut.flatten(1).any(1)
     return cut, has_mask & ~gone, int(gone.sum())
 
+# %% ../nbs/17_evaluate.ipynb #4f891b65
 def counting(method: Method, predictions: Iterable) -> Iterator[tuple[list[int], Prediction]]:
     "Predictions of a null model within the method's region of interest; one without a map stays as it is."
     for rows, p in predictions: yield rows, p if p.map is None else method.within_roi(p)
@@ -248,6 +251,7 @@ def timing(stages: dict[str, float], metrics: float, n: int) -> dict[str, Any]:
     return {'images': n, 'images_per_second': n/inference if inference else None,
             'seconds_by_stage': stages | {'metrics': metrics}}
 
+# %% ../nbs/17_evaluate.ipynb #b6d54c98
 def versions() -> dict[str, str]:
     "Of this package, Python and the libraries that numbers depend on."
     out = {'dynad': __version__, 'python': platform.python_version()}
@@ -256,6 +260,7 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError: pass
     return out
 
+# %% ../nbs/17_evaluate.ipynb #cd3edb0f
 def described(dataset: AnomalyDataset) -> dict[str, Any]:
     "The data set in a result."
     return {'name': dataset.name, 'layout': dataset.layout, 'category': dataset.category,
@@ -282,6 +287,7 @@ def threshold_rule(method: Method) -> str:
     if (g := method.decision.guarantee) is not None: return in_words(g)
     return f"quantile {method.config.fusion.threshold_quantile} of held-out normal training images"
 
+# %% ../nbs/17_evaluate.ipynb #568a2714
 MASK_RULES = {'half': 'above half of the range', 'nonzero': 'every value but 0',
               None: "above half of the range, or every value but 0 where the data set's layout paints so"}
 
@@ -312,6 +318,7 @@ def protocol(
             'interval': f"95 % percentile bootstrap over images, {truth.n_boot} resamples, seed {c.seed}",
             'seed': c.seed, **({} if method.roi is None else {'roi': roi_words(method, outside)})}
 
+# %% ../nbs/17_evaluate.ipynb #15f134f7
 def image_words(method: Method) -> str:
     "What the method sees of an image."
     if (t := method.tiling) is None: return f"square resize to {method.config.data.image_size}, antialiased"
@@ -320,6 +327,7 @@ def image_words(method: Method) -> str:
             f"their maps blended and evaluated as one of {w}×{h}; no null models"
             + (f"; the map of the whole image, made smaller, with a weight of {t.context:g}" if t.context else ''))
 
+# %% ../nbs/17_evaluate.ipynb #5baca82e
 def roi_words(method: Method, outside: int) -> str:
     "What a region of interest leaves out."
     text = (f"{method.roi.share:.1%} of the image count (mask {method.roi.key}); pixels outside are left out of "
@@ -343,6 +351,7 @@ def pixel_reason(
         return f"{'the only mask is' if n == 1 else f'all {n} masks are'} empty at {masks.shape[-1]} pixels"
     return 'no normal pixel' if masks[has_mask].all() else None
 
+# %% ../nbs/17_evaluate.ipynb #5c82ea3d
 def explain_pixels(result: dict[str, Any], samples: Sequence[Sample], truth: MetricAccumulator) -> None:
     "Give the pixel metrics without a value, of every row of a result, this reason."
     why = pixel_reason(samples, truth.masks, truth.has_mask)
@@ -385,6 +394,7 @@ def save_maps(
         atomic_write(work/'index.csv', pd.DataFrame(rows).to_csv(index=False))
     return expanded(folder)
 
+# %% ../nbs/17_evaluate.ipynb #5a6f9050
 def _saved(e: Evaluation, batch: list[int], p: Prediction, work: Path) -> Iterator[dict[str, Any]]:
     "Save the maps of a batch; their rows of the index."
     for i, a in zip(batch, p.map):
@@ -395,6 +405,7 @@ def _saved(e: Evaluation, batch: list[int], p: Prediction, work: Path) -> Iterat
                **{k: v[i].item() for k, v in e.per_image.items()},
                'mask': printable(s.mask) if s.mask else '', 'map': name}
 
+# %% ../nbs/17_evaluate.ipynb #60a96a92
 def save_table(
     e: Evaluation,
     path: str | Path
@@ -428,6 +439,7 @@ def metrics_table(
     table = pd.DataFrame({NAMES[k]: {n: show(r.get(k)) for n, r in rows.items()} for k in KEYS})
     return table.rename_axis(masks_note(result) or None)
 
+# %% ../nbs/17_evaluate.ipynb #38b46a5f
 def undefined(m: dict[str, Any] | None) -> str:
     "A dash with the reason in words where a metric of a result has no value; '' where it has one."
     if m is None: return '— (no map)'

@@ -52,6 +52,7 @@ __all__ = ['EXPORTED', 'OPSET', 'TOLERANCE', 'POINTS', 'QUANTISED', 'STYLE', 'Ex
 class ExportError(DynadError, ValueError):
     "An export that cannot be made, or does not hold: the text names what is wrong and the cure."
 
+# %% ../nbs/17i_export.ipynb #f5e235e3
 EXPORTED = {'dynad': DynAD, 'patchcore': PatchCore} # methods whose walk the runtime knows
 
 def exportable(method: Method) -> Method: # the same in single precision
@@ -84,6 +85,7 @@ class Piece(nn.Module):
 
     def forward(self, *x: Tensor) -> tuple[Tensor, ...]: return self.call(self.part, *x)
 
+# %% ../nbs/17i_export.ipynb #381ef965
 @dataclass(frozen=True)
 class Network:
     "What is written as one file."
@@ -97,6 +99,7 @@ def on_cpu(part: nn.Module) -> nn.Module:
     "The part, or a copy where it lies on a GPU."
     return part if next(part.parameters(), torch.zeros(0)).device.type == 'cpu' else copy.deepcopy(part).cpu()
 
+# %% ../nbs/17i_export.ipynb #dbf8ae95
 def networks_of(method: Method) -> dict[str, Network]: # on the CPU
     "The networks of a method."
     x = torch.rand(2, 3, *[method.config.data.image_size]*2, generator=torch.Generator().manual_seed(0))
@@ -123,6 +126,7 @@ def quiet() -> Iterator[None]:
         warnings.simplefilter('ignore')
         yield
 
+# %% ../nbs/17i_export.ipynb #654dbd7f
 def write_onnx(n: Network, file: Path) -> None:
     "A network as ONNX. Raises ExportError where torch cannot write it."
     needed('onnx')
@@ -143,6 +147,7 @@ def steps_of(method: DynAD) -> dict[int, list[int]]:
             for t in possible_t_hat(method).tolist()}
     return {t: [int(start_index(torch.tensor([t]), T, how['indices'])), *r] for t, r in rows.items()}
 
+# %% ../nbs/17i_export.ipynb #03f715be
 def dynad_settings(method: DynAD) -> tuple[dict[str, Any], dict[str, Tensor]]:
     "Settings and arrays of DynAD."
     c, p, f = method.config, method.parts, method.config.fusion
@@ -159,6 +164,7 @@ def dynad_settings(method: DynAD) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return settings, dict(abar=p.schedule.abar, bank=p.dic.bank, edges=p.dic.edges,
                           **{f'spatial{k}': s.bank for k, s in enumerate(p.spatial[:len(groups)])})
 
+# %% ../nbs/17i_export.ipynb #30fad6c2
 def settings_of(method: Method) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     "What a package has to know beside its networks; all of it JSON, and arrays."
     d = method.config.data
@@ -181,6 +187,7 @@ def imported(module: str) -> set[str]: # modules of the package, `module` too, w
         todo += [n.module for n in body if isinstance(n, ast.ImportFrom) and n.level and n.module]
     return found
 
+# %% ../nbs/17i_export.ipynb #e3cc604c
 def write_runtime(file: Path, main: str = 'serve') -> None:
     "The runtime as a zip that Python runs."
     error = 'class DynadError(Exception):\n    "Base of every error that this package raises on purpose."\n'
@@ -203,6 +210,7 @@ def write_manifest(work: Path, to: str, int8: tuple[str, ...], settings: dict[st
                 settings=settings, files={n: sha256(work/n) for n in names})
     atomic_write(work/'manifest.json', json.dumps(made, indent=1))
 
+# %% ../nbs/17i_export.ipynb #226a4a21
 def write_network(source: Path, name: str, work: Path, to: str) -> None:
     "A network of an ONNX file into a package."
     if to == 'onnx': shutil.copy(source, work/f'{name}.onnx')
@@ -210,6 +218,7 @@ def write_network(source: Path, name: str, work: Path, to: str) -> None:
         ov = needed('openvino')
         ov.save_model(ov.convert_model(source), work/f'{name}.xml', compress_to_fp16=False)
 
+# %% ../nbs/17i_export.ipynb #b4b3977f
 def with_settings(work: Path, p: Package, settings: dict[str, Any]) -> Package: # the package, read again
     "Settings into the manifest of a package that is being made."
     made = json.loads((work/'manifest.json').read_text(encoding='utf-8')) | {'settings': settings}
@@ -223,6 +232,7 @@ def learned(method: Method, normal: Answer) -> dict[str, Any]:
     seen = Prediction(torch.from_numpy(normal.score), torch.from_numpy(normal.map))
     return json.loads(json.dumps(asdict(Decision.learned(seen, f.threshold_quantile, f.false_alarms))))
 
+# %% ../nbs/17i_export.ipynb #b22f5132
 def answers(p: Package, x: Tensor, what: str) -> Answer: # x: [N,3,H,W] uint8
     "The package's answers, in batches with a progress bar."
     step = p.settings['batch']
@@ -237,6 +247,7 @@ class Proof:
     normal: Tensor      # [N,3,H,W] uint8, held out: no training has seen them
     defects: DefectSet  # in them; others than those that chose the mixture
 
+# %% ../nbs/17i_export.ipynb #67a9a42e
 def proof_of(method: Method, data: str | Path | None = None, n: int = N_DEFECTS) -> Proof:
     "The held-out images of a run. Raises DataError or ExportError where they are not what they were."
     c = method.config
@@ -259,6 +270,7 @@ def difference(a: Prediction, b: Answer) -> dict[str, Any]:
             'verdicts that differ': int((a.anomalous.numpy() != b.anomalous).sum()), 'T̂ that differ': t,
             'image with the largest difference': int(maps.max((1, 2, 3)).argmax())}
 
+# %% ../nbs/17i_export.ipynb #6288097e
 def points(normal_map: np.ndarray, normal_score: np.ndarray, bad_map: np.ndarray, bad_score: np.ndarray,
            masks: Tensor) -> dict[str, float]: # 'i_auroc', 'p_auroc', 'pro', in 0…100
     "How well held-out images and synthetic defects in them are told apart."
@@ -285,6 +297,7 @@ class Reference:
         return points(self.normal.map.numpy(), self.normal.score.numpy(), self.defects.map.numpy(),
                       self.defects.score.numpy(), masks)
 
+# %% ../nbs/17i_export.ipynb #6318d714
 def in_turns(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> np.ndarray: # [repeats,2,2] s
     "Seconds of both, in turns: by the clock, and of this process alone, which another program does not lengthen."
     out = np.zeros((repeats + 1, 2, 2)) # the first turn warms
@@ -295,6 +308,7 @@ def in_turns(first: Callable[[], Any], second: Callable[[], Any], repeats: int) 
             which[:] = time.perf_counter() - start[0], time.process_time() - start[1]
     return out[1:]
 
+# %% ../nbs/17i_export.ipynb #155a0ff2
 def speeds(method: Method, p: Package, x: Tensor, repeats: int = 3) -> dict[str, dict[str, float]]:
     "Milliseconds per image, from an image in memory to the verdict, both in turns with as many threads."
     before, out = torch.get_num_threads(), {}
@@ -319,6 +333,7 @@ def runtime_versions() -> dict[str, str]:
         except PackageNotFoundError: pass
     return out
 
+# %% ../nbs/17i_export.ipynb #8bf217aa
 def certificate(m: Making, p: Package, reference: Reference) -> dict[str, Any]:
     "All that was compared, as JSON."
     masks, info = m.proof.defects.masks, m.method.info
@@ -362,6 +377,7 @@ def seen_by(p: Package, x: Tensor, rows: int = 4, seed: int = 0) -> dict[str, li
     finally: p.networks = plain
     return seen
 
+# %% ../nbs/17i_export.ipynb #418570a9
 def first_and_last(onnx_file: Path) -> list[str]:
     "The names of the first and the last convolution of a network."
     names = [n.name for n in needed('onnx').load(str(onnx_file)).graph.node if n.op_type == 'Conv']
@@ -449,6 +465,7 @@ def in_int8(
         p = with_settings(m.work, p, settings | {'calibration': json.loads(json.dumps(scale))})
     return m.judged(p)
 
+# %% ../nbs/17i_export.ipynb #634c617e
 def int8_package(m: Making, p: Package, reference: Reference, most: float) -> tuple[Package, list[dict[str, Any]]]:
     "The first of `QUANTISED` that costs at most so many points, and all that was tried. Raises ExportError for none."
     given = torch.cat([m.proof.normal[:12], m.proof.defects.images[:12]])
@@ -479,6 +496,7 @@ def table(rows: dict[str, Any]) -> str:
     line = lambda k, v: f'<tr><th>{html.escape(k)}</th><td>{html.escape(text(v))}</td></tr>'
     return f"<table>{''.join(line(k, v) for k, v in rows.items() if v is not None)}</table>"
 
+# %% ../nbs/17i_export.ipynb #06ff3387
 def verdict_line(c: dict[str, Any]) -> str:
     "What the certificate says, in a sentence."
     n = sum(d['images'] for d in c['compared'].values())
@@ -505,6 +523,7 @@ def worst_case(m: Making, reference: Reference) -> str:
     return ''.join(f'<figure><img alt="" src="data:image/png;base64,{png(x)}"><figcaption>{html.escape(k)}</figcaption>'
                    '</figure>' for k, x in shown.items())
 
+# %% ../nbs/17i_export.ipynb #031f72f1
 def certificate_page(c: dict[str, Any], reference: Reference, m: Making) -> str:
     "The certificate for people."
     kind = f"{c['method']}, {c['runtime']}{', int8' if c['int8'] else ''}"
@@ -534,6 +553,7 @@ def check_target(to: str, int8: bool, out: str | Path) -> Path: # the folder
         if used: needed(name)
     return check_export(out, ['manifest.json', 'certificate.json', 'certificate.html', 'arrays.npz'], '--out ')
 
+# %% ../nbs/17i_export.ipynb #a137981a
 def export(
     run: str | Path | Method,                # run directory of `dynad fit`, or an opened method
     out: str | Path,                         # folder of the package; an earlier package there goes

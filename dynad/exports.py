@@ -77,6 +77,7 @@ def export_to(
         raise
     finally: _clean(folder, work, lock, fresh)
 
+# %% ../nbs/01b_exports.ipynb #67727442
 def _clean(folder: Path, work: Path, lock: FileLock, fresh: bool) -> None:
     "Remove what was only for the work."
     shutil.rmtree(work, ignore_errors=True)

@@ -36,6 +36,7 @@ def _admitting(pixels: int) -> int:
     unit = 10**(len(str(max(1, pixels))) - 1)
     return -(-pixels//unit)*unit
 
+# %% ../nbs/03_images.ipynb #4a1827d3
 def _file_error(path: Path, e: Exception, data: bytes | None = None) -> DataError:
     "The `DataError` for an exception raised while `path` was read."
     if isinstance(e, DataError): return e
@@ -82,6 +83,7 @@ def _opened(
         try: return Image.open(source), limit
         finally: Image.MAX_IMAGE_PIXELS = limit
 
+# %% ../nbs/03_images.ipynb #b9e1135a
 def _check_pixels(im: Image.Image, limit: int | None) -> None:
     n = im.width*im.height
     if not limit or n <= limit: return
@@ -100,6 +102,7 @@ def _turn(im: Image.Image, meta: Metadata) -> int:
         return meta.orientation if meta.parts or not isinstance(xmp, bytes) else xmp_orientation(xmp) or 1
     return read_exif(block)[0] or 1
 
+# %% ../nbs/03_images.ipynb #77b77912
 _TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
           8: Image.Transpose.ROTATE_90}
@@ -117,6 +120,7 @@ def _pages(im: Image.Image, meta: Metadata) -> int:
     try: return getattr(im, 'n_frames', 1)
     except Exception: return 1 # a later frame is damaged
 
+# %% ../nbs/03_images.ipynb #e084ca46
 def _read(
     path: Path, source: Path | BinaryIO, meta: Metadata,
     use: Callable[[Image.Image, Metadata], Any],
@@ -134,6 +138,7 @@ def _read(
     if troubles: notes.add('metadata', path, ', '.join(troubles))
     return result
 
+# %% ../nbs/03_images.ipynb #8363fa3f
 def _attempts(path: Path, data: bytes | None) -> Iterator[tuple[Path | BinaryIO, Metadata]]:
     "The file without its metadata, the file as it is, and for AVIF and HEIC with its metadata hidden."
     with open(path, 'rb') if data is None else io.BytesIO(data) as f:
@@ -160,6 +165,7 @@ def _open(
     if notes is None: own.say()
     return result
 
+# %% ../nbs/03_images.ipynb #b60503da
 def _first(path: Path, use: Callable, max_pixels: int | None, notes: Notes, data: bytes | None) -> Any:
     "The first attempt that works. Raises the first error when none does."
     error = None
@@ -206,6 +212,7 @@ def check_size(
         raise DataError(f"size = {size}: the side of the square image must be a whole number of pixels, at least 1")
     return int(size)
 
+# %% ../nbs/03_images.ipynb #ac2b95dd
 def to_float(
     images: Tensor # [...] uint8
 ) -> Tensor:       # [...] float32 in [0,1]
@@ -222,6 +229,7 @@ def decode(
     "The first image of a file, decoded and upright, in the mode of the file. Raises `DataError`."
     return _open(Path(path), max_pixels=max_pixels, notes=notes, data=data)
 
+# %% ../nbs/03_images.ipynb #320ae941
 def read_whole(
     path: str | Path,
     max_pixels: int | None = None, # as for `decode`
@@ -233,6 +241,7 @@ def read_whole(
     im = decode(path, max_pixels, notes, data)
     return Image.fromarray(_scale_deep(im, path)) if _is_deep(im) else _to_rgb(im, path)
 
+# %% ../nbs/03_images.ipynb #b544415c
 def resized_pixels(
     im: Image.Image,       # of `read_whole`, or a part of it
     size: tuple[int, int]  # width, height
@@ -242,6 +251,7 @@ def resized_pixels(
     if im.mode == 'F': return np.repeat(a[None].clip(0, 1), 3, 0)
     return np.ascontiguousarray(a.transpose(2, 0, 1)).astype(np.float32)/np.float32(255)
 
+# %% ../nbs/03_images.ipynb #16c521b0
 def resized(im: Image.Image, size: tuple[int, int]) -> Tensor: # [3,height,width] float32 in [0,1]
     "The same as a tensor."
     import torch
@@ -259,6 +269,7 @@ def read_pixels(
     side = check_size(size)
     return resized_pixels(read_whole(path, max_pixels, notes, data), (side, side))
 
+# %% ../nbs/03_images.ipynb #15a7846c
 def read_image(
     path: str | Path,
     size: int,                     # side of the square in pixels
@@ -296,6 +307,7 @@ def marked_pixels(
     "The anomalous pixels of a mask."
     return (_nonzero if nonzero else _above_half)(im, path)
 
+# %% ../nbs/03_images.ipynb #3e114ced
 def nearest(
     m: np.ndarray,              # [H,W]
     size: int | tuple[int, int] # side of the square, or height and width
@@ -305,6 +317,7 @@ def nearest(
     rows, cols = ((2*np.arange(n) + 1)*k//(2*n) for n, k in zip(sides, m.shape))
     return m[rows[:, None], cols]
 
+# %% ../nbs/03_images.ipynb #4b36e371
 def read_mask(
     path: str | Path,
     size: int | tuple[int, int], # side of the square in pixels, or height and width

@@ -103,6 +103,7 @@ def calibrated_parts(
     rest = [calibration(l, f[j], t_hat)[1] - shift[:, :, :1, :1] for j in others]
     return [x[:, 0].contiguous() for x in (lc, fc, *rest)]
 
+# %% ../nbs/17f_map_cache.ipynb #feed1df9
 def neighbour_parts(
     parts: Sequence[Tensor],  # raw parts of n_map [N,1,h,w]
     calibration: Calibration
@@ -156,6 +157,7 @@ def neighbour_map(self: MapCache,
     if not self.near or not self.neighbour: return None
     return sum(upsample_and_smooth(p[rows], self.size, sigma, False) for p in self.near)
 
+# %% ../nbs/17f_map_cache.ipynb #707cb5a3
 @patch
 def mixed(self: MapCache,
     l: Tensor, f: Tensor, n: Tensor | None, # smoothed maps
@@ -165,6 +167,7 @@ def mixed(self: MapCache,
     A = torch.lerp(f, l, lam)
     return A if n is None else torch.lerp(A, n, self.neighbour)
 
+# %% ../nbs/17f_map_cache.ipynb #87960caf
 @patch
 def anomaly_maps(self: MapCache, rows: Any, lam: float, sigma: float) -> Tensor: # [n,size,size]
     "A_map of some images; outside the region of interest its lowest value inside."
@@ -193,6 +196,7 @@ def scores(self: MapCache, maps: np.ndarray) -> np.ndarray: # [N,H,W] -> [N] flo
     A = torch.from_numpy(maps)
     return score(A if self.inside is None else A[:, self.inside], self.score).double().numpy()
 
+# %% ../nbs/17f_map_cache.ipynb #7349de1f
 @patch
 def thresholds(self: MapCache,
     lam: float,

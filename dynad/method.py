@@ -120,6 +120,7 @@ def register(cls: type[Method]) -> type[Method]:
     METHODS[cls.name] = cls
     return cls
 
+# %% ../nbs/15_method.ipynb #b8b68084
 def method_named(name: str) -> type[Method]:
     "The class of a method. Raises ConfigError that lists the methods there are."
     if name not in METHODS: import_methods()
@@ -151,6 +152,7 @@ class Hooks:
 class NoOptions(Settings):
     "Of a method without settings of its own."
 
+# %% ../nbs/15_method.ipynb #37cc5b6a
 class Method(ABC):
     "A method of anomaly detection that learns from normal images."
     name: ClassVar[str]                                  # in settings, run directories and tables
@@ -196,6 +198,7 @@ def decision(self: Method) -> Decision | None:
     if self._decision is None and self.stages: self.learn_decision()
     return self._decision
 
+# %% ../nbs/15_method.ipynb #9032fb52
 @patch
 def learn_decision(self: Method) -> None:
     "Thresholds from the held-out normal images."
@@ -221,6 +224,7 @@ def prediction_key(self: Method) -> dict[str, Any]:
     settings = self.config.model_dump(mode='json', exclude=unkeyed)
     return dict(method=self.name, stages={k: p.name for k, p in self.stages.items()}, settings=settings)
 
+# %% ../nbs/15_method.ipynb #9785a99f
 @patch
 def predict_set(self: Method,
     images: ImageSet,
@@ -249,6 +253,8 @@ def at_speed(cls: Method,
     "The settings that `config.speed` stands for. Raises ConfigError for a method without such."
     if config.speed in ('full', 'exact'): return config
     raise ConfigError(f"speed = {config.speed!r}: {cls.name} has one speed; leave the setting out")
+
+# %% ../nbs/15_method.ipynb #81cf99b8
 Method.bins = lambda self: None              # distances of the training images and bin edges, of a method that has them
 Method.null_models = lambda self, images: {} # name -> predictions of a set that tell what parts of the method add
 
@@ -257,6 +263,7 @@ def for_test_set(self: Method, images: ImageSet) -> Method:
     "The method as it decides about this set; another object only for settings that look at the test set (named so)."
     return self
 
+# %% ../nbs/15_method.ipynb #cffa6591
 @patch
 def seconds(self: Method, images: ImageSet) -> dict[str, float]: # stage -> s
     "What the predictions of a set cost when they were made."
@@ -272,6 +279,7 @@ def inside(self: Method) -> Tensor | None: # [H,W] bool
     "The pixels of a map that count; None: all."
     return None if self.roi is None else self.roi.at(*self.map_shape)
 
+# %% ../nbs/15_method.ipynb #9c96affd
 @patch(as_prop=True)
 def map_shape(self: Method) -> tuple[int, int]: # height, width
     "The shape of a map."
@@ -282,6 +290,7 @@ def inside_square(self: Method) -> Tensor | None: # [H,W] bool
     "The pixels that count of the square that the method sees; None: all, as of tiles, which lie anywhere."
     return None if self.tiling else self.inside
 
+# %% ../nbs/15_method.ipynb #423cb142
 @patch
 def within_roi(self: Method, p: Prediction) -> Prediction: # without `mask` and `anomalous`
     "A prediction as if there were nothing outside the region of interest."
@@ -303,6 +312,7 @@ def predictions(self: Method,
     each = self.predict_whole if isinstance(images, WholeImages) else self.predict_set
     for r, p in each(images, rows): yield r, self.within_roi(p)
 
+# %% ../nbs/15_method.ipynb #94de103c
 @patch
 def decided(self: Method, p: Prediction) -> Prediction:
     "The prediction with `mask`, `anomalous` and `p_value`."
@@ -322,6 +332,7 @@ def checked_roi(roi: ROI, config: Config) -> ROI:
     roi.at(config.data.image_size, config.data.image_size)
     return roi
 
+# %% ../nbs/15_method.ipynb #4fb1ada7
 def kept_roi(config: Config, root: Path) -> ROI | None:
     "The region of interest of a run or of a saved model. Raises StoreError when its file is gone."
     if config.data.roi is None: return None
@@ -330,6 +341,7 @@ def kept_roi(config: Config, root: Path) -> ROI | None:
                          "name it with --set data.roi=FILE (null: without)")
     return read_roi(root/KEPT_ROI)
 
+# %% ../nbs/15_method.ipynb #bba67f00
 def keep_roi(roi: ROI | None, root: Path) -> None:
     "The region of interest beside the settings."
     if roi is None: (root/KEPT_ROI).unlink(missing_ok=True)
@@ -360,6 +372,7 @@ def own_pixels(self: Method,
     t, scale = self.decision.pixel_threshold, mm_per_pixel or self.config.data.mm_per_pixel
     return own_pixels(p.map[i], size, t + ROUNDING*max(1., abs(t)), self.roi, scale, smallest)
 
+# %% ../nbs/15_method.ipynb #9a1ed553
 def regions_of(
     method: Method,                       # fitted
     p: Prediction,                        # of `method.predict(files)`
@@ -419,6 +432,7 @@ def trained_settings(method: Method | type[Method], config: Config) -> dict[str,
     raw = config.model_dump(mode='json', exclude={'denoiser': {'compile'}, 'data': set(UNKEYED_DATA_SETTINGS)})
     return {k: raw[k] for k in method.trains_on}
 
+# %% ../nbs/15_method.ipynb #75055360
 def run_info(method: Method, dataset: AnomalyDataset, training: list, held_out: list) -> dict[str, Any]:
     "What run.json holds."
     root = method.training_set.store.root
@@ -494,6 +508,7 @@ def images_not_at_hand(root: Path, overrides: dict[str, Any] | None) -> Callable
                          f"run `dynad fit` with the same --out{asked and ' and'}{asked} again")
     return load
 
+# %% ../nbs/15_method.ipynb #7180c36c
 def open_run(run_dir: str | Path, overrides: dict[str, Any] | None = None, progress: bool = True) -> Method:
     "A finished run of whatever method; as `Method.open`."
     return Method.open(run_dir, overrides, progress)
@@ -537,6 +552,7 @@ def checked_images(
         raise ImageError(f"images of shape {tuple(images.shape)}: expected [B,3,{size},{size}] as fitted")
     return (checked_range(images)*255).round()/255
 
+# %% ../nbs/15_method.ipynb #f8a3ce1b
 def checked_range(images: Tensor) -> Tensor:
     "The same images. Raises ValueError for values outside of [0,1]."
     if not torch.isfinite(images).all() or images.min() < -1e-4 or images.max() > 1.0001:
@@ -547,6 +563,7 @@ def checked_range(images: Tensor) -> Tensor:
 class ImageError(DynadError, ValueError):
     "Images that a method was not fitted for."
 
+# %% ../nbs/15_method.ipynb #f9739c0a
 class NotFittedError(DynadError, RuntimeError):
     "A method that is asked before it has learned."
 
@@ -585,12 +602,14 @@ def make_sets(self: Method,
     if not self.tiling: self.held_out_images = self.held_out_set
     return training, held_out
 
+# %% ../nbs/15_method.ipynb #209a2d98
 def tiles_info(method: Method) -> dict[str, Any]:
     "What run.json holds of tiles."
     if not method.tiling: return {}
     whole, kept = method.held_out_images, method.kept
     return {'tiles': {'shape': list(kept.shape), 'area': kept.area, 'held_out': len(whole), 'key': whole.key}}
 
+# %% ../nbs/15_method.ipynb #ec35a146
 def open_tiles(method: Method, store: Store, load: Callable, progress: bool) -> None:
     "The sets of an opened run that was fitted on tiles. Raises StoreError where run.json does not know them."
     t = load_json(store.root/'run.json', 'tiles.shape', 'tiles.area', 'tiles.held_out', 'tiles.key')['tiles']
@@ -612,6 +631,7 @@ def map_of_any_size(self: Method,
     predict = lambda x: self.predict_batch(x, list(range(len(x)))).map
     return kept(whole_map(im, predict, self.tiling, c.data.image_size, c.batch, counts), self.kept.shape)[None]
 
+# %% ../nbs/15_method.ipynb #84291a6c
 @patch
 def predict_whole(self: Method,
     images: WholeImages,
@@ -639,6 +659,7 @@ def predict_any_size(self: Method,
     maps = torch.cat([self.map_of_any_size(im, look=True) for im in opened])
     return self.decided(self.within_roi(Prediction(self.score_of(maps.flatten(2)), maps)))
 
+# %% ../nbs/15_method.ipynb #477de4a5
 @patch
 def stage_seconds(self: Method, images: ImageSet) -> dict[str, float]: # stage -> s
     "What the predictions of a set cost when they were made, whatever the method."

@@ -101,6 +101,7 @@ def write_predictions(
         write_tables(rows, regions, work, scale)
     return rows
 
+# %% ../nbs/17c_output.ipynb #07025c98
 def write_tables(rows: list[dict[str, Any]], regions: list[ImageRegions], out: Path, scale: float | None) -> None:
     "scores.csv, and the regions of all images as CSV, JSON and COCO."
     atomic_write(out/'scores.csv', rows_csv(rows))
@@ -108,6 +109,7 @@ def write_tables(rows: list[dict[str, Any]], regions: list[ImageRegions], out: P
     atomic_write(out/'regions.json', regions_json(regions, scale))
     atomic_write(out/'regions_coco.json', regions_coco(regions))
 
+# %% ../nbs/17c_output.ipynb #a4cafe0f
 def rows_csv(rows: list[dict[str, Any]]) -> str:
     "A table with one row per image as text."
     text = io.StringIO()
@@ -126,6 +128,7 @@ def drawn(
     yield 'mask', own.mask.astype(np.uint8)*255
     yield 'overlay', draw_regions(heat_over(image, own.map, top, own.mask), own.regions)
 
+# %% ../nbs/17c_output.ipynb #0acf6ecc
 def save_array(a: np.ndarray, path: Path) -> None: # [H,W,3] or [H,W] uint8
     "A PNG of large images, in a second for 12 megapixels: lightly compressed."
     with replacing(path) as tmp: Image.fromarray(a).save(tmp, format='PNG', compress_level=1)
@@ -161,6 +164,7 @@ def write_one(
     return row, ImageRegions(name, whole.size, row['score'], row['anomalous'], d.image_threshold,
                              d.pixel_threshold, own.regions if own else [])
 
+# %% ../nbs/17c_output.ipynb #7e0d1669
 def as_bytes(im: Image.Image) -> np.ndarray: # [H,W,3] uint8
     "An image of `read_whole` for drawing."
     if im.mode != 'F': return np.asarray(im)

@@ -63,6 +63,7 @@ class Trial:
     place: int       # 0…8, rows of a 3 × 3 grid over the image
     seed: int
 
+# %% ../nbs/17n_passport.ipynb #63588467
 REACHED = .8 # of the wanted contrast: what a defect must have to count
 
 def window(
@@ -72,6 +73,7 @@ def window(
     a = [min(max(0, c - side//2), max(0, n - side)) for c, n in zip(centre, shape)]
     return tuple(slice(k, min(k + side, n)) for k, n in zip(a, shape))
 
+# %% ../nbs/17n_passport.ipynb #a021dedd
 def changed(
     part: np.ndarray,                # [h,w,3] in [0,1]
     trial: Trial, centre: tuple[int, int], # in `part`
@@ -100,6 +102,7 @@ class Made:
     contrast: float      # as it has become
     ok: bool             # whether it counts: the place lies on the part, and the contrast is reached
 
+# %% ../nbs/17n_passport.ipynb #e6c91ccc
 def make_defect(
     image: np.ndarray,  # [H,W,3] uint8
     likely: np.ndarray, # [h,w] bool, where the part is, at any size
@@ -178,6 +181,7 @@ def held_out_samples(
                         'normal images')
     return held
 
+# %% ../nbs/17n_passport.ipynb #fad35f8d
 def file_pixels(s: Sample, max_pixels: int | None) -> np.ndarray: # [H,W,3] uint8
     "An image at the size of its file; one of more than 8 bits in 8."
     im = decode(s.image, max_pixels, Notes())
@@ -222,6 +226,7 @@ def located(
     if not len(rows): return False
     return bool((np.hypot((rows + .5)*h/mask.shape[0] - y - .5, (columns + .5)*w/mask.shape[1] - x - .5) <= NEAR).any())
 
+# %% ../nbs/17n_passport.ipynb #27f3f7b1
 def try_all(
     method: Method, samples: Sequence[Sample], trials: Sequence[Trial],
     key: str,                # of samples and design
@@ -264,6 +269,7 @@ class Share:
         low, high = self.interval
         return f'{self.found} of {self.n} ({low:.0%} to {high:.0%})' if self.n else 'no trial'
 
+# %% ../nbs/17n_passport.ipynb #9a0c137d
 def rising(
     shares: Sequence[Share] # by rising size
 ) -> np.ndarray:            # [len(shares)], nan where there was no trial at all
@@ -273,6 +279,7 @@ def rising(
     if n.any(): out[n > 0] = isotonic_regression([s.value for s in shares if s.n], weights=n[n > 0]).x
     return out
 
+# %% ../nbs/17n_passport.ipynb #f47e90c3
 def smallest(sizes: Sequence[float], shares: Sequence[Share], least: float = .9) -> float | None:
     "The smallest size from which on at least so much is found; None: none of those tried."
     return next((s for s, v in zip(sizes, rising(shares)) if v >= least - 1e-9), None)
@@ -318,6 +325,7 @@ def share(
     hit = self.found & self.results['located'] if what == 'located' else self.found
     return Share(int(hit[chosen].sum()), int(chosen.sum()))
 
+# %% ../nbs/17n_passport.ipynb #9006fe72
 @patch
 def curve(self: Passport, what: str = 'found', **of) -> list[Share]: # by size
     "The shares of every size."
@@ -328,6 +336,7 @@ def smallest(self: Passport, least: float = .9, **of) -> float | None: # √area
     "The smallest size from which on so much is found."
     return smallest(self.design.sizes, self.curve(**of), least)
 
+# %% ../nbs/17n_passport.ipynb #de1d2dad
 @patch
 def size_text(self: Passport, size: float | None) -> str:
     "A size in the user's units."
@@ -346,6 +355,7 @@ def default_design(
     return Design(sizes or input_sizes(file_side(held_out_samples(method, dataset)), c.data.image_size),
                   contrasts or CONTRASTS, trials=trials, seed=c.seed if seed is None else seed)
 
+# %% ../nbs/17n_passport.ipynb #01d4bab1
 def file_side(samples: Sequence[Sample]) -> int: # pixels
     "The shorter side of the files, in the middle of them all."
     return int(np.median([min(image_size(s.image, Notes())) for s in samples]))
@@ -391,6 +401,7 @@ def worse_places(self: Passport) -> list[int]: # 0…8
         if stats.fisher_exact(table, alternative='less').pvalue < .01/9: out.append(k)
     return out
 
+# %% ../nbs/17n_passport.ipynb #3bbcca78
 @patch
 def by_kind(self: Passport) -> dict[str, Share]: return {k: self.share(kind=k) for k in self.design.kinds}
 
@@ -412,6 +423,7 @@ def lines(self: Passport) -> list[str]:
     if least: out.append(f'found least: {least[0]}, {least[1].text()}')
     return [printable(t) for t in out + self.cautions()]
 
+# %% ../nbs/17n_passport.ipynb #b2a14ea4
 @patch
 def cautions(self: Passport) -> list[str]:
     "What a reader must keep in mind."

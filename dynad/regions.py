@@ -70,6 +70,7 @@ def _runs(
     first = np.flatnonzero(np.diff(at, prepend=-2) != 1)
     return tuple(zip(at[first].tolist(), np.diff(first, append=len(at)).tolist()))
 
+# %% ../nbs/13b_regions.ipynb #dc14e156
 def regions_in(
     map: np.ndarray,                   # [H,W] at the image's own size
     mask: np.ndarray,                  # [H,W] bool: above the threshold, and inside the region of interest
@@ -147,6 +148,7 @@ def read_roi(
         raise ConfigError(f"{printable(path)}: nothing in it is brighter than half of the range, so that nothing would "
                           "count; paint white (255) what counts, black (0) what does not") from None
 
+# %% ../nbs/13b_regions.ipynb #386dc4d0
 def save_roi(roi: ROI, path: str | Path) -> Path:
     "Write a region of interest as PNG, atomically."
     with replacing(path) as tmp: Image.fromarray(roi.mask).save(tmp, format='PNG')
@@ -161,6 +163,7 @@ class OwnPixels:
     mask: np.ndarray           # [H,W] bool
     regions: list[Region]      # by falling peak
 
+# %% ../nbs/13b_regions.ipynb #31253be6
 def own_pixels(
     map: Tensor,               # [1,h,w]
     size: tuple[int, int],     # width and height of its image
@@ -215,6 +218,7 @@ def heat_over(
     out[mask & ~ndimage.binary_erosion(mask, np.ones((3, 3), bool), iterations=width)] = 255
     return out
 
+# %% ../nbs/13b_regions.ipynb #34014372
 def coloured(
     map: np.ndarray, top: float, rows: int = 256 # as for `heat_over`
 ) -> np.ndarray:                                 # [H,W,3] uint8
@@ -235,6 +239,7 @@ class ImageRegions:
     pixel_threshold: float
     regions: Sequence[Region]
 
+# %% ../nbs/13b_regions.ipynb #089831ea
 COLUMNS = ('image', 'region', 'x', 'y', 'width', 'height', 'area', 'peak', 'peak_x', 'peak_y', 'centre_x', 'centre_y')
 IN_MM = ('x_mm', 'y_mm', 'width_mm', 'height_mm', 'area_mm2', 'centre_x_mm', 'centre_y_mm')
 
@@ -262,6 +267,7 @@ def regions_csv(
     w.writeheader(); w.writerows(region_rows(images, mm))
     return text.getvalue()
 
+# %% ../nbs/13b_regions.ipynb #aa5cdf84
 def regions_json(images: Sequence[ImageRegions], mm_per_pixel: float | None = None) -> str:
     "One object an image, with its regions; `mm` beside the pixels where there is a scale."
     def one(r: Region) -> dict:
@@ -281,6 +287,7 @@ def rle(r: Region, size: tuple[int, int]) -> dict[str, Any]: # {'size': [H,W], '
         at = start + n
     return {'size': [h, w], 'counts': counts + ([w*h - at] if at < w*h else [])}
 
+# %% ../nbs/13b_regions.ipynb #17f8ab55
 def regions_coco(images: Sequence[ImageRegions]) -> str:
     "COCO's format: images, one category, and an annotation a region."
     out: dict[str, Any] = {'info': {'description': f'anomalous regions, dynad {__version__}'}, 'images': [],

@@ -40,6 +40,7 @@ def interpolation(
     np.add.at(out, (np.arange(size), np.minimum(low + 1, n - 1)), at - low)
     return out.astype(np.float32)
 
+# %% ../nbs/17h_runtime.ipynb #8e1619c9
 def upsample(m: np.ndarray, size: int, aligned: bool = True) -> np.ndarray: # [...,h,w] -> [...,size,size]
     "A map at another size."
     return interpolation(m.shape[-2], size, aligned) @ m @ interpolation(m.shape[-1], size, aligned).T
@@ -58,6 +59,7 @@ def blur(
     np.add.at(out, (np.arange(n)[:, None], np.where(at < n, at, 2*(n - 1) - at)), weight/weight.sum())
     return out.astype(np.float32)
 
+# %% ../nbs/17h_runtime.ipynb #9ac692ad
 def smooth(m: np.ndarray, sigma: float) -> np.ndarray: # [...,n,n]; σ in pixels at 256²
     "The map, smoothed."
     s = sigma*m.shape[-1]/256
@@ -75,6 +77,7 @@ def pooled(f: np.ndarray, pool: int) -> np.ndarray: # [B,C,h,w] -> [B, C·side²
                       for i in range(side)], axis)
     return f.astype(np.float32).reshape(len(f), -1)
 
+# %% ../nbs/17h_runtime.ipynb #1ba96750
 def severity(
     query: np.ndarray, # [B,D]
     bank: np.ndarray,  # [N,D]
@@ -112,6 +115,7 @@ class Sampler:
         z0_hat = (z_t - f32(np.sqrt(1 - a))*eps)/f32(np.sqrt(a))
         return f32(np.sqrt(b))*z0_hat + f32(direction*np.sqrt(1 - b))*eps
 
+# %% ../nbs/17h_runtime.ipynb #95ab5556
 def f32(x: Any) -> np.ndarray:
     "Coefficients are computed in double and applied in single precision, as in torch."
     return np.asarray(x, np.float32)
@@ -145,6 +149,7 @@ def cosine_map(a: np.ndarray, b: np.ndarray) -> np.ndarray: # [B,C,h,w] each -> 
     unit = lambda x: x/np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-8)
     return 1 - (unit(a)*unit(b)).sum(1, keepdims=True)
 
+# %% ../nbs/17h_runtime.ipynb #7849f100
 def neighbourhoods(features: dict[int, np.ndarray], layers: Sequence[int]) -> np.ndarray: # [B,h,w,ΣC]
     "Each place with its surroundings of 3×3, on the grid of the finest layer."
     maps = [features[j] for j in layers]
@@ -165,6 +170,7 @@ def smallest(d: np.ndarray, few: int) -> np.ndarray: # [n,m] -> [n,few] columns
     np.put_along_axis(d, first, np.inf, 1)
     return np.concatenate([first, d.argmin(1)[:, None]], 1)
 
+# %% ../nbs/17h_runtime.ipynb #e5080f26
 def nearest(
     x: np.ndarray,      # [n,d]
     bank: np.ndarray,   # [m,d]
@@ -191,6 +197,7 @@ def needed(name: str) -> Any:
         raise PackageError(f"{name} is needed for this package and cannot be imported ({e}): pip install {name}, "
                            "or pip install 'dynad[export]'") from None
 
+# %% ../nbs/17h_runtime.ipynb #c5cd68fc
 def default_threads() -> int:
     "The cores that this process may use, or fewer where OMP_NUM_THREADS says so."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
@@ -210,6 +217,7 @@ class OnnxNetwork:
     def __call__(self, *x: np.ndarray) -> list[np.ndarray]:
         return self.session.run(None, dict(zip(self.names, map(np.ascontiguousarray, x), strict=True)))
 
+# %% ../nbs/17h_runtime.ipynb #9711b5d3
 class OpenVinoNetwork:
     "A network in OpenVINO."
     def __init__(self, file: Path, threads: int):
@@ -231,6 +239,7 @@ def sha256(file: Path) -> str:
     "Of a file's bytes."
     with open(file, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
+# %% ../nbs/17h_runtime.ipynb #d5665d4b
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     "manifest.json of a package whose files are all there and unchanged. Raises PackageError."
     folder = expanded(folder)
@@ -315,6 +324,7 @@ def sampler_of(p: Package) -> Sampler:
     return Sampler(p.arrays['abar'], {int(T): list(r) for T, r in s['steps'].items()}, s['eta'], s['clamp_pull'],
                    s['drop_first'])
 
+# %% ../nbs/17h_runtime.ipynb #026281fa
 def raw_maps(
     p: Package,
     features: dict[int, np.ndarray], # φ_j(x_0)
@@ -339,6 +349,7 @@ def rescaled(m: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray: # 
     wide = high - low > 1e-6*np.maximum(np.abs(high), 1)
     return (m - low)/np.where(wide, high - low, np.float32(1))
 
+# %% ../nbs/17h_runtime.ipynb #681224a9
 def fused(
     p: Package,
     raw: list[tuple[np.ndarray, dict[int, np.ndarray]]], # of `raw_maps`; none where n_map has all the weight
@@ -378,11 +389,13 @@ def walk_dynad(p: Package, x: np.ndarray) -> Answer: # [B,3,H,W] in [0,1]
     a = fused(p, raw, every, near)
     return Answer(map_score(a, f['score']), a, t_hat=t_hat, distance=d, reconstruction=x_hat)
 
+# %% ../nbs/17h_runtime.ipynb #c68502fc
 def diffuses(settings: dict[str, Any]) -> bool:
     "Whether the reconstruction has a weight in the map; where n_map has all of it, no reconstruction is made."
     f = settings.get('fusion')
     return f is not None and not (f['neighbour'] == 1 and f['neighbour_layers'])
 
+# %% ../nbs/17h_runtime.ipynb #bb342ab4
 def neighbour_maps(p: Package, features: dict[int, np.ndarray]) -> list[np.ndarray]: # [B,1,h,w] each
     "The parts of n_map."
     out = []
@@ -391,6 +404,7 @@ def neighbour_maps(p: Package, features: dict[int, np.ndarray]) -> list[np.ndarr
         out.append(nearest(x.reshape(-1, x.shape[-1]), p.arrays[f'spatial{k}'])[0].reshape(x.shape[:-1])[:, None])
     return out
 
+# %% ../nbs/17h_runtime.ipynb #d0fe1975
 def map_score(a: np.ndarray, rule: str) -> np.ndarray: # [B]
     "The largest value, or the mean of the largest 1 %."
     v = a.reshape(len(a), -1)
@@ -407,6 +421,7 @@ def walk_patchcore(p: Package, x: np.ndarray) -> Answer: # [B,3,H,W] in [0,1]
     a = smooth(upsample(d.reshape(B, 1, h, w), size, aligned=False), o['sigma']).astype(np.float32)
     return Answer(reweighted(patches.reshape(B, h*w, C), d, i, bank, o['neighbours']), a)
 
+# %% ../nbs/17h_runtime.ipynb #df326c2d
 def reweighted(x: np.ndarray, d: np.ndarray, i: np.ndarray, bank: np.ndarray, neighbours: int) -> np.ndarray: # [B]
     "The image score of PatchCore from patches [B,P,C], distances and nearest rows [B,P]."
     s, b, rows = d.max(1), min(neighbours, len(bank)), np.arange(len(d))
@@ -423,6 +438,7 @@ def above(values: np.ndarray, threshold: float) -> np.ndarray: # bool
     "Whether values exceed a threshold by more than rounding."
     return values > threshold + ROUNDING*max(1., abs(threshold))
 
+# %% ../nbs/17h_runtime.ipynb #8d46d2b6
 def decided(a: Answer, decision: dict[str, Any]) -> Answer: # the same, completed
     "The answer with verdict, mask and p-value."
     normal = np.sort(np.asarray(decision['normal_scores'], np.float64))
@@ -444,6 +460,7 @@ def read_images(
     notes.say()
     return np.round(x*255)/np.float32(255)
 
+# %% ../nbs/17h_runtime.ipynb #8f3e91e6
 def predict_arrays(p: Package, x: np.ndarray) -> Answer: # [B,3,H,W] in [0,1]
     "The answer for images at the size of the package, in batches. Raises PackageError for another size or range."
     size, step = p.settings['image_size'], p.settings['batch']
@@ -455,6 +472,7 @@ def predict_arrays(p: Package, x: np.ndarray) -> Answer: # [B,3,H,W] in [0,1]
     parts = [walk(p, x[k:k + step]) for k in range(0, len(x), step)]
     return decided(Answer.concatenated(parts), p.settings['decision'])
 
+# %% ../nbs/17h_runtime.ipynb #324cd1f3
 def predict(p: Package, images: Sequence[str | Path | tuple[str, bytes]]) -> Answer:
     "The answer for image files. Raises DataError for one that cannot be read."
     return predict_arrays(p, read_images(images, p.settings['image_size'], p.settings['max_pixels']))
@@ -485,6 +503,7 @@ def runs(mask: np.ndarray) -> list[tuple[int, int, int]]: # row, first column, c
     (rows, starts), (_, ends) = np.nonzero(edge == 1), np.nonzero(edge == -1)
     return list(zip(rows.tolist(), starts.tolist(), ends.tolist()))
 
+# %% ../nbs/17h_runtime.ipynb #83d51519
 def labelled(found: list[tuple[int, int, int]]) -> list[int]: # of each run, the number of a run of its region
     "Which runs are one region: a union of runs that touch."
     parent, above, here, row = list(range(len(found))), [], [], -1
@@ -498,6 +517,7 @@ def labelled(found: list[tuple[int, int, int]]) -> list[int]: # of each run, the
             if found[j][1] <= b and a <= found[j][2]: parent[root(j)] = root(k)
     return [root(k) for k in range(len(found))]
 
+# %% ../nbs/17h_runtime.ipynb #10615d73
 def regions(
     mask: np.ndarray, map: np.ndarray,          # [1,H,W] each
     scale: tuple[float, float] = (1., 1.),      # pixels of the image per pixel of the map, across and down

@@ -32,6 +32,7 @@ class ServeError(DynadError, ValueError):
         super().__init__(text)
         self.status = status # of HTTP
 
+# %% ../nbs/17j_serve.ipynb #f7abf9e9
 @dataclass(frozen=True)
 class Limits:
     "What is admitted from outside."
@@ -90,12 +91,14 @@ def decoded(data: bytes, size: int, limits: Limits
         return read_images([(NAME, data)], size, limits.pixels)[0], (wide, high)
     except DataError as e: raise ServeError(str(e), 422) from None
 
+# %% ../nbs/17j_serve.ipynb #2c4f2d8c
 def png(a: np.ndarray) -> str: # [H,W,3] uint8
     "An image as base64 of a PNG."
     out = io.BytesIO()
     Image.fromarray(a).save(out, 'PNG')
     return base64.b64encode(out.getvalue()).decode()
 
+# %% ../nbs/17j_serve.ipynb #f3025dfe
 def reply(p: Package, x: np.ndarray, shape: tuple[int, int], a: Answer, wanted: set[str]) -> dict[str, Any]:
     "The answer to one image as JSON; regions in pixels of the image as it was sent."
     d, (wide, high), size = p.settings['decision'], shape, p.settings['image_size']
@@ -224,6 +227,7 @@ def make_app(service: Service, host: str = LOOPBACK[0]) -> Any: # an ASGI applic
     for cls, options in middleware: app.add_middleware(cls, **options)
     return app
 
+# %% ../nbs/17j_serve.ipynb #1df3eb0a
 def serve(
     folder: str | Path,               # a package of `dynad export`
     host: str = LOOPBACK[0],          # '0.0.0.0': every machine that reaches this one
@@ -293,6 +297,7 @@ def judge_files(folder: str | Path, places: Sequence[str], threads: int | None =
         a = predict(p, [file])
         echo(json.dumps({'image': str(file), **a.row(0), 'threshold': p.settings['decision']['image_threshold']}))
 
+# %% ../nbs/17j_serve.ipynb #a52aff80
 def main(args: Sequence[str] | None = None) -> None:
     "The command line of `dynad_runtime.pyz`."
     lenient_streams()

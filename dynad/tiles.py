@@ -70,6 +70,7 @@ def window(n: int) -> Tensor: # [n] float32
     "s(x): how much a pixel of a tile counts, along one side."
     return torch.sin(torch.pi*(torch.arange(n) + .5)/n)**2 + 1e-3
 
+# %% ../nbs/14d_tiles.ipynb #7b676f53
 class Canvas:
     "The map of one image, to which the maps of its tiles are added; one float a pixel."
     def __init__(self, tiling: Tiling, size: tuple[int, int]): # width and height of the image
@@ -125,6 +126,7 @@ def kept_shape(
     scale = min(size/tiling.tile, 1., LONGEST/max(w, h))
     return max(1, round(h*scale)), max(1, round(w*scale))
 
+# %% ../nbs/14d_tiles.ipynb #a81d112f
 def kept(
     map: Tensor,            # [1,H,W] at the size of the image
     shape: tuple[int, int]  # height, width
@@ -143,6 +145,7 @@ class TileOf:
     @property
     def name(self) -> str: return f'{self.sample.name}@{self.box[0]},{self.box[1]},{self.box[2]},{self.box[3]}'
 
+# %% ../nbs/14d_tiles.ipynb #2aaedc0d
 def tiles_of(
     samples: Sequence[Sample],
     tiling: Tiling,
@@ -178,6 +181,7 @@ def load_tiles(
     notes.say()
     return out
 
+# %% ../nbs/14d_tiles.ipynb #a4469c08
 def tile_set(
     store: Store,
     tiles: Sequence[TileOf],
@@ -195,6 +199,7 @@ class WholeImages(ImageSet):
     read: Callable[[int], Image.Image] = None # one of them, as `read_whole`
     shape: tuple[int, int] = (0, 0)           # height and width of the maps that are kept of them
 
+# %% ../nbs/14d_tiles.ipynb #df220948
 def whole_images(
     store: Store,
     samples: Sequence[Sample],
@@ -218,6 +223,7 @@ class Kept:
     shape: tuple[int, int] # height, width of a map
     area: int              # pixels of it that one tile stands for
 
+# %% ../nbs/14d_tiles.ipynb #1ffd6581
 def common_kept(
     samples: Sequence[Sample],
     tiling: Tiling,

@@ -118,6 +118,7 @@ class Arrived:
         now = datetime.now(timezone.utc).isoformat(timespec='seconds')
         return {'name': self.name, 'sha256': self.sha256, 'judged': now, 'look': list(asdict(self.look).values())}
 
+# %% ../nbs/17o_watch.ipynb #463bad84
 class Known:
     "The files that have had their turn."
     def __init__(self): self.hashes, self.looks = {}, {}
@@ -153,6 +154,7 @@ def predicted(
 class WatchError(DynadError, RuntimeError):
     "A folder that cannot be watched: the text names it, what is wrong and the cure."
 
+# %% ../nbs/17o_watch.ipynb #78018b75
 def check_watch(
     folder: str | Path,  # watched
     out: str | Path      # for the results
@@ -172,6 +174,7 @@ def check_watch(
                             "choose a new folder")
     return folder, out
 
+# %% ../nbs/17o_watch.ipynb #0cc3a603
 def identity(method: Method) -> str:
     "What has judged: a saved model is known by its thresholds, a run by its stages."
     return content_key([method.prediction_key, None if method.stages else asdict(method.decision)])
@@ -223,6 +226,7 @@ class Watch:
         self.scores, self.letters = Journal(self.out/'scores.jsonl'), Journal(self.out/'dead_letters'/'reasons.jsonl')
         recover(self)
 
+# %% ../nbs/17o_watch.ipynb #eae56f70
 PICTURES = ('anomalous', 'all', 'none')
 
 def alone(out: Path) -> FileLock:
@@ -245,6 +249,7 @@ def claim(w: Watch) -> None:
     atomic_write(file, json.dumps({'dynad': __version__, 'model': mine, 'method': w.method.name,
                                    'threshold': w.method.decision.image_threshold, 'folder': str(w.folder)}, indent=1))
 
+# %% ../nbs/17o_watch.ipynb #3c2fc8bd
 def recover(w: Watch) -> None:
     "Read what was done, and write the table of it."
     def rows():
@@ -264,6 +269,7 @@ def note_scored(w: Watch, row: dict[str, Any]) -> DriftWarning | None:
     w.recent.append({k: row[k] for k in ('name', 'score', 'anomalous', 'judged', 'files')})
     return w.monitor.update(row['score'], row['anomalous'], int(row['sha256'][:13], 16)/16**13)
 
+# %% ../nbs/17o_watch.ipynb #2c7065a7
 def note_dead(w: Watch, row: dict[str, Any]) -> None:
     "Take note of a line of reasons.jsonl."
     w.known.note(row['name'], row['sha256'], Look(*row['look']))
@@ -286,6 +292,7 @@ def judge(self: Watch,
         if a.path not in done: self.refuse(a, failed.get(a.path, f'{a.path}: cannot be read; see who may read it'))
     return rows
 
+# %% ../nbs/17o_watch.ipynb #a4b0fa2c
 @patch
 def scored(self: Watch, a: Arrived, p: Prediction, i: int) -> dict[str, Any] | None: # None: the file has changed
     "The line of one image; its pictures are written."
@@ -322,6 +329,7 @@ def hashed(path: Path) -> str | None: # None: cannot be read now
     try: return file_sha256(path)
     except OSError: return None
 
+# %% ../nbs/17o_watch.ipynb #7ef1c855
 @patch
 def step(self: Watch) -> int: # files that have had their turn
     "Look once, and judge what has arrived."
@@ -337,6 +345,7 @@ def step(self: Watch) -> int: # files that have had their turn
     self.take(batch)
     return self.turns - before
 
+# %% ../nbs/17o_watch.ipynb #42cc0c11
 @patch(as_prop=True)
 def turns(self: Watch) -> int:
     "Files that have had their turn so far."
@@ -354,6 +363,7 @@ def take(self: Watch, batch: list[Arrived]) -> None:
              f"({printable(worst['name'])}); {self.counts['judged']} in all, {self.counts['anomalous']} anomalous")
     if time.monotonic() - self.drawn > 30: self.draw()
 
+# %% ../nbs/17o_watch.ipynb #3c084569
 @patch
 def tell_once(self: Watch) -> None:
     "What is to be known of the folder, once for each kind."
@@ -395,6 +405,7 @@ def state_of(w: Watch) -> dict[str, Any]:
             'one_false_warning_in': w.monitor.every, 'expected_share': w.monitor.expected,
             'held_out': len(w.monitor.normal), 'threshold': w.monitor.threshold}
 
+# %% ../nbs/17o_watch.ipynb #971a8669
 @patch
 @aside('the page of the watch')
 def draw(self: Watch, refresh: float = 5.) -> None:
@@ -428,6 +439,7 @@ def run(self: Watch,
     self.draw(poll)
     return state_of(self) | {'new': self.turns - turns}
 
+# %% ../nbs/17o_watch.ipynb #a7f108b4
 @patch
 def close(self: Watch) -> None:
     "Let another watch write there."
