@@ -74,6 +74,7 @@ def shown_pairs(d: Diagnosis, f: Finding) -> list[Pair]:
     return [p for p in d.pairs
             if p.by == 'bytes' and {d.looked.samples[p.a].image, d.looked.samples[p.b].image} & set(f.files)]
 
+# %% ../nbs/17ka_data_page.ipynb #312135b6
 def pair_note(p: Pair) -> str:
     "By which rule, in a few words."
     if p.by == 'bytes': return 'the same file'
@@ -81,6 +82,7 @@ def pair_note(p: Pair) -> str:
     return ', '.join(filter(None, [f'by {p.by}', p.turn, f'{p.bits} of 255 bits differ' if 'hash' in p.by else '',
                                    ratio]))
 
+# %% ../nbs/17ka_data_page.ipynb #089def46
 def finding_rows(d: Diagnosis, thumbs: Thumbnails) -> list[dict[str, Any]]:
     "The findings for the template, faults first."
     faults, z = {id(f) for f in d.faults}, {o.row: o.z for o in d.odd}
@@ -101,6 +103,7 @@ def _axes(width: float = 4.2, height: float = 2.5):
     ax.spines[['top', 'right']].set_visible(False); ax.tick_params(labelsize=7)
     return fig, ax
 
+# %% ../nbs/17ka_data_page.ipynb #d2425592
 def sizes_figure(d: Diagnosis) -> Figure:
     "Width and height of the files, the larger the dot the more files."
     fig, ax = _axes()
@@ -121,6 +124,7 @@ def left_of(m: MaskFacts, size: int) -> float:
     "Height or width of the largest part of a defect, the smaller of the two, in pixels of the input."
     return min(b*size/n for b, n in zip(m.box, m.shape))
 
+# %% ../nbs/17ka_data_page.ipynb #839cecba
 def defects_figure(d: Diagnosis) -> Figure | None: # None: no mask
     "The size of each defect in pixels of the input, by kind."
     groups, size = by_defect([m for m in d.masks if m.marked]), d.config.data.image_size
@@ -138,6 +142,7 @@ def defects_figure(d: Diagnosis) -> Figure | None: # None: no mask
     ax.set_xlabel(f'smaller side of the defect in pixels of the input ({size} × {size})', fontsize=8)
     return fig
 
+# %% ../nbs/17ka_data_page.ipynb #c95ad36a
 def curve_figure(d: Diagnosis) -> Figure | None:
     "The learning curve, and where it goes."
     if (c := d.curve) is None: return None
@@ -165,9 +170,11 @@ def contact_groups(d: Diagnosis, thumbs: Thumbnails) -> list[dict[str, Any]]: # 
     some = lambda rows: [rows[k] for k in np.linspace(0, len(rows) - 1, min(GROUP, len(rows))).round().astype(int)]
     return [dict(title=f'{printable(k)} ({len(v)})', images=[thumbs(i) for i in some(v)]) for k, v in groups.items()]
 
+# %% ../nbs/17ka_data_page.ipynb #09773fd5
 @aside('a figure of the data')
 def _uri(fig: Figure | None) -> str | None: return fig and png_uri(fig)
 
+# %% ../nbs/17ka_data_page.ipynb #98f21a63
 def parts_html(d: Diagnosis) -> Markup:
     "The diagnosis as a part of a page or of a notebook."
     thumbs = Thumbnails(d)
@@ -183,6 +190,7 @@ def widget_html(d: Diagnosis) -> str:
     "The diagnosis for a widget of a notebook."
     return f'<div class="dynad-x dynad-doctor"><style>{css("data_doctor.css")}</style>{parts_html(d)}</div>'
 
+# %% ../nbs/17ka_data_page.ipynb #95992fca
 def page_html(d: Diagnosis) -> str:
     "The diagnosis as a page of its own."
     c = d.config
@@ -194,6 +202,7 @@ def page_html(d: Diagnosis) -> str:
                   style=css('page.css', 'report.css', 'data_doctor.css'),
                   chips=chips, warnings=remark, unused=unused, parts=parts_html(d))
 
+# %% ../nbs/17ka_data_page.ipynb #cb016c7d
 def write_diagnosis(
     d: Diagnosis,
     folder: str | Path # made; an earlier diagnosis in it goes

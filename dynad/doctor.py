@@ -32,6 +32,7 @@ class Finding:
     state: str
     cure: str = ''  # empty: nothing to do
 
+# %% ../nbs/17d_doctor.ipynb #c9c4525e
 def installed(package: str) -> str | None:
     "The version of an installed package."
     try: return version(package)
@@ -82,6 +83,7 @@ def weights() -> Iterator[Finding]:
                                        'or let diffusers download them')
     yield from backbones()
 
+# %% ../nbs/17d_doctor.ipynb #36706043
 def backbones() -> Iterator[Finding]:
     "The weights of φ."
     try:
@@ -104,6 +106,7 @@ def data() -> Iterator[Finding]:
     for d in sorted(p for p in root.iterdir() if p.is_dir()) if there else (): yield data_set(d, d.name)
     yield data_set('elpv', 'elpv')
 
+# %% ../nbs/17d_doctor.ipynb #c14b24c5
 def _line(place: Path | str) -> str:
     "A data set in one line, with what is not used."
     with warnings.catch_warnings():

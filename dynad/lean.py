@@ -28,6 +28,7 @@ class Needed:
     feature: bool
     neighbour: bool
 
+# %% ../nbs/14c_lean.ipynb #b5081738
 def needed(config: Config) -> Needed:
     "The maps of Eq. 10, and the neighbour map, whose weight is not 0."
     f = config.fusion
@@ -41,6 +42,7 @@ def layers_of(config: Config) -> tuple[tuple[int, ...], tuple[int, ...]]: # of x
     first = own if config.fusion.reference == 'input' else ()
     return tuple(sorted({config.dic.layer, *first, *near})), tuple(sorted(own))
 
+# %% ../nbs/14c_lean.ipynb #2f8c92e6
 @torch.no_grad()
 def features_at(
     parts: Parts,
@@ -57,6 +59,7 @@ def blank(parts: Parts, B: int) -> RawMaps:
     "Zeros in the place of both maps."
     return RawMaps(torch.zeros(B, 1, 1, 1), {j: torch.zeros(B, 1, 1, 1) for j in parts.config.fusion.layers})
 
+# %% ../nbs/14c_lean.ipynb #154992cf
 def lean_walk(
     parts: Parts,
     image: Tensor,                # [B,3,H,W] in [0,1]
@@ -92,6 +95,7 @@ def run_key(info: dict[str, Any]) -> str:
     "What a pick belongs to: the run as it was fitted."
     return content_key([info['trained'], info['stages'], info['keys']])
 
+# %% ../nbs/14c_lean.ipynb #5552db5a
 def picked(
     root: Path,             # run directory
     info: dict[str, Any],   # its run.json

@@ -61,12 +61,14 @@ def grid_rows(p: Passport) -> list[dict[str, Any]]: # contrast, cells, smallest
     return [dict(contrast=f'{c:.0%}', cells=[cell(s) for s in p.curve(contrast=c)],
                  smallest=p.size_text(p.smallest(contrast=c))) for c in p.design.contrasts]
 
+# %% ../nbs/17na_passport_page.ipynb #40f5d469
 def place_rows(p: Passport) -> list[list[dict[str, Any]]]:
     "The nine places, as they lie in the image."
     worse = p.worse_places()
     one = lambda k: cell(p.share(place=k), name=PLACES[k], worse=k in worse)
     return [[one(3*r + c) for c in range(3)] for r in range(3)]
 
+# %% ../nbs/17na_passport_page.ipynb #c9df0814
 def kind_rows(p: Passport) -> list[dict[str, Any]]:
     "The kinds, least found first."
     rows = [cell(s, kind=k.replace('_', ' '), half=p.size_text(p.smallest(.5, kind=k)),
@@ -85,6 +87,7 @@ def examples(p: Passport) -> list[dict[str, Any]]: # size, images: src, found, k
         out.append(dict(size=p.size_text(size), images=[_example(p, source, k) for k in chosen if k is not None]))
     return [row for row in out if row['images']]
 
+# %% ../nbs/17na_passport_page.ipynb #79584a04
 def _example(p: Passport, source: TrialImages, k: int) -> dict[str, Any]:
     made = source.made(k)
     x = source.input(made.image)
@@ -99,6 +102,7 @@ def _examples(p: Passport): return examples(p)
 @aside('the curves of the passport')
 def _curves(p: Passport): return png_uri(curve_figure(p))
 
+# %% ../nbs/17na_passport_page.ipynb #a0c3dd21
 def section_html(p: Passport) -> Markup:
     "The passport as a section of a page."
     return Markup(render('passport_parts.html', style=css('passport.css'), figure=_curves(p),
@@ -107,6 +111,7 @@ def section_html(p: Passport) -> Markup:
                          cautions=p.cautions(), contrast=f"{p.design.contrasts[len(p.design.contrasts)//2]:.0%}",
                          images=p.about['held_out'] - len(p.left_out), trials=int(p.counts.sum())))
 
+# %% ../nbs/17na_passport_page.ipynb #758e7bb5
 def write_passport(
     p: Passport,
     folder: str | Path # made; an earlier passport in it goes
@@ -132,6 +137,7 @@ def keep(p: Passport, run: str | Path) -> None:
     "Note in a run which passport was made of it."
     atomic_write(Path(run)/KEPT, json.dumps(p.to_json(), indent=1, ensure_ascii=False, allow_nan=False))
 
+# %% ../nbs/17na_passport_page.ipynb #a55af918
 def kept_passport(method, dataset) -> Passport | None: # None: there is none, or the images or settings are others now
     "The passport that was made of a run."
     from dynad.collector import DataError

@@ -58,6 +58,7 @@ def candidates(
 class SpeedError(DynadError, ValueError):
     "A curve that cannot be measured: the text names what is missing and the cure."
 
+# %% ../nbs/17p_speed_modes.ipynb #b3edf8e2
 def with_images(
     model: DynAD,            # opened
     dataset: AnomalyDataset  # that it was fitted on
@@ -82,10 +83,12 @@ class Accuracy:
     anomalous: Tensor          # [N] bool, normal images first
     scores: Tensor             # [N]
 
+# %% ../nbs/17p_speed_modes.ipynb #cee3c901
 def collected(parts) -> Prediction:
     "The predictions of a set as one."
     return Prediction.concatenated([Prediction(p.score, p.map) for _, p in parts])
 
+# %% ../nbs/17p_speed_modes.ipynb #6a7b93e4
 def on_defects(
     model: DynAD,
     defects: ImageSet, masks: Tensor  # of `synthetic_set`; [M,1,H,W]
@@ -96,6 +99,7 @@ def on_defects(
                                  collected(model.predict_set(defects))])
     return accuracy(model, p, [0]*len(n) + [1]*len(defects), torch.cat([torch.zeros(len(n), *masks.shape[1:]), masks]))
 
+# %% ../nbs/17p_speed_modes.ipynb #5750f0fe
 def accuracy(model: DynAD, p: Prediction, labels: list[int], masks: Tensor, has_mask=None) -> Accuracy:
     "Metrics and decisions."
     m = image_metrics(p.score, labels, n_boot=0) | pixel_metrics(p.map, masks.bool(), has_mask, n_boot=0)
@@ -137,6 +141,7 @@ def pick(
         out[mode] = t.times[ok].astype(float).idxmax() # ratios within a turn, which a busy machine disturbs less
     return out
 
+# %% ../nbs/17p_speed_modes.ipynb #18378d9f
 @dataclass
 class Curve:
     "What was measured."
@@ -182,6 +187,7 @@ def curve(
               'batch': batch}
     return Curve(table, settings, pick(table, counts['normal'] + n), counts)
 
+# %% ../nbs/17p_speed_modes.ipynb #0b3a4c4b
 def points(config: Config) -> list[tuple[str, dict | None]]:
     "Names and settings; None: as fitted, with everything that is shown."
     all_of = candidates(config)
@@ -192,6 +198,7 @@ def changed(own: Accuracy, a: Accuracy, n: int) -> dict[str, int]:
     d = own.anomalous != a.anomalous
     return {'changed_normal': int(d[:n].sum()), 'changed_defects': int(d[n:].sum())}
 
+# %% ../nbs/17p_speed_modes.ipynb #5af6f028
 def on_test(model: DynAD, dataset: AnomalyDataset) -> Accuracy:
     "On a test set."
     images = model.test_images(dataset.test, dataset)
@@ -239,6 +246,7 @@ def write_curve(
         'speed.html', title='speed', style=css('page.css'), chart=chart, images=c.images, picks=c.picks,
         heads=list(shown.columns), rows=[(k, [number(v) for v in r]) for k, r in shown.iterrows()], machine=machine()))
 
+# %% ../nbs/17p_speed_modes.ipynb #f0875cb1
 def number(v: Any) -> str:
     "Of a table."
     return '' if pd.isna(v) else f'{float(v):.4g}'
@@ -257,6 +265,7 @@ def curve_lines(c: Curve) -> str:
     for k in ('ms', 'times', 'calls', 'changed_normal', 'changed_defects'): shown[k] = t[k].astype(float)
     return shown.to_string(float_format=lambda v: f'{v:.4g}', na_rep='')
 
+# %% ../nbs/17p_speed_modes.ipynb #4ede8860
 def in_words(c: Curve) -> list[str]:
     "The picks for a screen."
     out = []
