@@ -57,7 +57,8 @@ class ReportView(View):
 @patch
 def show(self: ReportView, session: Session) -> None:
     "Another session; its report of last time is shown."
-    self.session, page = session, self.folder/'index.html'
+    self.session = session
+    page = self.folder/'index.html'
     labelled = not session.without_test and session.known.all()
     self.make_button.disabled = not labelled
     self.frame.value = framed(inlined(page)) if page.is_file() and labelled else ''
