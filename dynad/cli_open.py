@@ -24,7 +24,8 @@ def open_page(
     keep: Annotated[Path, typer.Option(
         **Folder, help='for dropped images, their run, results and reports')] = Path('dynad_open'),
     port: Annotated[Optional[int], typer.Option(min=1, max=65535, help='default: a free one')] = None,
-    browser: Annotated[bool, typer.Option(help='open a browser; the address is printed in any case')] = True
+    browser: Annotated[bool, typer.Option(help='open a browser; the address is printed in any case')] = True,
+    lab: Annotated[bool, typer.Option('--lab', help='as a notebook of yours in JupyterLab, to go on in code')] = False
 ):
     "Open the workbench in the browser: your images, the Explorer, the report; on this machine only."
     with known_mistakes():
@@ -32,4 +33,4 @@ def open_page(
         found = place_of(what)
         check_folder(keep, '--keep ')
         if port: check_port(port)
-        serve(found, keep.resolve(), port, browser, echo)
+        serve(found, keep.resolve(), port, browser, lab, echo)

@@ -154,10 +154,11 @@ def sum_text(b: Blend) -> str:
 def map_captions(b: Blend, s: Setting, t_hat: int, mask: np.ndarray) -> dict[str, str]:
     "The captions of the maps, HTML: what is shown, and its colour bar."
     about = '≈ ' if s.threshold is None and not b.exact else ''
+    idle = ' ' + soft('n_map has all the weight: λ changes nothing') if b.weights[2] > .995 else ''
     return {
         'l_map': f'<b>{symbol_html("l_map")}</b> change of the latent, T̂ = {t_hat}{color_bar(b.top[0], UNIT)}',
         'f_map': f'<b>{symbol_html("f_map")}</b> change of the features φ, T̂ = {t_hat}{color_bar(b.top[1], UNIT)}',
-        'A_map': f'<b>A_map</b> = {sum_text(b)}, σ = {s.sigma:g}{color_bar(b.anomaly_top, UNIT)}',
+        'A_map': f'<b>A_map</b> = {sum_text(b)}, σ = {s.sigma:g}{idle}{color_bar(b.anomaly_top, UNIT)}',
         'mask': '<b>predicted mask</b> (truth: blue line) '
                 f'A_map &gt; {about}{b.threshold:.2f}, {mask.mean():.1%} of the pixels',
         'overlay': f'<b>overlay</b> white contour: predicted mask{color_bar(b.anomaly_top, "A_map", "inferno")}'}
@@ -311,9 +312,9 @@ class Gallery:
         kinds = [('all images', 'all'), ('wrongly classified', 'wrong')]
         kinds += [(k, k) for k in sorted({s.defect for s in samples})]
         orders = [('highest score first', 'high'), ('lowest score first', 'low'), ('wrongly classified first', 'wrong')]
-        self.kind = labelled(W.Dropdown, 'show', 34, options=kinds)
-        self.order = labelled(W.Dropdown, 'sort', 34, options=orders)
-        self.image = labelled(W.Dropdown, 'image', 40, options=[(s.name, k) for k, s in enumerate(samples)])
+        self.kind = labelled(W.Dropdown, 'show', 46, options=kinds)
+        self.order = labelled(W.Dropdown, 'sort', 46, options=orders)
+        self.image = labelled(W.Dropdown, 'image', 46, options=[(s.name, k) for k, s in enumerate(samples)])
         self.text, self.strip = W.HTML(), Strip(self.thumbnail)
         self.ui = W.VBox([self.kind, self.order, self.image, self.text, self.strip],
                          layout=W.Layout(flex='0 0 226px', width='226px', padding='0 8px 0 0'))

@@ -15,8 +15,8 @@ from .config import DynadError
 from .paths import expanded, printable
 
 # %% auto #0
-__all__ = ['IMAGES', 'FrontError', 'Place', 'place_of', 'page_notebook', 'free_port', 'check_port', 'write_page', 'server',
-           'serve']
+__all__ = ['IMAGES', 'FrontError', 'Place', 'place_of', 'page_notebook', 'free_port', 'check_port', 'own_template', 'write_page',
+           'write_lab', 'server', 'serve']
 
 # %% ../nbs/18n_server.ipynb #7e0d4711
 class FrontError(DynadError, ValueError):
@@ -76,34 +76,63 @@ def check_port(port: int) -> int:
         except OSError as e: raise FrontError(f"--port {port}: cannot be used ({e.strerror}); leave it out for a free one") from None
     return port
 
-# %% ../nbs/18n_server.ipynb #72edcd53
+# %% ../nbs/18n_server.ipynb #5c9417ae
+def own_template(
+    folder: Path # of the server
+) -> bool:       # False where Voila's own is not found
+    "Voila's page without the style sheets that it takes from elsewhere: nothing is asked of another machine."
+    from jupyter_core.paths import jupyter_path
+    pages = (Path(p)/'lab'/'index.html.j2' for p in jupyter_path('voila', 'templates'))
+    if (page := next((p for p in pages if p.is_file()), None)) is None: return False
+    own, text = folder/'voila'/'templates'/'dynad', page.read_text(encoding='utf-8')
+    own.mkdir(parents=True)
+    kept = [line for line in text.splitlines() if 'href="https://' not in line]
+    (own/'index.html.j2').write_text('\n'.join(kept), encoding='utf-8')
+    (own/'conf.json').write_text('{"base_template": "lab"}', encoding='utf-8')
+    return True
+
+# %% ../nbs/18n_server.ipynb #a5333ede
 def write_page(folder: Path, place: Place, keep: Path, port: int, token: str) -> list[str]:
     "The files of the server in its own folder; the command that starts it there."
     (folder/'dynad.ipynb').write_text(page_notebook(place, keep), encoding='utf-8')
     voila = dict(ip='127.0.0.1', port=port, token=token, open_browser=False, root_dir=str(folder),
                  connection_dir_root=str(folder))
+    template = dict(template='dynad') if own_template(folder) else {}
     config = folder/'voila.json'
     config.touch(mode=0o600)
-    config.write_text(json.dumps(dict(Voila=voila, VoilaConfiguration=dict(file_allowlist=[]))), encoding='utf-8')
+    config.write_text(json.dumps(dict(Voila=voila, VoilaConfiguration=template)), encoding='utf-8')
     return [sys.executable, '-m', 'voila', 'dynad.ipynb']
 
-# %% ../nbs/18n_server.ipynb #11839ab9
+# %% ../nbs/18n_server.ipynb #93babb27
+def write_lab(place: Place, keep: Path, port: int) -> list[str]:
+    "A notebook of the page in `keep`, unless one is there; the command that starts JupyterLab on it."
+    keep.mkdir(parents=True, exist_ok=True)
+    page = keep/'dynad.ipynb'
+    if not page.exists(): page.write_text(page_notebook(place, keep), encoding='utf-8')
+    options = dict(ip='127.0.0.1', port=port, port_retries=0, open_browser=False, root_dir=str(keep))
+    return [sys.executable, '-m', 'jupyterlab', *(f'--ServerApp.{k}={v}' for k, v in options.items())]
+
+# %% ../nbs/18n_server.ipynb #144d8e5a
 @contextmanager
 def server(
     place: Place, keep: Path,
-    port: int | None = None  # None: a free one
+    port: int | None = None, # None: a free one
+    lab: bool = False        # JupyterLab instead of Voila
 ) -> Iterator[tuple[str, subprocess.Popen]]: # the address with its token; the process
     "A server that is ready; it and all its kernels end with the block. Raises FrontError when it does not come up."
-    if find_spec('voila') is None: raise FrontError("voila is not installed; pip install 'dynad[open]'")
+    if not lab and find_spec('voila') is None: raise FrontError("voila is not installed; pip install 'dynad[open]'")
     port, token = check_port(port) if port else free_port(), secrets.token_urlsafe(24)
     with tempfile.TemporaryDirectory(prefix='dynad-open-', ignore_cleanup_errors=True) as tmp:
-        command, log = write_page(Path(tmp), place, keep, port, token), Path(tmp)/'voila.log'
+        folder, log = Path(tmp), Path(tmp)/'server.log'
+        command = write_lab(place, keep, port) if lab else write_page(folder, place, keep, port, token)
+        search = os.pathsep.join(filter(None, (tmp, os.environ.get('JUPYTER_PATH'))))
+        env = os.environ | {'JUPYTER_PATH': search} | ({'JUPYTER_TOKEN': token} if lab else {})
         with log.open('w', encoding='utf-8') as out:
-            p = subprocess.Popen(command, cwd=tmp, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
-                                 start_new_session=True)
+            p = subprocess.Popen(command, cwd=keep if lab else tmp, env=env, stdin=subprocess.DEVNULL, stdout=out,
+                                 stderr=subprocess.STDOUT, start_new_session=True)
         try:
             _wait_until_up(port, p, log)
-            yield f'http://127.0.0.1:{port}/?token={token}', p
+            yield f'http://127.0.0.1:{port}/{"lab/tree/dynad.ipynb" if lab else ""}?token={token}', p
         finally: _end(p)
 
 # %% ../nbs/18n_server.ipynb #8efc9134
@@ -132,11 +161,12 @@ def serve(
     place: Place, keep: Path,
     port: int | None = None,
     browser: bool = True,                 # open one
+    lab: bool = False,                    # JupyterLab instead of Voila
     say: Callable[[str], None] = print,
     stop: Callable[[], bool] = lambda: False # asked twice a second; for tests
 ) -> None:
     "Serve a page until Ctrl-C."
-    with server(place, keep, port) as (url, p):
+    with server(place, keep, port, lab) as (url, p):
         say(f'{url}\nthis machine only; Ctrl-C ends it')
         if browser: _open_browser(url)
         before = signal.signal(signal.SIGTERM, signal.default_int_handler) # a service manager's end is an end too
