@@ -29,7 +29,7 @@ class Viewer(anywidget.AnyWidget):
     threshold = T.Float(0.).tag(sync=True)   # for pixels
     regions = T.List([]).tag(sync=True)      # dicts of box [x,y,w,h], peak and area, in the image's own pixels
     selected = T.Int(-1).tag(sync=True)      # of `regions`
-    mode = T.Enum(['overlay', 'wipe', 'blink', 'input'], 'wipe').tag(sync=True)
+    mode = T.Enum(['overlay', 'wipe', 'blink', 'input'], 'overlay').tag(sync=True)
     alt = T.Unicode('').tag(sync=True)       # what is shown, for who does not see it
     unit = T.Unicode('px').tag(sync=True)
     remark = T.Unicode('').tag(sync=True)    # shown when the pointer is elsewhere

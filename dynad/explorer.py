@@ -87,7 +87,7 @@ def _build(self: Explorer) -> None:
     self.recalled = W.HTML()  # where the setting comes from, when not from the run
     self.assemble([W.HTML(title_html(self.session)), self.recalled, self.message,
                    row([self.gallery.ui, self.tabs], flex_flow='row nowrap'),
-                   W.HTML(soft('Symbols: ') + legend_html())])
+                   W.HTML(f'<div class="dynad-legend">{soft("Symbols: ")}{legend_html()}</div>')])
 
 @patch
 def add_tab(self: Explorer, name: str, widget: W.Widget) -> None:

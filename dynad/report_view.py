@@ -17,7 +17,7 @@ from .session import Session
 from .view import View, button, row, soft
 
 # %% auto #0
-__all__ = ['inlined', 'framed', 'ReportView']
+__all__ = ['ANCHORS', 'inlined', 'framed', 'ReportView']
 
 # %% ../nbs/18o_report_view.ipynb #a8195aea
 def inlined(
@@ -28,7 +28,13 @@ def inlined(
     def data(m: re.Match) -> str:
         f = page.parent/m[2]
         return f'{m[1]}="data:image/png;base64,{base64.b64encode(f.read_bytes()).decode()}"' if f.is_file() else m[0]
-    return re.sub(r'(src)="(images/[^"]+)"', data, page.read_text(encoding='utf-8'))
+    text = re.sub(r'(src)="(images/[^"]+)"', data, page.read_text(encoding='utf-8'))
+    text = re.sub(r' · <a href="images/[^"]+">the file</a>', '', text)
+    return text.replace('<a href="result.json">result.json</a>', 'result.json beside the page').replace('</main>', ANCHORS + '</main>')
+
+# a link to a place within the page would lead out of a frame whose text is given
+ANCHORS = ("<script>document.addEventListener('click', (e) => { const a = e.target.closest('a[href^=\"#\"]'); "
+           "if (a) { e.preventDefault(); location.hash = a.getAttribute('href'); } })</script>")
 
 def framed(page: str, height: str = '78vh') -> str:
     "A page as HTML within a page; its styles stay inside."

@@ -110,7 +110,8 @@ def write_lab(place: Place, keep: Path, port: int) -> list[str]:
     page = keep/'dynad.ipynb'
     if not page.exists(): page.write_text(page_notebook(place, keep), encoding='utf-8')
     options = dict(ip='127.0.0.1', port=port, port_retries=0, open_browser=False, root_dir=str(keep))
-    return [sys.executable, '-m', 'jupyterlab', *(f'--ServerApp.{k}={v}' for k, v in options.items())]
+    root = ['--allow-root'] if getattr(os, 'geteuid', lambda: 1)() == 0 else []  # in a container
+    return [sys.executable, '-m', 'jupyterlab', *root, *(f'--ServerApp.{k}={v}' for k, v in options.items())]
 
 # %% ../nbs/18n_server.ipynb #144d8e5a
 @contextmanager
