@@ -17,12 +17,13 @@ from .demo import demo_run
 from .detector import DynAD
 from .explorer_model import ExplorerModel, setting_text
 from .explorer_parts import (
-    PANELS, Controls, CopyCell, ExplorerPanels, Gallery, Surroundings,
+    PANELS, Controls, CopyCell, ExplorerPanels, Gallery,
     brightest_html, facts_html, image_html, metrics_html, severity_html)
 from .inspect_tab import InspectTab
 from .map_cache import MapCache, Setting
 from .session import Session
 from .show import SmallImage
+from .surroundings import Surroundings
 from .symbols import legend_html
 from .view import Quiet, StateFile, View, button, heading, note_html, row, set_stale, soft
 
