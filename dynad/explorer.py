@@ -85,7 +85,6 @@ def _build(self: Explorer) -> None:
     self.inspect = InspectTab(self.model)
     self.tabs = W.Tab([self.inspect.ui, row([left, right])], layout=W.Layout(flex='1 1 480px', min_width='300px'))
     for k, name in enumerate(('Inspect', 'Maps and sliders')): self.tabs.set_title(k, name)
-    self.recalled = W.HTML()  # where the setting comes from, when not from the run
     self.assemble([W.HTML(title_html(self.session)), self.recalled, self.message,
                    row([self.gallery.ui, self.tabs], flex_flow='row nowrap'),
                    W.HTML(f'<div class="dynad-legend">{soft("Symbols: ")}{legend_html()}</div>')])
@@ -143,8 +142,7 @@ def _restore(self: Explorer, setting: Setting | dict | str | None, image: str | 
     kept, problem = self.state_file.read(lambda raw: raw | {'setting': m.resolve(dict(raw['setting']))[0]})
     if problem: self.say(f'{problem}; the run’s own setting is shown')
     s, i = m.resolve(kept.get('setting', m.base) if setting is None else setting, image)
-    if 'setting' in kept and setting is None and s != m.base: self.recalled.value = soft(
-        f'The sliders stand as they were left on {self.state_file.when}, here or in another window of this run.')
+    if 'setting' in kept and setting is None and s != m.base: self.recall(self.state_file)
     largest = int(self.session.masks.flatten(1).sum(1).argmax())  # the largest defect
     if i is None: i = names.index(kept['image']) if kept.get('image') in names else largest
     self._place(s, i)

@@ -130,7 +130,8 @@ def server(
         env = os.environ | {'JUPYTER_PATH': search} | ({'JUPYTER_TOKEN': token} if lab else {})
         with log.open('w', encoding='utf-8') as out:
             p = subprocess.Popen(command, cwd=keep if lab else tmp, env=env, stdin=subprocess.DEVNULL, stdout=out,
-                                 stderr=subprocess.STDOUT, start_new_session=True)
+                                 stderr=subprocess.STDOUT, start_new_session=True,
+                                 creationflags=getattr(subprocess, 'CREATE_NEW_PROCESS_GROUP', 0))
         try:
             _wait_until_up(port, p, log)
             yield f'http://127.0.0.1:{port}/{"lab/tree/dynad.ipynb" if lab else ""}?token={token}', p
@@ -149,13 +150,11 @@ def _wait_until_up(port: int, p: subprocess.Popen, log: Path, seconds: float = 1
 
 def _end(p: subprocess.Popen) -> None:
     "End the server, which ends its kernels; a kernel whose server was killed notices it and ends by itself."
-    for sign, seconds in ((signal.SIGINT, 10), (signal.SIGTERM, 5), (signal.SIGKILL, 5)): # the first ends the kernels too
-        try: os.killpg(p.pid, sign)
-        except (ProcessLookupError, PermissionError): pass
-        try: p.wait(seconds); break
+    interrupt = getattr(signal, 'CTRL_BREAK_EVENT', signal.SIGINT)  # the former on Windows
+    for end in (lambda: p.send_signal(interrupt), p.terminate, p.kill):
+        if p.poll() is None: end()
+        try: p.wait(10); return
         except subprocess.TimeoutExpired: continue
-    try: os.killpg(p.pid, signal.SIGKILL) # a kernel that outlived its server
-    except (ProcessLookupError, PermissionError): pass
 
 # %% ../nbs/18n_server.ipynb #6d57ee8a
 def serve(
