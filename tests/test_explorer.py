@@ -279,9 +279,8 @@ def test_the_engineers_view(explorer):
     explorer.omega.value = .35 # nothing is known at it yet
     assert v.stale or explorer.model.map_cache is not None
 
-def test_one_image_is_shown_before_the_others(tmp_path):
-    session = Session(demo_run(tmp_path))
-    x = Explorer(session, t_maxes=GRID, setting={'t_max': 320, 'lam': .4}, prefetch=False)
+def test_one_image_is_shown_before_the_others(session):
+    x = Explorer(session, t_maxes=GRID, setting={'t_max': 80, 'eta': 5.}, prefetch=False) # at which nothing is stored
     seen = []
     x.inspect.viewer.observe(lambda change: seen.append(x.model.map_cache is None), 'values')
     x.wait(300)
