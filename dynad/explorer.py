@@ -78,9 +78,9 @@ def _build(self: Explorer) -> None:
              heading('Severity'), self.histogram,
              heading('Its nearest normal images'), self.neighbours_text, self.neighbours]
     left = W.VBox([*self.controls.sliders, *below],
-                  layout=W.Layout(flex='1 1 300px', min_width='260px', max_width='480px', padding='0 10px 0 0'))
+                  layout=W.Layout(flex='1 1 230px', min_width='226px', max_width='480px', padding='0 10px 0 0'))
     right = W.VBox([self.facts, self.panels.main, heading('What the map is made of'), self.made_of, self.panels.parts],
-                   layout=W.Layout(flex='3 1 480px', min_width='260px'))
+                   layout=W.Layout(flex='3 1 300px', min_width='240px'))
     for side in (left, right): side.add_class('dynad-scroll')  # sliders stay beside what they change
     self.inspect = InspectTab(self.model)
     self.tabs = W.Tab([self.inspect.ui, row([left, right])], layout=W.Layout(flex='1 1 480px', min_width='300px'))
