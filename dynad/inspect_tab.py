@@ -47,11 +47,12 @@ def verdict_html(model: ExplorerModel, b: Blend) -> str:
     x, known = model.session.samples[i], model.session.known[i]
     called = above(score, b.image_threshold)
     word = '<b class="dynad-bad">anomalous</b>' if called else '<b>normal</b>'
-    truth = 'nobody has labelled it' if not known else f'is a defect: {html.escape(x.defect)}' if x.label else 'is normal'
+    label = f'is a defect: {html.escape(x.defect)}' if x.label else 'is normal'
+    truth = label if known else 'nobody has labelled it'
     right = '' if not known else ' ✓' if called == bool(x.label) else ' <b class="dynad-bad">✗ wrong</b>'
     share = score/max(b.image_threshold, 1e-9)
-    return (f'<span class="dynad-big">{word}</span> {html.escape(x.name)}: score {score:.2f}, {about}{share:.1f} times the '
-            f'{symbol_html("threshold")} {b.image_threshold:.2f} · {soft(truth)}{right}')
+    return (f'<span class="dynad-big">{word}</span> {html.escape(x.name)}: score {score:.2f}, {about}{share:.1f} times '
+            f'the {symbol_html("threshold")} {b.image_threshold:.2f} · {soft(truth)}{right}')
 
 # %% ../nbs/18db_inspect_tab.ipynb #4e002a69
 class InspectTab:
@@ -83,7 +84,8 @@ def draw(self: InspectTab, b: Blend) -> None:
     A = b.anomaly.astype('<f4')
     regions = regions_of(A, mask, tuple(self.viewer.size))
     found = f'{len(regions)} marked regions' if len(regions) != 1 else 'one marked region'
+    remark = f'brightest {float(A.max()):.2f}, marked above {b.threshold:.2f}'
     self.viewer.put(overlay=heat_png(shade(b.anomaly, b.anomaly_top), mask), values=A.tobytes(), shape=list(A.shape),
                     threshold=b.threshold, regions=regions, selected=-1, stale=False,
-                    alt=f'{name}, input and overlay, {found}', remark=f'brightest {float(A.max()):.2f}, marked above {b.threshold:.2f}')
+                    alt=f'{name}, input and overlay, {found}', remark=remark)
     self.verdict.value = verdict_html(self.model, b)

@@ -116,7 +116,8 @@ def result_sheet(
     c, facts = detector.config.data, prediction_rows(detector, p, files)
     def line(i: int) -> str:
         x, r = read_image(files[i], c.image_size, c.max_pixels), facts[i]
-        shown = x, heat_overlay(x, p, i, detector), colorize(p.map[i], 0, full_scale(p, i, detector)), p.reconstruction[i]
+        heat = colorize(p.map[i], 0, full_scale(p, i, detector))
+        shown = x, heat_overlay(x, p, i, detector), heat, p.reconstruction[i]
         name = printable(files[i].name)
         images = (f'<td>{inline_image(to_uint8(v), f"{k} of {name}", size)}</td>' for k, v in zip(SHEET, shown))
         return f'<tr>{verdict_cell(r, name)}{"".join(images)}</tr>'
@@ -133,7 +134,7 @@ def verdict_cell(r: dict[str, Any], name: str) -> str: # r: of `prediction_rows`
 
 # %% ../nbs/18i_inspection.ipynb #b69df8fc
 def scores_html(files: list[Path], p: DynADPrediction, detector: DynAD) -> str:
-    "What is to be known above the sheet: how many are anomalous, what makes the verdicts doubtful, what the columns show."
+    "What stands above the sheet: how many are anomalous, what makes the verdicts doubtful, what the columns show."
     n, found = len(p), int(p.anomalous.sum())
     text = ('Highest score first. Overlay: the contour is above the threshold for pixels; A_map: bright from twice that '
             'threshold. Pixels and images have thresholds of their own.')

@@ -272,7 +272,8 @@ def write_gallery(
     def entry(i):
         hit, label = bool(above(d.scores[i], threshold)), int(y[i])
         s, t_hat = d.samples[i], None if d.t_hat is None else int(d.t_hat[i])
-        return dict(id=f'image-{i}', name=printable(s.name), label=label, kind=s.defect if label else 'normal', wrong=hit != label, t_hat=t_hat,
+        return dict(id=f'image-{i}', name=printable(s.name), label=label,
+                    kind=s.defect if label else 'normal', wrong=hit != label, t_hat=t_hat,
                     score=f'{float(d.scores[i]):.3f}', decision=DECISIONS[hit, bool(label)],
                     figures=_figures(shown[i], i, folder))
     return [dict(title=TITLES[k], images=[entry(i) for i in rows]) for k, rows in chosen.items() if rows]

@@ -30,7 +30,8 @@ def inlined(
         return f'{m[1]}="data:image/png;base64,{base64.b64encode(f.read_bytes()).decode()}"' if f.is_file() else m[0]
     text = re.sub(r'(src)="(images/[^"]+)"', data, page.read_text(encoding='utf-8'))
     text = re.sub(r' · <a href="images/[^"]+">the file</a>', '', text)
-    return text.replace('<a href="result.json">result.json</a>', 'result.json beside the page').replace('</main>', ANCHORS + '</main>')
+    text = text.replace('<a href="result.json">result.json</a>', 'result.json beside the page')
+    return text.replace('</main>', ANCHORS + '</main>')
 
 # a link to a place within the page would lead out of a frame whose text is given
 ANCHORS = ("<script>document.addEventListener('click', (e) => { const a = e.target.closest('a[href^=\"#\"]'); "

@@ -73,7 +73,8 @@ def check_port(port: int) -> int:
     "Raises FrontError for a port that is taken."
     with socket.socket() as s:
         try: s.bind(('127.0.0.1', port))
-        except OSError as e: raise FrontError(f"--port {port}: cannot be used ({e.strerror}); leave it out for a free one") from None
+        except OSError as e:
+            raise FrontError(f"--port {port}: cannot be used ({e.strerror}); leave it out for a free one") from None
     return port
 
 # %% ../nbs/18n_server.ipynb #5c9417ae
