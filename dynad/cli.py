@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 # each registers its commands
-from . import cli_fit, cli_predict, cli_reproduce, cli_compare, cli_tools, cli_open, cli_passport
+from . import cli_fit, cli_predict, cli_reproduce, cli_compare, cli_tools, cli_open, cli_passport, cli_watch
 from .commands import app
 
 # %% auto #0

@@ -224,6 +224,10 @@ class Config(Settings):
     device: Literal['auto', 'cpu'] = 'auto'                       # auto: whatever accelerate finds
     trackers: tuple[Literal['tensorboard', 'mlflow', 'wandb'], ...] = () # where the losses of a training are logged
     batch: int = Field(32, ge=1)                                  # images per batch at inference
+    # of inference: full: every map and x̂_0; exact: the same anomaly map, what it does not use is left out;
+    # fast, fastest: fewer steps, as `dynad speed` picked them for this run
+    speed: Literal['full', 'exact', 'fast', 'fastest'] = 'full'
+    LATER: ClassVar[dict[str, Any]] = {'speed': 'full'}
     data: DataSettings = DataSettings()
     features: FeatureSettings = FeatureSettings()
     latents: LatentSettings = LatentSettings()

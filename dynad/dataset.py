@@ -19,8 +19,8 @@ from fastcore.basics import patch
 from .collector import DataError, Finding, count, summary_line
 from .config import DataSettings
 from .guard import tqdm
-from .layouts import Sample
 from .paths import printable
+from .samples import Sample
 from .store import content_key, file_sha256
 
 # %% auto #0

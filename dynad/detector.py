@@ -20,6 +20,7 @@ from .denoiser import make_unet, save_denoiser
 from .dic import t_grid
 from .fusion import Calibration, feature_map, map_range, mean_map, score, upsample
 from .launch import processes
+from .lean import lean_walk, picked
 from .method import Decision, Hooks, Method, Prediction, checked_images, register
 from .paths import expanded
 from .stages import (fit_autoencoder, fit_bank, fit_denoiser, fit_phi, load_autoencoder, load_bank, load_phi,
@@ -73,7 +74,13 @@ class DynAD(Method):
 
     def load(self, stages): load_parts(self, stages)
 
-    def predict_batch(self, images, rows): return finished(self, walk(self.parts, images))
+    @property
+    def lean(self) -> bool:
+        "Whether a prediction leaves out what its anomaly map does not use."
+        return self.config.speed != 'full'
+
+    def predict_batch(self, images, rows):
+        return finished(self, (lean_walk if self.lean else walk)(self.parts, images))
 
 # %% ../nbs/16_detector.ipynb #9f65147a
 DynAD.prediction_class = DynADPrediction
@@ -161,8 +168,10 @@ def finished(method: DynAD, w: WalkOutputs) -> DynADPrediction:
     A, l, f = mean_map([(r.latent, r.features, t) for r, t in raw], calibration, c.fusion, c.data.image_size,
                        w.neighbour)
     n = calibration.neighbour_map(w.neighbour, c.data.image_size) if w.neighbour else None
-    return DynADPrediction(score(A, c.fusion.score), A, reconstruction=w.x_hat, t_hat=w.t_hat, latent_map=l,
-                           feature_map=f, neighbour_map=n, distance=w.severity.distance)
+    return DynADPrediction(score(A, c.fusion.score), A, reconstruction=w.x_hat, t_hat=w.t_hat,
+                           latent_map=None if 'latent' in w.skipped else l,
+                           feature_map=None if 'feature' in w.skipped else f, neighbour_map=n,
+                           distance=w.severity.distance)
 
 # %% ../nbs/16_detector.ipynb #b7ee969e
 @patch
@@ -250,7 +259,15 @@ def with_settings(self: DynAD,
     "The same trained parts under other inference settings. Raises ConfigError when one would need a new fit."
     config = with_overrides(self.config, overrides)
     refuse_retraining(self, config, overrides)
+    if 'speed' in overrides and self.info is not None:
+        config = self.at_speed(config, self.training_set.store.root, self.info, overrides)
     return self.with_parts(config=config)
+
+@patch(cls_method=True)
+def at_speed(cls: DynAD, config: Config, root: Path, info: dict[str, Any], overrides: dict[str, Any]) -> Config:
+    "The settings that `dynad speed` has picked for this run; what is asked for by name wins."
+    found = picked(root, info, config.speed)
+    return with_overrides(config, {k: v for k, v in found.items() if k not in overrides})
 
 # %% ../nbs/16_detector.ipynb #74893dca
 def refuse_retraining(method: Method, config: Config, overrides: dict[str, Any]) -> None:

@@ -203,7 +203,8 @@ def checked_options(options: type[Settings], given: dict[str, Any]) -> Settings:
 @patch(as_prop=True)
 def prediction_key(self: Method) -> dict[str, Any]:
     "What a prediction depends on, beside the image."
-    unkeyed = {**dict.fromkeys(('batch', 'device', 'trackers', 'preset'), True), 'data': set(UNKEYED_DATA_SETTINGS)}
+    unkeyed = {**dict.fromkeys(('batch', 'device', 'trackers', 'preset', 'speed'), True),
+               'data': set(UNKEYED_DATA_SETTINGS)}
     settings = self.config.model_dump(mode='json', exclude=unkeyed)
     return dict(method=self.name, stages={k: p.name for k, p in self.stages.items()}, settings=settings)
 
@@ -226,6 +227,15 @@ def predict_set(self: Method,
 Method.prediction_class = Prediction         # what `predict_batch` returns
 Method.disk_space = lambda self, n: 4*n*self.config.data.image_size**2 # bytes, about, that a fit on n images writes
 Method.reconstructs = False                  # whether there is a `reconstructions(images, rows)`, for reports
+
+@patch(cls_method=True)
+def at_speed(cls: Method,
+    config: Config, root: Path, info: dict[str, Any], # of a run
+    overrides: dict[str, Any]                         # that were asked for, and win
+) -> Config:
+    "The settings that `config.speed` stands for. Raises ConfigError for a method without such."
+    if config.speed in ('full', 'exact'): return config
+    raise ConfigError(f"speed = {config.speed!r}: {cls.name} has one speed; leave the setting out")
 Method.bins = lambda self: None              # distances of the training images and bin edges, of a method that has them
 Method.null_models = lambda self, images: {} # name -> predictions of a set that tell what parts of the method add
 
@@ -253,6 +263,9 @@ def fit(self: Method,
 ) -> Method:
     "Train on the normal training images, all stages kept in `run_dir`. Raises DataError for too few images."
     c = self.config
+    if c.speed not in ('full', 'exact'):
+        raise ConfigError(f"speed = {c.speed!r}: is picked for a fitted run by `dynad speed RUN`; "
+                          "fit with speed = 'full' or 'exact'")
     training, held_out = split_normal(dataset, c.data, c.seed)
     check_trackers(c.trackers)
     run_dir = check_run(run_dir)
@@ -336,6 +349,7 @@ def open(cls: Method,
     if changed := [k for k in own.trains_on if was[k] != now[k]]:
         raise ConfigError(f"{', '.join(changed)}: cannot be changed on a fitted run; "
                           "fit again with --set, the stages that do not depend on it are kept")
+    config = own.at_speed(config, root, info, overrides or {})
     if content_key(now) != info['trained']:
         raise ConfigError(f"{root/'config.json'}: not the settings this run was fitted with; "
                           "run `dynad fit` with the same --out again")

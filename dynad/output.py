@@ -23,7 +23,7 @@ from .store import atomic_write
 
 # %% auto #0
 __all__ = ['KINDS', 'images_of', 'open_for_prediction', 'result_stems', 'check_output', 'write_predictions', 'rows_csv', 'unlike',
-           'doubts', 'prediction_rows', 'row_lines', 'write_one']
+           'doubts', 'row_of', 'prediction_rows', 'row_lines', 'write_one']
 
 # %% ../nbs/17c_output.ipynb #6fe695ff
 def images_of(
@@ -114,19 +114,26 @@ def doubts(method: Method, p: Prediction) -> list[str]: # [B] '' where there is 
     return ['unlike the training images' if far else '' for far in unlike(p.distance, method).tolist()]
 
 # %% ../nbs/17c_output.ipynb #f117c003
+def row_of(
+    method: Method, p: Prediction, i: int, file: Path,
+    stem: str = '',           # what the names of its files begin with
+    doubt: str | None = None  # None: found here
+) -> dict[str, Any]:
+    "What is said of one image in a table: numbers and text."
+    doubt = doubts(method, p)[i] if doubt is None else doubt
+    more = {k: v[i].item() for k, v in p.per_image.items()}
+    marked = int(p.mask[i].sum()) if p.mask is not None else ''
+    return {'image': printable(file), 'score': float(p.score[i]), 'threshold': method.decision.image_threshold,
+            'anomalous': bool(p.anomalous[i]), 'doubt': doubt, **more, 'anomalous_pixels': marked,
+            **({'files': stem} if stem else {})}
+
 def prediction_rows(
     method: Method, p: Prediction,
     files: Sequence[Path],
     stems: Sequence[str] = () # what the files of each image begin with
 ) -> list[dict[str, Any]]:
     "A prediction as rows: one schema for console, CSV, widget and programs."
-    def row(i: int, doubt: str) -> dict[str, Any]:
-        more = {k: v[i].item() for k, v in p.per_image.items()}
-        marked = int(p.mask[i].sum()) if p.mask is not None else ''
-        return {'image': printable(files[i]), 'score': float(p.score[i]), 'threshold': method.decision.image_threshold,
-                'anomalous': bool(p.anomalous[i]), 'doubt': doubt, **more, 'anomalous_pixels': marked,
-                **({'files': stems[i]} if stems else {})}
-    return [row(i, d) for i, d in enumerate(doubts(method, p))]
+    return [row_of(method, p, i, files[i], stems[i] if stems else '', d) for i, d in enumerate(doubts(method, p))]
 
 # %% ../nbs/17c_output.ipynb #f117c004
 def row_lines(

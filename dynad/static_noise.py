@@ -158,6 +158,9 @@ class Static(DynAD):
         return self.options.noise == 'simplex'
 
     @property
+    def lean(self): return super().lean and self.options.map == 'fused' # the other map is made of x̂_0
+
+    @property
     def training(self): return self.cached_walk(self.training_set)
 
     @property

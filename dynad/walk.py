@@ -228,6 +228,7 @@ class WalkOutputs:
     raw: RawMaps                 # before calibration
     averaged: tuple[tuple[RawMaps, Tensor], ...] = () # the same and T̂ [B], for each T̂ that is averaged
     neighbour: tuple[Tensor, ...] = ()                # [B,1,h,w] each, the parts of n_map
+    skipped: frozenset[str] = frozenset()             # of 'latent', 'feature': maps that were not computed
 
 # %% ../nbs/14_walk.ipynb #ac47b3f3
 def walk(

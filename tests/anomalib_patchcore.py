@@ -39,7 +39,7 @@ class Setting(NamedTuple):
 
 # small ratios, for the time: anomalib compares all patches with each chosen one; cookies at the default ratio as well
 PLAN = [Setting('cookies', 128, .02, 40, 20, 3), Setting('cookies', 256, .005, 10, 8, 1), Setting('cookies', 128, .1, 20, 20, 0),
-        Setting('magnetic_tile', 128, .02, 5, 5, 0), Setting('magnetic_tile', 256, .002, 5, 3, 0)]
+        Setting('magnetic_tile', 128, .02, 5, 5, 2), Setting('magnetic_tile', 256, .002, 5, 3, 1)]
 
 
 
