@@ -88,8 +88,7 @@ def write_predictions(
         for a in range(0, len(files), batch):
             part = files[a:a+batch]
             p = method.predict(part)
-            for i, f in enumerate(part): write_one(method, p, i, f, stems[a + i], work)
-            rows += prediction_rows(method, p, part, stems[a:a+batch])
+            rows += [write_one(method, p, i, f, stems[a + i], work) for i, f in enumerate(part)]
         atomic_write(work/'scores.csv', rows_csv(rows))
     return rows
 
@@ -116,7 +115,7 @@ def doubts(method: Method, p: Prediction) -> list[str]: # [B] '' where there is 
 # %% ../nbs/17c_output.ipynb #f117c003
 def row_of(
     method: Method, p: Prediction, i: int, file: Path,
-    stem: str = '',           # what the names of its files begin with
+    stem: str | None = None,  # what the names of its files begin with; None: it has none
     doubt: str | None = None  # None: found here
 ) -> dict[str, Any]:
     "What is said of one image in a table: numbers and text."
@@ -125,7 +124,7 @@ def row_of(
     marked = int(p.mask[i].sum()) if p.mask is not None else ''
     return {'image': printable(file), 'score': float(p.score[i]), 'threshold': method.decision.image_threshold,
             'anomalous': bool(p.anomalous[i]), 'doubt': doubt, **more, 'anomalous_pixels': marked,
-            **({'files': stem} if stem else {})}
+            **({} if stem is None else {'files': stem})}
 
 def prediction_rows(
     method: Method, p: Prediction,
@@ -133,7 +132,7 @@ def prediction_rows(
     stems: Sequence[str] = () # what the files of each image begin with
 ) -> list[dict[str, Any]]:
     "A prediction as rows: one schema for console, CSV, widget and programs."
-    return [row_of(method, p, i, files[i], stems[i] if stems else '', d) for i, d in enumerate(doubts(method, p))]
+    return [row_of(method, p, i, files[i], stems[i] if stems else None, d) for i, d in enumerate(doubts(method, p))]
 
 # %% ../nbs/17c_output.ipynb #f117c004
 def row_lines(
@@ -151,8 +150,8 @@ def row_lines(
     return [head, *lines, *more]
 
 # %% ../nbs/17c_output.ipynb #d37efb32
-def write_one(method: Method, p: Prediction, i: int, file: Path, stem: str, out: Path) -> None:
-    "The pictures of one image."
+def write_one(method: Method, p: Prediction, i: int, file: Path, stem: str, out: Path) -> dict[str, Any]:
+    "The pictures of one image, and its row."
     c, d = method.config.data, method.decision
     x = read_image(file, c.image_size, c.max_pixels)
     drawn = {}
@@ -161,3 +160,4 @@ def write_one(method: Method, p: Prediction, i: int, file: Path, stem: str, out:
                  'overlay': overlay(x, map=p.map[i], mask=p.mask[i])}
     if getattr(p, 'reconstruction', None) is not None: drawn['reconstruction'] = p.reconstruction[i]
     for kind, image in drawn.items(): save_png(image, out/f'{stem}_{kind}.png')
+    return row_of(method, p, i, file, stem)
