@@ -19,10 +19,12 @@ from .explorer_model import ExplorerModel, setting_text
 from .explorer_parts import (
     PANELS, Controls, CopyCell, ExplorerPanels, Gallery,
     brightest_html, facts_html, image_html, metrics_html, severity_html)
+from .inspect_tab import InspectTab
 from .map_cache import MapCache, Setting
 from .session import Session
 from .show import SmallImage
 from .surroundings import Surroundings
+from .symbols import legend_html
 from .view import Quiet, StateFile, View, button, heading, note_html, row, set_stale, soft
 
 # %% auto #0
@@ -76,10 +78,22 @@ def _build(self: Explorer) -> None:
              heading('Severity'), self.histogram,
              heading('Its nearest normal images'), self.neighbours_text, self.neighbours]
     left = W.VBox([*self.controls.sliders, *below],
-                  layout=W.Layout(flex='1 1 300px', min_width='260px', max_width='480px', padding='0 10px 0 0'))
+                  layout=W.Layout(flex='1 1 230px', min_width='226px', max_width='480px', padding='0 10px 0 0'))
     right = W.VBox([self.facts, self.panels.main, heading('What the map is made of'), self.made_of, self.panels.parts],
-                   layout=W.Layout(flex='3 1 480px', min_width='260px'))
-    self.assemble([W.HTML(title_html(self.session)), self.message, self.gallery.ui, row([left, right])])
+                   layout=W.Layout(flex='3 1 300px', min_width='240px'))
+    for side in (left, right): side.add_class('dynad-scroll')  # sliders stay beside what they change
+    self.inspect = InspectTab(self.model)
+    self.tabs = W.Tab([self.inspect.ui, row([left, right])], layout=W.Layout(flex='1 1 480px', min_width='300px'))
+    for k, name in enumerate(('Inspect', 'Maps and sliders')): self.tabs.set_title(k, name)
+    self.assemble([W.HTML(title_html(self.session)), self.recalled, self.message,
+                   row([self.gallery.ui, self.tabs], flex_flow='row nowrap'),
+                   W.HTML(f'<div class="dynad-legend">{soft("Symbols: ")}{legend_html()}</div>')])
+
+@patch
+def add_tab(self: Explorer, name: str, widget: W.Widget) -> None:
+    "A further section beside the two."
+    self.tabs.children = (*self.tabs.children, widget)
+    self.tabs.set_title(len(self.tabs.children) - 1, name)
 
 # %% ../nbs/18e_explorer.ipynb #d82bedbc
 def title_html(session: Session) -> str:
@@ -129,6 +143,7 @@ def _restore(self: Explorer, setting: Setting | dict | str | None, image: str | 
     kept, problem = self.state_file.read(lambda raw: raw | {'setting': m.resolve(dict(raw['setting']))[0]})
     if problem: self.say(f'{problem}; the run’s own setting is shown')
     s, i = m.resolve(kept.get('setting', m.base) if setting is None else setting, image)
+    if 'setting' in kept and setting is None and s != m.base: self.recall(self.state_file)
     largest = int(self.session.masks.flatten(1).sum(1).argmax())  # the largest defect
     if i is None: i = names.index(kept['image']) if kept.get('image') in names else largest
     self._place(s, i)
@@ -163,6 +178,7 @@ def _moved(self: Explorer, change):
     if self.quiet.on: return
     start = time.perf_counter()
     self.say('')
+    self.recalled.value = ''
     self.refresh()
     self.latencies = [*self.latencies[-199:], time.perf_counter() - start]
 
@@ -173,10 +189,8 @@ def _wire(self: Explorer) -> None:
     for w in (*c.sliders, g.image):
         if w is not c.threshold: w.observe(safely(self._moved), 'value')
     c.threshold.observe(safely(lambda change: c.threshold_moved(change['new']) and self._moved(change)), 'value')
-    for w in (g.kind, g.order): w.observe(safely(g.first_page), 'value')
-    g.earlier.on_click(safely(lambda _: g.turn(-1)))
-    g.later.on_click(safely(lambda _: g.turn(1)))
-    for k, t in enumerate(g.thumbs): t.on_click(safely(lambda _, k=k: g.pick(k)))
+    for w in (g.kind, g.order): w.observe(safely(g.update), 'value')
+    g.strip.observe(safely(lambda change: self.quiet.on or g.pick(change['new'])), 'selected')
     self.reset.on_click(safely(lambda _: self.load(self.model.base)))
     self.copy_button.on_click(safely(lambda _: self.copy.toggle()))
     self.copy_format.observe(safely(lambda _: self.copy.update()), 'value')
@@ -212,11 +226,11 @@ def _work_failed(self: Explorer, e: Exception) -> None:
 def draw(self: Explorer) -> None:
     "Show the selected image at the selected setting, as far as it is known."
     with self.model.lock:
-        m, cache = self.model, self.model.map_cache
-        set_stale(cache is None, self.panels.main, self.panels.parts, self.facts, self.made_of)
-        self.panels.draw_known()
+        m, at_hand = self.model, self.model.at_hand
+        set_stale(at_hand is None, self.panels.main, self.panels.parts, self.facts, self.made_of)
+        self.panels.draw_known(); self.inspect.draw_known()
         self.surroundings.draw(m, m.t_hat, self.eta.max)
-        self._draw_maps(cache) if cache is not None else self._draw_pending()
+        self._draw_maps(*at_hand) if at_hand else self._draw_pending()
         self.gallery.mark()
         self.copy.update()
 
@@ -225,16 +239,30 @@ def draw(self: Explorer) -> None:
 def _draw_pending(self: Explorer) -> None:
     self.facts.value = f'{image_html(self.model)} · {severity_html(self.model, self.model.t_hat)}: being reconstructed'
     self.panels.draw_pending(self.model.t_hat)
+    self.inspect.draw_pending(f'being reconstructed at T̂ = {self.model.t_hat}')
 
 # %% ../nbs/18e_explorer.ipynb #33a9962c
 @patch
-def _draw_maps(self: Explorer, cache: MapCache) -> None:
-    b, t_hat = self.model.blend(cache), self.model.t_hat
+def _draw_maps(self: Explorer, cache: MapCache, row: int) -> None:
+    b, t_hat = self.model.blend(cache, row), self.model.t_hat
     if b.own_threshold is None: self.controls.follow(b.threshold)
-    self.panels.draw_maps(b, t_hat)
+    self.panels.draw_maps(b, t_hat); self.inspect.draw(b)
     self.panels.draw_reconstruction(t_hat)
-    self.panels.draw_features(cache.maps[1:], cache.top[1])
+    self.panels.draw_features(cache, row)
     self.facts.value, self.made_of.value = facts_html(self.model, b, t_hat), brightest_html(b)
+
+# %% ../nbs/18e_explorer.ipynb #f118e001
+@patch(as_prop=True)
+def ready(self: Explorer) -> bool:
+    "Whether the selected image is shown at the selected setting with its metrics; more may be made ahead."
+    m = self.model
+    return (m.map_cache is not None and m.reconstruction(m.t_hat) is not None and m.measured_version == m.version
+            and (m.image in m.neighbours or bool(m.no_neighbours)))
+
+@patch
+def picture(self: Explorer) -> SmallImage:
+    "For a page without widgets: the panels."
+    return self.snapshot()
 
 # %% ../nbs/18e_explorer.ipynb #3954fb88
 @patch

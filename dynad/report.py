@@ -253,7 +253,9 @@ def _figures(images: dict[str, Tensor | None], i: int, folder: Path) -> list[dic
     for column, x in images.items():
         src = None if x is None else f'images/{i:05d}_{column}.png'
         if src: save_png(x, folder/src)
-        out.append(dict(name=column, src=src))
+        out.append(dict(name=column, src=src, id=f'large-{i}-{column}'))
+    known = [f for f in out if f['src']]
+    for k, f in enumerate(known): f['before'], f['after'] = known[k - 1]['id'], known[(k + 1) % len(known)]['id']
     return out
 
 # %% ../nbs/17a_report.ipynb #e063dbc3
@@ -270,7 +272,8 @@ def write_gallery(
     def entry(i):
         hit, label = bool(above(d.scores[i], threshold)), int(y[i])
         s, t_hat = d.samples[i], None if d.t_hat is None else int(d.t_hat[i])
-        return dict(name=printable(s.name), label=label, kind=s.defect if label else 'normal', wrong=hit != label, t_hat=t_hat,
+        return dict(id=f'image-{i}', name=printable(s.name), label=label,
+                    kind=s.defect if label else 'normal', wrong=hit != label, t_hat=t_hat,
                     score=f'{float(d.scores[i]):.3f}', decision=DECISIONS[hit, bool(label)],
                     figures=_figures(shown[i], i, folder))
     return [dict(title=TITLES[k], images=[entry(i) for i in rows]) for k, rows in chosen.items() if rows]
