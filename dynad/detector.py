@@ -31,6 +31,7 @@ from .reconstruction import overshoots
 from .spatial_dic import SpatialDIC, SpatialDICError
 from .store import (REPAIR_HINT, StoreError, atomic_write, load_json, load_state, load_tensors, save_tensors,
                          state_hash)
+from .threshold import forget_choice, save_choice
 from .training import CHECKPOINT
 from .walk import (Parts, WalkOutputs, adaptation_parts, averaged_t_hat, decode, extract_features,
                         neighbour_groups, reconstruct_latents, walk)
@@ -336,6 +337,19 @@ def reconstructions(self: DynAD, images: ImageSet, rows: list[int]) -> Tensor: #
     return self.cached_walk(images).reconstructions(rows=rows)
 
 @patch
+def reconstruction_errors(self: DynAD) -> dict[int, float]: # T̂ -> share, of those whose reconstructions are stored
+    """How far normal images are from their reconstructions, as a share of how far they are from the nearest other one.
+
+    Medians over held-out normal images, both L1 in the latents; from 1 on x̂_0 is as far away as another part."""
+    held, rows = self.held_out, list(range(len(self.held_out)))
+    if len(rows) < 2: return {}
+    z, apart = held.z0.flatten(1), torch.cdist(held.z0.flatten(1), held.z0.flatten(1), p=1).fill_diagonal_(torch.inf)
+    stored = [T for T in possible_t_hat(self).tolist()
+              if not held.cached_latents.missing(rows, torch.full((len(rows),), T))]
+    moved = lambda T: (held.z_hat(torch.full((len(rows),), T)).flatten(1) - z).abs().sum(1)
+    return {T: float(moved(T).median()/apart.amin(1).median()) for T in stored}
+
+@patch
 def bins(self: DynAD) -> tuple[Tensor, Tensor]:
     "The training images' distances among themselves [N], and the edges of the bins."
     return self.parts.dic.train_distance, self.parts.dic.edges
@@ -459,9 +473,11 @@ def save_pretrained(self: DynAD, folder: str | Path) -> Path:
                                                     for n, t in b.state().items()})
     scale = self.fixed_calibration
     if scale is None: scale = self.calibrated(torch.cat([self.held_out.t_hat, possible_t_hat(self)]))
-    decision = asdict(self.decision)
+    decision = asdict(self.learned_decision)
     decision['threshold'] = decision.pop('pixel_threshold') # the name of before
     atomic_write(folder/'calibration.json', json.dumps(asdict(scale) | decision, indent=1))
+    if (chosen := self.decision.chosen) is None: forget_choice(folder)
+    else: save_choice(folder, chosen)
     atomic_write(folder/'config.json', dump_config(self.config))
     return folder
 
@@ -485,6 +501,7 @@ def from_pretrained(cls: DynAD, folder: str | Path) -> DynAD:
     if neighbour_groups(self.config):
         self.parts = replace(self.parts, spatial=load_spatial(self, folder/'spatial.safetensors'))
     self.fixed_calibration, self._decision = load_calibration(folder/'calibration.json')
+    self.find_choice(folder)
     return self
 
 # %% ../nbs/16_detector.ipynb #a22f290d

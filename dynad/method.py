@@ -4,7 +4,7 @@
 
 # %% ../nbs/15_method.ipynb #f166ab04
 from __future__ import annotations
-import importlib, json
+import importlib, json, warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -23,19 +23,20 @@ from .checks import data_warnings
 from .config import (UNKEYED_DATA_SETTINGS, Config, ConfigError, DynadError, Settings, content_key, did_you_mean,
                           dump_config, load_config, make_config, with_overrides)
 from .data import AnomalyDataset, read_image, split_normal, to_float
-from .conformal import Guarantee, image_threshold, p_values
-from .dic import ROUNDING
+from .conformal import Guarantee, image_threshold, in_words, p_values
 from .fusion import quantile
 from .guard import aside
 from .images import Notes
 from .launch import check_trackers, processes
 from .paths import check_space, expanded
 from .store import REPAIR_HINT, Store, StoreError, atomic_write, check_run, load_json
+from .threshold import (Chosen, above, choice_in_words, forget_choice, load_choice, same_scale, save_choice,
+                             share_between)
 
 # %% auto #0
-__all__ = ['METHODS', 'FORMAT', 'Prediction', 'above', 'Decision', 'register', 'method_named', 'import_methods', 'Hooks',
-           'NoOptions', 'Method', 'checked_options', 'trained_settings', 'run_info', 'load_info', 'images_not_at_hand',
-           'open_run', 'checked_images', 'ImageError', 'NotFittedError']
+__all__ = ['METHODS', 'FORMAT', 'Prediction', 'Decision', 'register', 'method_named', 'import_methods', 'Hooks', 'NoOptions',
+           'Method', 'checked_options', 'trained_settings', 'run_info', 'load_info', 'images_not_at_hand', 'open_run',
+           'checked_images', 'ImageError', 'NotFittedError']
 
 # %% ../nbs/15_method.ipynb #7189f4b1
 @dataclass
@@ -63,14 +64,6 @@ def per_image(self: Prediction) -> dict[str, Tensor]: # name -> [B]
     named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ('score', 'anomalous')}
     return {k: v for k, v in named.items() if v is not None and v.ndim == 1}
 
-# %% ../nbs/15_method.ipynb #5d6941f7
-def above(
-    values: Any,      # scores or a map: tensor, array or number
-    threshold: float
-) -> Any:             # bool, of the same shape
-    "Whether values exceed a threshold by more than rounding (1e-5, and 1e-5 of a threshold beyond 1)."
-    return values > threshold + ROUNDING*max(1., abs(threshold))
-
 # %% ../nbs/15_method.ipynb #4a7d82b7
 @dataclass(frozen=True)
 class Decision:
@@ -79,6 +72,7 @@ class Decision:
     pixel_threshold: float | None  # on the map; None: the method gives no map
     normal_scores: tuple[float, ...] = ()  # of the held-out normal images, for p-values
     false_alarms: float | None = None      # share of normal images that was asked for; None: by a quantile
+    chosen: Chosen | None = None           # by a person, in the place of what was learned
 
     @classmethod
     def learned(cls,
@@ -102,6 +96,30 @@ class Decision:
         mask = None if p.map is None else above(p.map, self.pixel_threshold)
         p_value = p_values(p.score, self.normal_scores) if self.normal_scores else None
         return replace(p, mask=mask, anomalous=above(p.score, self.image_threshold), p_value=p_value)
+
+# %% ../nbs/15_method.ipynb #bce1ef73
+@patch
+def under(self: Decision, chosen: Chosen | None) -> Decision:
+    "With the threshold for images that a person has chosen; as it is where that was chosen on another scale of scores."
+    if chosen is None: return self
+    if chosen.at is not None:
+        if not same_scale(self.normal_scores, chosen.scale): return self
+        return replace(self, image_threshold=chosen.at, false_alarms=None, chosen=chosen)
+    if not self.normal_scores: return self
+    at = image_threshold(torch.tensor(self.normal_scores, dtype=torch.float64), 1., chosen.false_alarms)
+    return replace(self, image_threshold=at, false_alarms=chosen.false_alarms, chosen=chosen)
+
+@patch
+def in_words(self: Decision, q: float) -> str: # q: the quantile that it was learned by, if it was
+    "Where the threshold for images comes from, and what it promises."
+    n, c = len(self.normal_scores), self.chosen
+    said = [choice_in_words(c)] if c else []
+    if self.guarantee is not None: return '; '.join([*said, in_words(self.guarantee)])
+    if c is None: return f'quantile {q} of held-out normal training images'
+    if not n: return said[0]
+    m = int(above(torch.tensor(self.normal_scores, dtype=torch.float64), self.image_threshold).sum())
+    low, high = share_between(m, n)
+    return f'{said[0]}; {m} of {n} held-out normal images lie above it, which speaks for {low:.0%} to {high:.0%} of all'
 
 # %% ../nbs/15_method.ipynb #fe8eb8ca
 METHODS: dict[str, type[Method]] = {} # name -> class
@@ -159,7 +177,9 @@ class Method(ABC):
         self.training_set: ImageSet | None = None
         self.held_out_set: ImageSet | None = None
         self.stages: dict[str, Path] = {}
-        self._decision: Decision | None = None
+        self._decision: Decision | None = None           # as it was learned
+        self.choice: Chosen | None = None                # of a person, kept in `root`
+        self.root: Path | None = None                    # run directory, or folder of a saved method
         self.info: dict[str, Any] | None = None          # run.json
 
     @abstractmethod
@@ -176,16 +196,47 @@ class Method(ABC):
 
 # %% ../nbs/15_method.ipynb #fd9b7bcc
 @patch(as_prop=True)
-def decision(self: Method) -> Decision | None:
-    "The thresholds in force, learned when they are first asked for; None: the method is not fitted."
+def learned_decision(self: Method) -> Decision | None:
+    "The thresholds that held-out normal images imply, learned when first asked for; None: the method is not fitted."
     if self._decision is None and self.stages: self.learn_decision()
     return self._decision
+
+@patch(as_prop=True)
+def decision(self: Method) -> Decision | None:
+    "The thresholds in force: as learned, or as a person has chosen; None: the method is not fitted."
+    learned = self.learned_decision
+    return learned if learned is None else learned.under(self.choice)
 
 @patch
 def learn_decision(self: Method) -> None:
     "Thresholds from the held-out normal images."
     f = self.config.fusion
     self._decision = Decision.learned(self.held_out_prediction(), f.threshold_quantile, f.false_alarms)
+
+# %% ../nbs/15_method.ipynb #6ae4e414
+@patch
+def keep_choice(self: Method, chosen: Chosen | None) -> Decision:
+    "Put a threshold in force and keep it beside the method; None: the learned one again. Raises NotFittedError."
+    if self.learned_decision is None or self.root is None:
+        raise NotFittedError(f"this {type(self).__name__} is kept nowhere; fit, open or save it first")
+    if chosen is not None and chosen.at is not None and self.config.fusion.calibration == 'test':
+        raise ConfigError("fusion.calibration = 'test' scales scores by the images beside them, so that no value of a "
+                          "threshold can be kept; choose a share of false alarms")
+    if chosen is not None and chosen.at is not None:
+        chosen = replace(chosen, scale=self.learned_decision.normal_scores)
+    if chosen is None: forget_choice(self.root)
+    else: save_choice(self.root, chosen)
+    self.choice = chosen
+    return self.decision
+
+@patch
+def find_choice(self: Method, root: Path) -> None:
+    "Take over what a person has chosen in this folder; a warning where it belongs to other scores."
+    self.root, self.choice = root, load_choice(root)
+    if self.choice is not None and self.decision is not None and self.decision.chosen is None:
+        warnings.warn(f"{root}: its threshold {self.choice.at:.4g} was chosen for other scores (other settings, or "
+                      f"other normal images) and is not used; the learned {self.decision.image_threshold:.4g} is. "
+                      f"Choose again with `dynad threshold`", stacklevel=3)
 
 # %% ../nbs/15_method.ipynb #96434a9b
 def checked_options(options: type[Settings], given: dict[str, Any]) -> Settings:
@@ -224,6 +275,7 @@ def predict_set(self: Method,
 Method.prediction_class = Prediction         # what `predict_batch` returns
 Method.disk_space = lambda self, n: 4*n*self.config.data.image_size**2 # bytes, about, that a fit on n images writes
 Method.reconstructs = False                  # whether there is a `reconstructions(images, rows)`, for reports
+Method.reconstruction_errors = lambda self: {} # T̂ -> how far a normal image is moved, of a method that reconstructs
 Method.bins = lambda self: None              # distances of the training images and bin edges, of a method that has them
 Method.null_models = lambda self, images: {} # name -> predictions of a set that tell what parts of the method add
 
@@ -267,6 +319,7 @@ def fit(self: Method,
         self.training_set.images, self.held_out_set.images # an image that cannot be read is named before any training
     self.stages = self.train(hooks)
     with state.main_process_first(): self.learn_decision() # the others find what the first has made
+    self.find_choice(store.root)
     self.info = run_info(self, dataset, training, held_out)
     if state.is_main_process:
         atomic_write(store.root/'config.json', dump_config(self.config))
@@ -344,6 +397,7 @@ def open(cls: Method,
     self.stages = {k: root/str(p) for k, p in info['stages'].items()}
     self.load(self.stages)
     self.learn_decision()
+    self.find_choice(root)
     return self
 
 # %% ../nbs/15_method.ipynb #5440b12e
