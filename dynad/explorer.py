@@ -78,7 +78,8 @@ def _build(self: Explorer) -> None:
                   layout=W.Layout(flex='1 1 300px', min_width='260px', max_width='480px', padding='0 10px 0 0'))
     right = W.VBox([self.facts, self.panels.main, heading('What the map is made of'), self.made_of, self.panels.parts],
                    layout=W.Layout(flex='3 1 480px', min_width='260px'))
-    self.assemble([W.HTML(title_html(self.session)), self.message, self.gallery.ui, row([left, right])])
+    self.recalled = W.HTML()  # where the setting comes from, when not from the run
+    self.assemble([W.HTML(title_html(self.session)), self.recalled, self.message, self.gallery.ui, row([left, right])])
 
 # %% ../nbs/18e_explorer.ipynb #d82bedbc
 def title_html(session: Session) -> str:
@@ -127,6 +128,8 @@ def _restore(self: Explorer, setting: Setting | dict | str | None, image: str | 
     kept, problem = self.state_file.read(lambda raw: raw | {'setting': m.resolve(dict(raw['setting']))[0]})
     if problem: self.say(f'{problem}; the run’s own setting is shown')
     s, i = m.resolve(kept.get('setting', m.base) if setting is None else setting, image)
+    if 'setting' in kept and setting is None and s != m.base: self.recalled.value = soft(
+        f'The sliders stand as they were left on {self.state_file.when}, here or in another window of this run.')
     largest = int(self.session.masks.flatten(1).sum(1).argmax())  # the largest defect
     if i is None: i = names.index(kept['image']) if kept.get('image') in names else largest
     self._place(s, i)
@@ -161,6 +164,7 @@ def _moved(self: Explorer, change):
     if self.quiet.on: return
     start = time.perf_counter()
     self.say('')
+    self.recalled.value = ''
     self.refresh()
     self.latencies = [*self.latencies[-199:], time.perf_counter() - start]
 
@@ -210,11 +214,11 @@ def _work_failed(self: Explorer, e: Exception) -> None:
 def draw(self: Explorer) -> None:
     "Show the selected image at the selected setting, as far as it is known."
     with self.model.lock:
-        m, cache = self.model, self.model.map_cache
-        set_stale(cache is None, self.panels.main, self.panels.parts, self.facts, self.made_of)
+        m, at_hand = self.model, self.model.at_hand
+        set_stale(at_hand is None, self.panels.main, self.panels.parts, self.facts, self.made_of)
         self.panels.draw_known()
         self.surroundings.draw(m, m.t_hat, self.eta.max)
-        self._draw_maps(cache) if cache is not None else self._draw_pending()
+        self._draw_maps(*at_hand) if at_hand else self._draw_pending()
         self.gallery.mark()
         self.copy.update()
 
@@ -226,13 +230,26 @@ def _draw_pending(self: Explorer) -> None:
 
 # %% ../nbs/18e_explorer.ipynb #33a9962c
 @patch
-def _draw_maps(self: Explorer, cache: MapCache) -> None:
-    b, t_hat = self.model.blend(cache), self.model.t_hat
+def _draw_maps(self: Explorer, cache: MapCache, row: int) -> None:
+    b, t_hat = self.model.blend(cache, row), self.model.t_hat
     if b.own_threshold is None: self.controls.follow(b.threshold)
     self.panels.draw_maps(b, t_hat)
     self.panels.draw_reconstruction(t_hat)
-    self.panels.draw_features(cache.maps[1:], cache.top[1])
+    self.panels.draw_features(cache, row)
     self.facts.value, self.made_of.value = facts_html(self.model, b, t_hat), brightest_html(b)
+
+# %% ../nbs/18e_explorer.ipynb #f118e001
+@patch(as_prop=True)
+def ready(self: Explorer) -> bool:
+    "Whether the selected image is shown at the selected setting with its metrics; more may be made ahead."
+    m = self.model
+    return (m.map_cache is not None and m.reconstruction(m.t_hat) is not None and m.measured_version == m.version
+            and (m.image in m.neighbours or bool(m.no_neighbours)))
+
+@patch
+def picture(self: Explorer) -> SmallImage:
+    "For a page without widgets: the panels."
+    return self.snapshot()
 
 # %% ../nbs/18e_explorer.ipynb #3954fb88
 @patch

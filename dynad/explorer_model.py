@@ -176,9 +176,10 @@ class ExplorerModel:
         self.measured = Measured.unknown(self.labels)
         self.jobs, self.lock = Jobs(), threading.RLock()  # the lock: one thread at a time shows and changes results
         self.neighbours: dict[int, bytes] = {}            # image -> PNG of its nearest training images
+        self.first: OrderedDict[tuple, MapCache | None] = OrderedDict()  # (maps_key, image) -> the maps of it alone
         self.no_neighbours = ''                           # why they cannot be shown
         self._reconstructions: OrderedDict[tuple, np.ndarray] = OrderedDict()
-        self._pair: tuple[Any, Any] = None, None          # key and value of the maps used last
+        self._pair: tuple = None, None, None              # key and value of the maps used last, and their cache
         self.changed: Callable[[str], None] = lambda what: None
         self.report: Callable[..., None] = lambda text, done=0, total=1: None
 
@@ -195,18 +196,26 @@ def select(self: ExplorerModel, setting: Setting, image: int) -> None:
 @patch(as_prop=True)
 def wrong(self: ExplorerModel) -> np.ndarray:
     "[N] bool, the images that are wrongly classified."
-    return self.measured.anomalous != self.labels
+    return (self.measured.anomalous != self.labels) & self.session.known
 
 # %% ../nbs/18c_explorer_model.ipynb #afcf15f9
 @patch
 def ranked(self: ExplorerModel, kind: str = 'all', order: str = 'high') -> list[int]:
     "The images of one kind in the order of the gallery; see the function `rank`."
-    return rank(self.measured, self.labels, [s.defect for s in self.session.samples], kind, order)
+    labels = np.where(self.session.known, self.labels, self.measured.anomalous)  # who knows no label is never wrong
+    return rank(self.measured, labels, [s.defect for s in self.session.samples], kind, order)
 
 @patch(as_prop=True)
 def map_cache(self: ExplorerModel) -> MapCache | None:
     "The maps of the selected setting, None as long as they are not there."
     return self.session.map_caches.get(self.setting.maps_key)
+
+@patch(as_prop=True)
+def at_hand(self: ExplorerModel) -> tuple[MapCache, int] | None:
+    "The maps of the selected image and its row in them: with those of all images, or alone; None: not there yet."
+    if (cache := self.map_cache) is not None: return cache, self.image
+    first = self.first.get((self.setting.maps_key, self.image))
+    return first and (first, 0)
 
 # %% ../nbs/18c_explorer_model.ipynb #a66902ba
 @patch
@@ -239,12 +248,13 @@ def t_hat(self: ExplorerModel) -> int:
 
 # %% ../nbs/18c_explorer_model.ipynb #1886678d
 @patch
-def blend(self: ExplorerModel, cache: MapCache) -> Blend:
+def blend(self: ExplorerModel, cache: MapCache, row: int | None = None) -> Blend: # row: None: of all images
     "The maps of the selected image; those that λ does not change are kept."
-    s, key = self.setting, (self.image, self.setting.maps_key, self.setting.sigma)
+    row = self.image if row is None else row
+    s, key = self.setting, (id(cache), row, self.setting.sigma)
     if self._pair[0] != key:
-        maps = *cache.pair([self.image], s.sigma), cache.neighbour_map([self.image], s.sigma)
-        self._pair = key, [None if x is None else x[0].numpy() for x in maps]
+        maps = *cache.pair([row], s.sigma), cache.neighbour_map([row], s.sigma)
+        self._pair = key, [None if x is None else x[0].numpy() for x in maps], cache  # kept, so that its id is its own
     l, f, n = self._pair[1]
     return Blend(l, f, s.lam, *cache.estimate(s.lam, s.sigma), cache.top, s.threshold, n, cache.neighbour)
 
@@ -262,7 +272,7 @@ def reconstruction(self: ExplorerModel,
 def work(self: ExplorerModel) -> bool:
     "One step of what is missing; False when nothing is."
     s, i, self.jobs.current = self.setting, self.image, None
-    if self._missing(s): return self._advance(s, 'reconstructing')
+    if self._missing(s): return self._make_first(s, i) or self._advance(s, 'reconstructing')
     caches, cache = self.session.map_caches, self.session.map_caches.get(s.maps_key)
     if cache is not None and self._reconstruct(i, s, [int(cache.t_hat[i]), 0]): return True
     if self._find_neighbours(i): return True
@@ -294,6 +304,21 @@ def _advance(self: ExplorerModel, s: Setting, what: str) -> bool:
     if step: self.report(f'{what}: {name}: {step[0]} of {step[1]}', *step)
     elif s.maps_key == self.setting.maps_key: self.changed('maps')
     return True
+
+# %% ../nbs/18c_explorer_model.ipynb #f118c002
+@patch
+def _make_first(self: ExplorerModel, s: Setting, i: int) -> bool:
+    "The maps and the reconstruction of the selected image alone; whether there was anything to do."
+    key = s.maps_key, i
+    if key not in self.first:
+        if len(self.session) < 4: return False
+        self.report(f'reconstructing {self.session.samples[i].name} first')
+        self.first[key] = self.session.first_maps(s, i)
+        while len(self.first) > 200: self.first.popitem(last=False)
+        self.changed('first')
+        return True
+    first = self.first[key]
+    return first is not None and self._reconstruct(i, s, [int(first.t_hat[0]), 0])
 
 # %% ../nbs/18c_explorer_model.ipynb #37c12959
 @patch

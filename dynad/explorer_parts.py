@@ -14,7 +14,7 @@ from PIL import Image
 
 from .charts import color_bar, histogram
 from .explorer_model import Blend, ExplorerModel
-from .map_cache import Setting
+from .map_cache import MapCache, Setting
 from .method import above
 from .show import BLANK, BLUE, MARK, paint_heat, paint_mask, png_bytes, shade
 from .view import ImagePanels, Quiet, button, labelled, row, set_stale, severity_buttons, soft
@@ -135,7 +135,8 @@ def draw_pending(self: ExplorerPanels, t_hat: int) -> None:
 def draw_maps(self: ExplorerPanels, b: Blend, t_hat: int) -> None:
     "The maps of the selected image, the mask and the overlay."
     s, i = self.model.setting, self.model.image
-    at, heat, mask = (i, s.maps_key, s.sigma), shade(b.anomaly, b.anomaly_top), above(b.anomaly, b.threshold)
+    at, heat = (i, s.maps_key, s.sigma, b.top), shade(b.anomaly, b.anomaly_top)
+    mask = above(b.anomaly, b.threshold)
     drawn = *at, s.lam, b.threshold
     self.put('l_map', at, lambda: png_bytes(shade(b.latent, b.top[0])))
     self.put('f_map', at, lambda: png_bytes(shade(b.feature, b.top[1])))
@@ -177,11 +178,12 @@ def draw_reconstruction(self: ExplorerPanels, t_hat: int) -> None:
 
 # %% ../nbs/18d_explorer_parts.ipynb #24bd2c78
 @patch
-def draw_features(self: ExplorerPanels, maps: list, top: float) -> None:
+def draw_features(self: ExplorerPanels, cache: MapCache, row: int) -> None:
     "The layers of f_map [N,h_j,w_j], each from its lowest place."
-    i, layers = self.model.image, self.model.session.config.fusion.layers
-    for k, m, j in zip(('f_2', 'f_3'), maps, layers):
-        self.put(k, (i, self.model.setting.maps_key), lambda: png_bytes(shade((m[i] - m[i].min()).numpy(), top)))
+    i, layers, top = self.model.image, self.model.session.config.fusion.layers, cache.top[1]
+    for k, m, j in zip(('f_2', 'f_3'), cache.maps[1:], layers):
+        self.put(k, (i, self.model.setting.maps_key, top),
+                 lambda: png_bytes(shade((m[row] - m[row].min()).numpy(), top)))
         text = f'<b>feature difference</b>, layer {j} of φ ({m.shape[1]} × {m.shape[2]}), from its lowest place'
         self.caption(k, text + color_bar(top, 'as f_map'))
 
@@ -190,6 +192,7 @@ def image_html(model: ExplorerModel) -> str:
     "Name and kind of the selected image."
     x = model.session.samples[model.image]
     kind = f'defect: {html.escape(x.defect)}' if x.label else 'normal'
+    if not model.session.known[model.image]: kind = 'nobody has labelled it'
     return f'<span class="dynad-big"><b>{html.escape(x.name)}</b></span> {kind}'
 
 def severity_html(model: ExplorerModel, t_hat: int) -> str:
@@ -202,19 +205,20 @@ def severity_html(model: ExplorerModel, t_hat: int) -> str:
 def decision_html(
     score: float,
     threshold: float,
-    anomalous: bool,     # the truth
+    anomalous: bool | None,  # the truth; None: unknown
     about: str = ''      # before the threshold
 ) -> tuple[str, str]:   # the comparison; the decision
     "Score, threshold, and whether the decision is right."
     called = above(score, threshold)
-    right = '✓ right' if called == anomalous else '<b>✗ wrong</b>'
+    right = '' if anomalous is None else ', ✓ right' if called == anomalous else ', <b>✗ wrong</b>'
     word = 'anomalous' if called else 'normal'
-    return f'{score:.2f} {"&gt;" if called else "≤"} {about}{threshold:.2f}', f'classified as <b>{word}</b>, {right}'
+    return f'{score:.2f} {"&gt;" if called else "≤"} {about}{threshold:.2f}', f'classified as <b>{word}</b>{right}'
 
 # %% ../nbs/18d_explorer_parts.ipynb #812dcf0a
 def facts_html(model: ExplorerModel, b: Blend, t_hat: int) -> str:
     "The line above the panels."
-    score, anomalous = float(b.anomaly.max()), bool(model.labels[model.image])
+    score = float(b.anomaly.max())
+    anomalous = bool(model.labels[model.image]) if model.session.known[model.image] else None
     compared, decision = decision_html(score, b.image_threshold, anomalous, '' if b.exact else '≈ ')
     parts = [image_html(model), f'score {compared} learned on normal images: {decision}']
     if b.own_threshold is not None:
@@ -233,7 +237,11 @@ def brightest_html(b: Blend) -> str:
 # %% ../nbs/18d_explorer_parts.ipynb #ffc39b61
 def metrics_html(model: ExplorerModel) -> str:
     "The metrics measured last, and the decisions that they stand for."
-    m, y = model.measured, model.labels
+    m, known = model.measured, model.session.known
+    if not known.all():
+        return soft(f'{int(m.anomalous.sum())} of {len(known)} images classified as anomalous; without labels there is '
+                    'nothing to measure them by')
+    y = model.labels
     value = lambda k: '—' if m.metrics[k] is None else f'{m.metrics[k]:.3f}'
     figures = f'I-AUROC <b>{value("i_auroc")}</b>P-AUROC <b>{value("p_auroc")}</b>PRO <b>{value("pro")}</b>'
     found, false = int((m.anomalous & y).sum()), int((m.anomalous & ~y).sum())
@@ -377,7 +385,7 @@ def _show_page(self: Gallery) -> None:
         t.layout.display = None if j < len(shown) else 'none'
         if j >= len(shown): continue
         k = shown[j]
-        t.description = '✗' if wrong[k] else ''
+        t.description = '✗' if wrong[k] else ' '  # an empty description leaves the old text
         name, note = self.model.session.samples[k].name, ', wrongly classified' if wrong[k] else ''
         t.tooltip = f'{name}: score {scores[k]:.2f}{note}'
     self.earlier.disabled, self.later.disabled = self.page == 0, (self.page + 1)*PER_PAGE >= len(self.rows)

@@ -382,6 +382,12 @@ def draw_curves(self: Sweep) -> None:
         self.curves.value = figure_png(curves_figure(t, self.lam.value, self.model.base.t_max), colors=None)
         self.curves.remove_class('dynad-wait')
 
+# %% ../nbs/18f_sweep.ipynb #f118f001
+@patch
+def picture(self: Sweep) -> pd.DataFrame:
+    "For a page without widgets: the table."
+    return self.table
+
 # %% ../nbs/18f_sweep.ipynb #8d717130
 @patch
 def pick(self: Sweep, t_max: int, lam: float) -> None:

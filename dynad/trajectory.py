@@ -350,6 +350,17 @@ def _show_diffused(self: Trajectory, w: float) -> None:
     self.panels.put(('out', w), (m.ready, t), lambda: png_bytes(m.diffused[w][m.ts.index(t)]))
     self.panels.caption(('out', w), f'<b>z_t decoded</b>, t = {t + 1}, √ᾱ = {left:.3f}<br>{PAIRS[w]}')
 
+# %% ../nbs/18g_trajectory.ipynb #f118f002
+@patch(as_prop=True)
+def ready(self: Trajectory) -> bool:
+    "Whether the steps of the selection are there."
+    return self.model.ready == self.model.selected and bool(self.model.steps)
+
+@patch
+def picture(self: Trajectory) -> SmallImage:
+    "For a page without widgets: all steps."
+    return film(self.model.steps)
+
 # %% ../nbs/18g_trajectory.ipynb #0f106c93
 def film(
     steps: dict[float, Steps],  # by ω, as in `TrajectoryModel`
