@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any, Callable, Sequence
 
 import ipywidgets as W
+import numpy as np
 from fastcore.basics import patch
 
+from .bench import Bench
 from .data import AnomalyDataset
+from .decision import DecisionBench
 from .demo import demo_run
 from .detector import DynAD
 from .explorer_model import ExplorerModel, setting_text
@@ -50,6 +53,7 @@ class Explorer(View):
         self._build()
         self.model.changed, self.model.report = self._changed, self.report
         self.worker, self.rest = self.thread(self.model.work, self._work_failed), self.thread(self.model.measure)
+        self.marks, self._tried = self.thread(self._mark_at_rest), 0.  # thumbnails follow the threshold when it rests
         self._restore(setting, image)
         self._wire()
         self.refresh()
@@ -78,8 +82,10 @@ def _build(self: Explorer) -> None:
                   layout=W.Layout(flex='1 1 300px', min_width='260px', max_width='480px', padding='0 10px 0 0'))
     right = W.VBox([self.facts, self.panels.main, heading('What the map is made of'), self.made_of, self.panels.parts],
                    layout=W.Layout(flex='3 1 480px', min_width='260px'))
+    self.bench = DecisionBench()
     self.recalled = W.HTML()  # where the setting comes from, when not from the run
-    self.assemble([W.HTML(title_html(self.session)), self.recalled, self.message, self.gallery.ui, row([left, right])])
+    self.assemble([W.HTML(title_html(self.session)), self.recalled, self.message, self.gallery.ui, row([left, right]),
+                   self.bench.ui])
 
 # %% ../nbs/18e_explorer.ipynb #d82bedbc
 def title_html(session: Session) -> str:
@@ -182,6 +188,7 @@ def _wire(self: Explorer) -> None:
     self.reset.on_click(safely(lambda _: self.load(self.model.base)))
     self.copy_button.on_click(safely(lambda _: self.copy.toggle()))
     self.copy_format.observe(safely(lambda _: self.copy.update()), 'value')
+    self.bench.moved, self.bench.keep = self._threshold_tried, self.model.keep_choice
 
 # %% ../nbs/18e_explorer.ipynb #67e85e33
 @patch
@@ -199,7 +206,42 @@ def _show_metrics(self: Explorer) -> None:
     self.metrics.value = metrics_html(self.model)
     set_stale(False, self.metrics)
     self.gallery.update()
+    self._show_bench()
     self._save()
+
+# %% ../nbs/18e_explorer.ipynb #16f79891
+@patch
+def _show_bench(self: Explorer) -> None:
+    "The scores measured last; a threshold that is tried at this setting stays."
+    m, cache, known = self.model, self.model.map_cache, self.session.known
+    if cache is None: return
+    s, y, decision = m.measured.scores, m.labels, m.decision_at(cache)
+    learned, old = m.learned_at(cache), self.bench.bench
+    normal, what = s[known & ~y], 'test images'
+    if not len(normal): normal, what = np.array(learned.normal_scores), 'test images and held-out normal images'
+    if self.session.without_test: what = 'held-out normal images'
+    b = Bench(decision, learned, normal, s[known & y], s[~known], what)
+    if m.trial is not None and m.trial[0] == m.trial_key and old is not None:
+        b.threshold, b.how, b.rate = m.trial[1], old.how, old.rate
+    self.bench.show(b)
+
+@patch
+def _threshold_tried(self: Explorer, threshold: float) -> None:
+    "The line above the panels and the counts now, the thumbnails when the line rests."
+    m = self.model
+    with m.lock:
+        m.try_threshold(threshold if self.bench.bench.tried else None)
+        if (at := m.at_hand) is not None: self.facts.value = facts_html(m, m.blend(*at), m.t_hat)
+        if m.measured_version == m.version: self.metrics.value = metrics_html(m)
+    self._tried = time.perf_counter()
+    self.marks.poke()
+
+@patch
+def _mark_at_rest(self: Explorer) -> bool:
+    "Marks of the thumbnails, once nothing has moved for a moment."
+    if (left := .25 - (time.perf_counter() - self._tried)) > 0: time.sleep(left); return True
+    with self.model.lock: self.gallery.update()
+    return False
 
 # %% ../nbs/18e_explorer.ipynb #f14db74d
 @patch

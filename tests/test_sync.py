@@ -15,10 +15,10 @@ def source(cell): return ''.join(cell['source'])
 def flags(cell): return {m[1] for m in re.finditer(r'^#\|\s*(\S+)', source(cell), re.M)}
 
 def numbered():
-    "module -> place in the order of the rooms, from the notebook's name: 06 < 06a < 07."
+    "module -> place in the order of the rooms, from the notebook's name: 06 < 06a < 06aa < 06b < 07."
     out = {}
     for p in NOTEBOOKS:
-        m = re.match(r'(\d+)([a-z]?)_', p.name)
+        m = re.match(r'(\d+)([a-z]*)_', p.name)
         exp = [e[1] for c in read(p)['cells'] if c['cell_type'] == 'code' for e in re.finditer(r'^#\|\s*default_exp\s+(\S+)', source(c), re.M)]
         if m and exp: out[exp[0]] = (int(m[1]), m[2])
     return out
