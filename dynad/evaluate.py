@@ -161,6 +161,7 @@ def decided(scored: Scored, labels: Tensor, method: Method) -> dict[str, Any]:
             'true_positives': tp, 'false_positives': fp, 'false_negatives': fn,
             'i_f1': 2*tp/max(1, 2*tp + fp + fn), 'p_f1': 2*both[0]/max(1, both[1]),
             'learned_threshold': method.learned_decision.image_threshold, 'rule': threshold_rule(method),
+            'learned_rate': method.learned_decision.false_alarms, 'normal_scores': list(d.normal_scores),
             'chosen': asdict(d.chosen) if d.chosen else None,
             'oracle': {'threshold': most.threshold, 'true_positives': most.found, 'false_positives': most.false_alarms}}
 
