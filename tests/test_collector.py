@@ -306,6 +306,23 @@ def test_doctor_says_it_in_its_line(tmp_path, monkeypatch):
     assert row.state == ('nuts (mvtec): 12 normal training images, 4 normal + 4 anomalous test images, 4 masks; '
                          'not used: 1 image of validation/good (validation/good/0.png)')
 
+def test_doctor_on_one_folder_and_strict(tmp_path):
+    base(tmp_path/'nuts'); put(tmp_path/'nuts/validation/good/0.png')
+    def doctor(*words): return CliRunner().invoke(app, ['doctor', *map(str, words)])
+    from dynad.cli import app
+    line = ('nuts (mvtec): 12 normal training images, 4 normal + 4 anomalous test images, 4 masks; '
+            'not used: 1 image of validation/good (validation/good/0.png)')
+    said = doctor('--data', tmp_path/'nuts')
+    assert (said.exit_code, said.output) == (0, line + '\n')
+    assert json.loads(doctor('--data', tmp_path/'nuts', '--json').stdout) == [dict(what='data: nuts', state=line, cure='')]
+    for words in ([], ['--json']):
+        refused = doctor('--data', tmp_path/'nuts', '--strict', *words)
+        assert refused.exit_code == 2 and refused.output.count('\n') == 1 and 'refused because of strict; not used: 1 image' in refused.output
+    (tmp_path/'nuts/validation/good/0.png').unlink()
+    assert doctor('--data', tmp_path/'nuts', '--strict').exit_code == 0
+    for words, cure in ((['--strict'], 'only with --data'), (['--data', tmp_path/'nut'], 'no such folder')):
+        assert (r := doctor(*words)).exit_code == 2 and cure in r.output
+
 def test_a_folder_says_a_remark_of_itself(tmp_path, smoke):
     from dynad.evaluate import evaluate
     base(tmp_path); (tmp_path/'remark.txt').write_text('Halved in size:\nno published figure applies.', encoding='utf-8')

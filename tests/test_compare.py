@@ -9,7 +9,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from dynad import compare as C
-from dynad.cli import app, seeds_of, settings_of
+from dynad.cli import app
+from dynad.cli_compare import seeds_of, settings_of
 from dynad.config import ConfigError
 from dynad.jobs import map_on_cluster
 from dynad.metrics import StreamingPixelMetrics
@@ -226,7 +227,7 @@ def test_condensed_pixels_survive_a_file(tmp_path):
 @pytest.mark.skipif('DYNAD_SLOW' not in os.environ, reason='starts a dask cluster of two processes; set DYNAD_SLOW')
 def test_tasks_on_a_cluster(toys, boards, tmp_path):
     pytest.importorskip('distributed')
-    from dynad.cli import runner_of
+    from dynad.cli_compare import runner_of
     result = C.compare(comparison(boards, tmp_path/'out', toy('deviation', 'dies', 'scores')), run=runner_of(None, 2), report=lambda line: None)
     assert [r['status'] for r in result['rows']] == ['done', 'failed', 'done']
     assert dict(map_on_cluster(abs, [-3, -4])) == {-3: 3, -4: 4}

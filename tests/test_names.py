@@ -74,7 +74,7 @@ def home(tmp_path, monkeypatch):
 def test_the_home_folder_in_every_path_of_the_command_line(home):
     "Each option and argument of each command that takes a path is of the one type that knows ~."
     from typing import get_args, get_type_hints
-    from dynad.cli import data_place, place
+    from dynad.commands import data_place, place
     found = set()
     for command in app.registered_commands:
         for name, hint in get_type_hints(command.callback, include_extras=True).items():
