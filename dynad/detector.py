@@ -368,11 +368,25 @@ def with_parts(self: DynAD,
     other = copy.copy(self)
     other.parts = replace(self.parts, **changes)
     other.config = other.parts.config
-    if other.parts.dic is not None and other.config.dic != self.config.dic: fit_bank(other)
-    elif neighbour_groups(other.config) != neighbour_groups(self.config):
-        other.parts = fit_spatial(other.parts, other.training_set)
+    regrouped = neighbour_groups(other.config) != neighbour_groups(self.config)
+    if other.parts.dic is not None and (other.config.dic != self.config.dic or regrouped and self.joined):
+        fit_bank(other)
+        if self.joined: other.absorb(list(self.joined))
+    elif regrouped: other.parts = fit_spatial(other.parts, other.training_set)
+    if self.base is not None and 'config' in changes: other.base = self.base.with_parts(config=changes['config'])
     other._decision = None # learned when it is asked for
     return other
+
+@patch
+def absorb(self: DynAD, rows: list[int]) -> None:
+    "The marked images join the neighbours of DIC, whose bins stay as they are, and the banks of the neighbour map."
+    p, features = self.parts, {j: f[rows] for j, f in CachedWalk(self.parts, self.normals).features.items()}
+    d, mark = p.config.dic, content_key([self.normals.key, rows])
+    dic = replace(p.dic, bank=torch.cat([p.dic.bank, pooled(features[d.layer], d.pool)]))
+    hashes = p.hashes | {k: content_key([p.hashes[k], mark]) for k in ('bank', 'spatial') if k in p.hashes}
+    self.parts = replace(p, dic=dic, spatial=tuple(b.joined(features) for b in p.spatial), hashes=hashes)
+
+DynAD.absorbs = ('the neighbours of DIC', 'the banks of the neighbour map')
 
 @patch
 def with_settings(self: DynAD,

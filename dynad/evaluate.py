@@ -24,6 +24,7 @@ from .collector import Finding
 from .data import AnomalyDataset, DataError, Sample, load_masks, with_mask_rule
 from .exports import export_to
 from .machine import peak_memory_mb
+from .marks import without_marked
 from .method import Method, Prediction, above, method_named
 from .metrics import Metric, StreamingPixelMetrics, image_metrics, paired_bootstrap, pixel_metrics
 from .paths import expanded, printable
@@ -224,8 +225,12 @@ def evaluate(
     progress: bool = True
 ) -> Evaluation:
     "The data set's test images by a fitted method. Raises DataError when there is none."
-    if not dataset.test: raise DataError(f"{dataset.name}: no test image; put some under test/good and test/<defect>")
-    c = method.config
+    c, marked = method.config, []
+    if method.root is not None:
+        dataset, marked = without_marked(dataset, method.root, c.data.image_size, c.data.max_pixels)
+    if not dataset.test:
+        raise DataError(f"{dataset.name}: no test image{', all are marked in the run' if marked else ''}; "
+                        "put some under test/good and test/<defect>")
     samples, found = with_mask_rule(dataset.test, c.data.mask_rule), data_warnings(dataset, c.data)
     masks, has_mask = load_masks(samples, c.data.image_size, c.data.max_pixels)
     truth = MetricAccumulator(torch.tensor([s.label for s in samples]), masks, has_mask, n_boot, c.seed)
@@ -246,6 +251,7 @@ def evaluate(
     result |= {'normal_reconstruction': {str(T): e for T, e in method.reconstruction_errors().items()},'peak_memory_mb': peak_memory_mb(), 'method': method.name, 'settings': c.model_dump(mode='json'),
                'protocol': protocol(method, truth, dataset.remark, found), 'versions': versions(),
                'data': described(dataset)}
+    result['protocol'] |= {'marked': len(marked), 'left_out': marked}
     explain_pixels(result, samples, truth)
     result['verdict'] = verdict(result)
     return Evaluation(result, samples, scored.scores, scored.per_image, masks, has_mask, method, images)

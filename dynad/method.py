@@ -4,13 +4,13 @@
 
 # %% ../nbs/15_method.ipynb #f166ab04
 from __future__ import annotations
-import importlib, json, warnings
+import copy, importlib, json, warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Callable, ClassVar, Iterator
+from typing import Any, Callable, ClassVar, Iterator, Sequence
 
 import torch
 from fastcore.basics import patch
@@ -28,15 +28,16 @@ from .fusion import quantile
 from .guard import aside
 from .images import Notes
 from .launch import check_trackers, processes
+from .marks import Mark, marked_images, marks_in_force, pixels_key
 from .paths import check_space, expanded
 from .store import REPAIR_HINT, Store, StoreError, atomic_write, check_run, load_json
 from .threshold import (Chosen, above, choice_in_words, forget_choice, load_choice, same_scale, save_choice,
                              share_between)
 
 # %% auto #0
-__all__ = ['METHODS', 'FORMAT', 'Prediction', 'Decision', 'register', 'method_named', 'import_methods', 'Hooks', 'NoOptions',
-           'Method', 'checked_options', 'trained_settings', 'run_info', 'load_info', 'images_not_at_hand', 'open_run',
-           'checked_images', 'ImageError', 'NotFittedError']
+__all__ = ['METHODS', 'FOLDS', 'LEARNED', 'FORMAT', 'Prediction', 'Decision', 'register', 'method_named', 'import_methods',
+           'Hooks', 'NoOptions', 'Method', 'checked_options', 'trained_settings', 'run_info', 'load_info',
+           'images_not_at_hand', 'open_run', 'checked_images', 'ImageError', 'NotFittedError']
 
 # %% ../nbs/15_method.ipynb #7189f4b1
 @dataclass
@@ -58,6 +59,11 @@ class Prediction:
         return type(first)(**{f.name: joined(f.name) for f in fields(first)})
 
 # %% ../nbs/15_method.ipynb #90be6ef4
+@patch
+def rows(self: Prediction, at: list[int]) -> Prediction:
+    "The answer for some of the images."
+    return replace(self, **{f.name: v[at] for f in fields(self) if (v := getattr(self, f.name)) is not None})
+
 @patch(as_prop=True)
 def per_image(self: Prediction) -> dict[str, Tensor]: # name -> [B]
     "The further numbers that the method has for each image, e.g. T̂."
@@ -73,6 +79,7 @@ class Decision:
     normal_scores: tuple[float, ...] = ()  # of the held-out normal images, for p-values
     false_alarms: float | None = None      # share of normal images that was asked for; None: by a quantile
     chosen: Chosen | None = None           # by a person, in the place of what was learned
+    marked: int = 0                        # of `normal_scores`: of images that a person has marked as normal
 
     @classmethod
     def learned(cls,
@@ -114,12 +121,15 @@ def in_words(self: Decision, q: float) -> str: # q: the quantile that it was lea
     "Where the threshold for images comes from, and what it promises."
     n, c = len(self.normal_scores), self.chosen
     said = [choice_in_words(c)] if c else []
+    if self.marked: said.append(
+        f'{self.marked} of the {n} normal images were marked by a person: picked because they had been called anomalous, '
+        'they push the threshold up, and fewer normal images than promised are false alarms')
     if self.guarantee is not None: return '; '.join([*said, in_words(self.guarantee)])
-    if c is None: return f'quantile {q} of held-out normal training images'
-    if not n: return said[0]
+    if c is None: return '; '.join([f'quantile {q} of held-out normal training images', *said])
+    if not n: return '; '.join(said)
     m = int(above(torch.tensor(self.normal_scores, dtype=torch.float64), self.image_threshold).sum())
     low, high = share_between(m, n)
-    return f'{said[0]}; {m} of {n} held-out normal images lie above it, which speaks for {low:.0%} to {high:.0%} of all'
+    return f'{"; ".join(said)}; {m} of {n} held-out normal images lie above it, which speaks for {low:.0%} to {high:.0%} of all'
 
 # %% ../nbs/15_method.ipynb #fe8eb8ca
 METHODS: dict[str, type[Method]] = {} # name -> class
@@ -180,6 +190,9 @@ class Method(ABC):
         self._decision: Decision | None = None           # as it was learned
         self.choice: Chosen | None = None                # of a person, kept in `root`
         self.root: Path | None = None                    # run directory, or folder of a saved method
+        self.normals: ImageSet | None = None             # marked as normal by a person
+        self.joined: tuple[int, ...] = ()                # those of `normals` that it has learned from
+        self.base: Method | None = None                  # the same before it has
         self.info: dict[str, Any] | None = None          # run.json
 
     @abstractmethod
@@ -210,8 +223,9 @@ def decision(self: Method) -> Decision | None:
 @patch
 def learn_decision(self: Method) -> None:
     "Thresholds from the held-out normal images."
-    f = self.config.fusion
-    self._decision = Decision.learned(self.held_out_prediction(), f.threshold_quantile, f.false_alarms)
+    f, held = self.config.fusion, self.held_out_prediction()
+    if self.joined: held = type(held).concatenated([held, self.normals_prediction()])
+    self._decision = replace(Decision.learned(held, f.threshold_quantile, f.false_alarms), marked=len(self.joined))
 
 # %% ../nbs/15_method.ipynb #6ae4e414
 @patch
@@ -238,6 +252,66 @@ def find_choice(self: Method, root: Path) -> None:
                       f"other normal images) and is not used; the learned {self.decision.image_threshold:.4g} is. "
                       f"Choose again with `dynad threshold`", stacklevel=3)
 
+# %% ../nbs/15_method.ipynb #c3326fc6
+FOLDS = 5
+LEARNED = 'learned.json' # in a run directory: which of its marked images the method has learned from
+Method.absorbs = ()      # what marked normal images join, beside the threshold, in words
+
+@patch
+def absorb(self: Method, rows: list[int]) -> None:
+    "Take these of `normals` into the bank, in place; nothing to do for a method without one."
+
+@patch
+def join_normals(self: Method,
+    images: Tensor # [M,3,size,size] uint8
+) -> Method:
+    "Learn from these normal images too, in place of those learned before; no training."
+    if not len(images): return self
+    self.base = self.base or copy.copy(self)
+    key = content_key(['marked', [pixels_key(x) for x in images], self.config.data.image_size])
+    self.normals = ImageSet(self.training_set.store, key, len(images), lambda: images)
+    self.joined, self._decision = tuple(range(len(images))), None
+    self.absorb(list(self.joined))
+    return self
+
+@patch
+def with_normals(self: Method, images: Tensor) -> Method:
+    "Another object that has learned from these normal images; this one stays as it is."
+    other = copy.copy(self.base or self)
+    other.choice, other.root = self.choice, self.root
+    return other.join_normals(images)
+
+# %% ../nbs/15_method.ipynb #6ba44f00
+@patch
+def normals_prediction(self: Method) -> Prediction:
+    "Of the marked normal images, each by a bank without its group."
+    n, found = len(self.joined), {}
+    for k in range(min(FOLDS, n)):
+        fold, rest = list(range(k, n, FOLDS)), [r for r in range(n) if r % FOLDS != k]
+        other = copy.copy(self.base)
+        other.normals, other.joined = self.normals, tuple(rest)
+        if rest: other.absorb(rest)
+        p = self.prediction_class.concatenated([p for _, p in other.predict_set(self.normals, fold)])
+        found |= {r: p.rows([i]) for i, r in enumerate(fold)}
+    return self.prediction_class.concatenated([found[r] for r in range(n)])
+
+@patch
+def keep_normals(self: Method, marks: Sequence[Mark]) -> None:
+    "From now on an `open` of this run learns from these marked images; none: from none."
+    if self.root is None: raise NotFittedError(f"this {type(self).__name__} is kept nowhere; fit or open a run first")
+    atomic_write(self.root/LEARNED, json.dumps({'normals': [m.pixels for m in marks]}, indent=1))
+
+@patch
+def find_normals(self: Method, root: Path) -> None:
+    "Learn from the marked images that the run names; where one of these marks was taken back, from none."
+    if not (root/LEARNED).exists(): return
+    named, c = load_json(root/LEARNED, 'normals')['normals'], self.config.data
+    marks = [m for k, m in marks_in_force(root).items() if k in named and m.what == 'normal']
+    if len(marks) < len(named):
+        warnings.warn(f'{root}: {len(named) - len(marks)} of the {len(named)} marks that it has learned from were taken '
+                      'back; it decides as it was fitted until `dynad learn` has learned from the others', stacklevel=3)
+    else: self.join_normals(marked_images(root, marks, c.image_size, c.max_pixels))
+
 # %% ../nbs/15_method.ipynb #96434a9b
 def checked_options(options: type[Settings], given: dict[str, Any]) -> Settings:
     "A method's own settings. Raises ConfigError that names the key and what is allowed."
@@ -254,7 +328,8 @@ def prediction_key(self: Method) -> dict[str, Any]:
     "What a prediction depends on, beside the image."
     unkeyed = {**dict.fromkeys(('batch', 'device', 'trackers', 'preset'), True), 'data': set(UNKEYED_DATA_SETTINGS)}
     settings = self.config.model_dump(mode='json', exclude=unkeyed)
-    return dict(method=self.name, stages={k: p.name for k, p in self.stages.items()}, settings=settings)
+    more = {'normals': [self.normals.key, list(self.joined)]} if self.joined else {}
+    return dict(method=self.name, stages={k: p.name for k, p in self.stages.items()}, settings=settings, **more)
 
 @patch
 def predict_set(self: Method,
@@ -318,7 +393,9 @@ def fit(self: Method,
     if new:
         self.training_set.images, self.held_out_set.images # an image that cannot be read is named before any training
     self.stages = self.train(hooks)
-    with state.main_process_first(): self.learn_decision() # the others find what the first has made
+    with state.main_process_first(): # the others find what the first has made
+        self.find_normals(store.root)
+        self.learn_decision()
     self.find_choice(store.root)
     self.info = run_info(self, dataset, training, held_out)
     if state.is_main_process:
@@ -396,6 +473,7 @@ def open(cls: Method,
                                             for k in ('fit', 'held_out'))
     self.stages = {k: root/str(p) for k, p in info['stages'].items()}
     self.load(self.stages)
+    self.find_normals(root)
     self.learn_decision()
     self.find_choice(root)
     return self
