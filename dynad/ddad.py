@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from .cache import CachedWalk, ImageSet, batches
 from .config import Config, ConfigError, DiffusionSettings, Settings, make_config, with_overrides
 from .data import to_float
-from .detector import DynAD, fit_autoencoder, load_autoencoder, load_phi, load_unet, phi_of
 from .diffusion import Schedule, abar_at, broadcast_coefficients, make_schedule, predict_x0, q_sample
 from .fusion import feature_map, score, smooth
 from .launch import processes
 from .method import Hooks, Method, Prediction, checked_options, register
 from .reconstruction import guide, noise_for, noise_keys
+from .stages import fit_autoencoder, fit_denoiser, load_autoencoder, load_phi, load_unet, phi_of
 from .store import REPAIR_HINT, StoreError, load_tensors, save_tensors, state_hash
 from .training import CHECKPOINT, Training, TrainingError, train
 from .walk import Parts, decode, encode
@@ -232,7 +232,7 @@ def train_ddad(method: DDAD, hooks: Hooks) -> dict[str, Path]:
         stages['autoencoder'] = fit_autoencoder(method, plain, hooks)
         load_autoencoder(method, stages['autoencoder'])
         method.training.z0
-    stages['denoiser'] = DynAD.fit_denoiser(method, hooks)
+    stages['denoiser'] = fit_denoiser(method, hooks)
     load_unet(method, stages['denoiser'])
     with state.main_process_first():
         stages['phi'] = fit_adapted_phi(method, phi0, hooks)

@@ -11,36 +11,26 @@ from typing import Any, Iterator
 
 import torch
 from fastcore.basics import patch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .adaptation import adapt
 from .cache import CachedWalk, ImageSet, batches
 from .choosing import chosen, fit_spatial
-from .config import (UNKEYED_DENOISER_SETTINGS, Config, ConfigError, content_key, dump_config, load_config,
-                          with_overrides)
-from .autoencoder import FINETUNE_CHECKPOINT, finetune
-from .denoiser import check_denoiser, load_denoiser, make_unet, save_denoiser, set_compiled, train_denoiser
-from .dic import DIC, pooled, t_grid
-from .features import FeatureExtractor, load_features
+from .config import Config, ConfigError, content_key, dump_config, load_config, with_overrides
+from .denoiser import make_unet, save_denoiser
+from .dic import t_grid
 from .fusion import Calibration, feature_map, map_range, mean_map, score, upsample
-from .latents import load_latents
-from .launch import processes, run_collectively
+from .launch import processes
 from .method import Decision, Hooks, Method, Prediction, checked_images, register
 from .paths import expanded
-from .reconstruction import overshoots
-from .spatial_dic import SpatialDIC, SpatialDICError
-from .store import (REPAIR_HINT, StoreError, atomic_write, load_json, load_state, load_tensors, save_tensors,
-                         state_hash)
+from .stages import (fit_autoencoder, fit_bank, fit_denoiser, fit_phi, load_autoencoder, load_bank, load_phi,
+                          load_spatial, load_unet, phi_of)
+from .store import REPAIR_HINT, StoreError, atomic_write, load_json, save_tensors, state_hash
 from .threshold import forget_choice, save_choice
-from .training import CHECKPOINT
-from .walk import (Parts, WalkOutputs, adaptation_parts, averaged_t_hat, decode, extract_features,
-                        neighbour_groups, reconstruct_latents, walk)
+from .walk import Parts, WalkOutputs, averaged_t_hat, neighbour_groups, walk
 
 # %% auto #0
-__all__ = ['DynADPrediction', 'DynAD', 'phi_of', 'train_parts', 'choose_mixture', 'fit_autoencoder', 'denoiser_key', 'fit_phi',
-           'phi_key', 'fit_bank', 'load_autoencoder', 'load_unet', 'load_phi', 'load_parts', 'neighbour_ranges',
-           'measured_level', 'finished', 'refuse_retraining', 'calibration_of_set', 'untrained', 'possible_t_hat',
-           'load_bank', 'load_spatial', 'load_calibration']
+__all__ = ['DynADPrediction', 'DynAD', 'train_parts', 'choose_mixture', 'load_parts', 'neighbour_ranges', 'measured_level',
+           'finished', 'refuse_retraining', 'calibration_of_set', 'untrained', 'possible_t_hat', 'load_calibration']
 
 # %% ../nbs/16_detector.ipynb #c2d2088e
 @dataclass
@@ -78,6 +68,8 @@ class DynAD(Method):
         "The normal images that no training has seen."
         return CachedWalk(self.parts, self.held_out_set)
 
+    def fit_denoiser(self, hooks): return fit_denoiser(self, hooks)
+
     def train(self, hooks): return train_parts(self, hooks)
 
     def load(self, stages): load_parts(self, stages)
@@ -91,12 +83,6 @@ DynAD.prediction_class = DynADPrediction
 def __repr__(self: DynAD) -> str:
     c, fitted = self.config, 'not fitted' if self.parts.dic is None else f'{len(self.parts.dic.bank)} training images'
     return f'DynAD(preset {c.preset!r}, {c.data.image_size}², seed {c.seed}, {fitted})'
-
-# %% ../nbs/16_detector.ipynb #1ea09fac
-def phi_of(config: Config, pretrained: bool = True) -> FeatureExtractor:
-    "φ with the layers that Eq. 11 sums over (1 to 3), and those that DIC and the feature map ask for."
-    layers = tuple(sorted({1, 2, 3, config.dic.layer, *config.fusion.layers}))
-    return load_features(config.features, pretrained, layers=layers)
 
 # %% ../nbs/16_detector.ipynb #40a40114
 def train_parts(method: DynAD, hooks: Hooks) -> dict[str, Path]:
@@ -123,109 +109,6 @@ def choose_mixture(method: DynAD) -> None:
     "The settings that synthetic defects in the held-out images choose become those of the method."
     config = with_overrides(method.config, chosen(method.parts, method.held_out_set)['settings'])
     method.config, method.parts = config, replace(method.parts, config=config)
-
-# %% ../nbs/16_detector.ipynb #a520c57a
-def fit_autoencoder(method: DynAD, phi0: nn.Module, hooks: Hooks) -> Path:
-    "E and D as a stage."
-    c, images = method.config, method.training_set
-    ae = load_latents(c.latents, c.data.image_size)
-    # checked before hours of training
-    check_denoiser(c.denoiser, c.data.image_size//ae.downsample, c.precision, method.device.type)
-    def make(work: Path) -> dict[str, Tensor]:
-        losses = []
-        if c.latents.finetune_steps:
-            losses = finetune(ae.to(method.device), images.images, c.latents, phi0, c.seed, hooks.progress, work,
-                              callback=hooks.of('autoencoder'), should_stop=hooks.should_stop)
-            (work/FINETUNE_CHECKPOINT).unlink(missing_ok=True)
-        ae.save_pretrained(work/'autoencoder')
-        return {'losses': torch.tensor(losses)}
-    settings = c.latents.model_dump(mode='json', exclude={'latent_sampling', 'weights'})
-    depends_on = dict(images=images.key, settings=settings, base=ae.weights_hash, phi=phi0.weights_hash, seed=c.seed)
-    return images.store.stage('autoencoder', depends_on, make)
-
-# %% ../nbs/16_detector.ipynb #f329e83d
-@patch
-def fit_denoiser(self: DynAD, hooks: Hooks) -> Path:
-    "ε_θ as a stage."
-    c, z0, images = self.config, self.training.z0, self.training_set
-    def make(work: Path) -> dict[str, Tensor] | None:
-        unet = make_unet(c.denoiser, z0.shape[1], z0.shape[-1], seed=c.seed)
-        log = train_denoiser(unet, z0, self.parts.schedule, c.denoiser, c.seed, work, precision=c.precision,
-                             device=c.device, progress=hooks.progress, callback=hooks.of('denoiser'),
-                             should_stop=hooks.should_stop, trackers=c.trackers, logs=images.store.root/'logs')
-        if not processes(c.device).is_main_process: return None
-        save_denoiser(unet, work/'unet')
-        (work/CHECKPOINT).unlink(missing_ok=True)
-        return {'losses': torch.tensor(log.losses)}
-    return run_collectively(images.store, 'denoiser', denoiser_key(self, z0), make)
-
-# %% ../nbs/16_detector.ipynb #4a737684
-def denoiser_key(method: DynAD, z0: Tensor) -> dict[str, Any]:
-    "What the denoiser depends on; the number of steps counts, however it was asked for."
-    c, walk = method.config, method.training
-    settings = (c.denoiser.model_dump(mode='json', exclude={*UNKEYED_DENOISER_SETTINGS, 'min_epochs'})
-                | dict(epochs=None, steps=c.denoiser.total_steps(len(z0))))
-    drawn = {k: v for k, v in walk.latents_key.items() if k != 'draws'} # any draw of the posterior is as good
-    latents = content_key(dict(images=walk.set.key, **drawn))
-    return dict(z0=latents, settings=settings, diffusion=c.diffusion.model_dump(mode='json'),
-                seed=c.seed, precision=c.precision)
-
-# %% ../nbs/16_detector.ipynb #152082fc
-def fit_phi(method: DynAD, phi0: nn.Module, hooks: Hooks) -> Path:
-    "The adapted φ as a stage; γ = 0 keeps φ as it came."
-    c, images, z0 = method.config, method.training_set, method.training.z0
-    parts = adaptation_parts(method.parts)
-    def rebuild(x0: Tensor, rows: list[int], T: int) -> Tensor:
-        z_hat = reconstruct_latents(parts, z0[rows], torch.full((len(rows),), T), rows)
-        return decode(parts, z_hat).to(method.device)
-    def make(work: Path) -> dict[str, Tensor]:
-        phi, losses = adapt(phi0, rebuild, images.images, c.adaptation, c.reconstruction.S, c.seed, method.device,
-                            hooks.progress, hooks.of('phi'), hooks.should_stop, work)
-        (work/CHECKPOINT).unlink(missing_ok=True)
-        save_tensors(work/'phi.safetensors', phi.state_dict())
-        return {'losses': torch.tensor(losses)}
-    return images.store.stage('phi', phi_key(method, phi0), make)
-
-def phi_key(method: DynAD, phi0: nn.Module) -> dict[str, Any]:
-    "What the adapted φ depends on."
-    c, h = method.config, method.parts.hashes
-    key = dict(features=c.features.model_dump(mode='json', exclude={'weights'}), base=phi0.weights_hash,
-               S=c.reconstruction.S, seed=c.seed)
-    if not c.adaptation.gamma: return key
-    return key | dict(images=method.training_set.key, autoencoder=h['autoencoder'], denoiser=h['denoiser'],
-                      settings=c.adaptation.model_dump(mode='json'), diffusion=c.diffusion.model_dump(mode='json'))
-
-# %% ../nbs/16_detector.ipynb #e8e8606c
-def fit_bank(method: DynAD) -> None:
-    "The normal images' vectors, their distances among themselves, and the bins."
-    c, h = method.config, method.parts.hashes
-    hashes = h | {'bank': content_key([method.training_set.key, h['phi'], c.dic.model_dump(mode='json')])}
-    method.parts = replace(method.parts, dic=DIC.fit(method.training.pooled_features, c.dic), hashes=hashes)
-    method.parts = fit_spatial(method.parts, method.training_set)
-    r = c.reconstruction
-    if r.eta and not r.clamp_pull: overshoots(r.eta, r.t_max, method.parts.schedule, r.S)
-
-# %% ../nbs/16_detector.ipynb #4cf6e1cb
-def load_autoencoder(method: DynAD, folder: Path) -> None:
-    "E and D of a stage, or of a folder of `save_pretrained`."
-    c = method.config
-    ae = load_latents(c.latents.model_copy(update={'weights': str(folder/'autoencoder')}),
-                      c.data.image_size).to(method.device)
-    method.parts = replace(method.parts, autoencoder=ae, hashes=method.parts.hashes | {'autoencoder': ae.weights_hash})
-
-def load_unet(method: DynAD, folder: Path) -> None:
-    "ε_θ."
-    unet = load_denoiser(folder/'unet')
-    hashes = method.parts.hashes | {'denoiser': state_hash(unet.state_dict())}
-    method.parts = replace(method.parts, denoiser=set_compiled(unet.to(method.device), method.config.denoiser.compile),
-                           hashes=hashes)
-
-def load_phi(method: DynAD, folder: Path) -> None:
-    "The adapted φ."
-    phi = phi_of(method.config, pretrained=False)
-    load_state(phi, folder/'phi.safetensors')
-    phi = phi.to(method.device).eval()
-    method.parts = replace(method.parts, phi=phi, hashes=method.parts.hashes | {'phi': phi.weights_hash})
 
 # %% ../nbs/16_detector.ipynb #750daaa1
 def load_parts(method: DynAD, stages: dict[str, Path]) -> None:
@@ -519,28 +402,6 @@ def from_pretrained(cls: DynAD, folder: str | Path) -> DynAD:
     return self
 
 # %% ../nbs/16_detector.ipynb #a22f290d
-def load_bank(method: DynAD, file: Path) -> DIC:
-    "The bank of DIC. Raises StoreError when φ gives vectors of another length."
-    c = method.config
-    dic, side = DIC.from_state(load_tensors(file), c.dic), c.data.image_size
-    blank = extract_features(method.parts, torch.zeros(1, 3, side, side))
-    width = pooled(blank[c.dic.layer], c.dic.pool).shape[1]
-    if dic.bank.shape[1:] != (width,):
-        raise StoreError(f"{file}: a bank of {list(dic.bank.shape)} numbers, where φ gives {width} per image; "
-                         f"{REPAIR_HINT}")
-    return dic
-
-def load_spatial(method: DynAD, file: Path) -> tuple[SpatialDIC, ...]:
-    "The banks of the neighbour map. Raises StoreError when φ gives patches of another length."
-    state, side = load_tensors(file), method.config.data.image_size
-    blank = extract_features(method.parts, torch.zeros(1, 3, side, side))
-    banks = [SpatialDIC.from_state({n: state[f'{n}{k}'] for n in ('bank', 'layers')})
-             for k in range(len(neighbour_groups(method.config)))]
-    try:
-        for b in banks: b(blank)
-    except SpatialDICError as e: raise StoreError(f"{file}: {e}; {REPAIR_HINT}") from None
-    return tuple(banks)
-
 def load_calibration(file: Path) -> tuple[Calibration, Decision]:
     "The scales and thresholds of a saved model."
     c = load_json(file, 'levels', 'threshold', 'image_threshold')

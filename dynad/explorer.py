@@ -18,13 +18,16 @@ from .data import AnomalyDataset
 from .decision import DecisionBench
 from .demo import demo_run
 from .detector import DynAD
+from .learning import Learned, relearn
 from .explorer_model import ExplorerModel, setting_text
 from .explorer_parts import (
-    PANELS, Controls, CopyCell, ExplorerPanels, Gallery, Surroundings,
+    PANELS, Controls, CopyCell, ExplorerPanels, Gallery,
     brightest_html, facts_html, image_html, metrics_html, severity_html)
 from .map_cache import MapCache, Setting
-from .session import Session
+from .marking import MarkBar, Target
+from .session import Session, fitted_dataset
 from .show import SmallImage
+from .surroundings import Surroundings
 from .view import Quiet, StateFile, View, button, heading, note_html, row, set_stale, soft
 
 # %% auto #0
@@ -82,10 +85,11 @@ def _build(self: Explorer) -> None:
                   layout=W.Layout(flex='1 1 300px', min_width='260px', max_width='480px', padding='0 10px 0 0'))
     right = W.VBox([self.facts, self.panels.main, heading('What the map is made of'), self.made_of, self.panels.parts],
                    layout=W.Layout(flex='3 1 480px', min_width='260px'))
-    self.bench = DecisionBench()
+    self.bench, self.marking = DecisionBench(), MarkBar(self._target, self._learn, self._use)
+    self._as_opened = self.session.model
     self.recalled = W.HTML()  # where the setting comes from, when not from the run
     self.assemble([W.HTML(title_html(self.session)), self.recalled, self.message, self.gallery.ui, row([left, right]),
-                   self.bench.ui])
+                   self.bench.ui, self.marking.ui])
 
 # %% ../nbs/18e_explorer.ipynb #d82bedbc
 def title_html(session: Session) -> str:
@@ -159,6 +163,7 @@ def observe(self: Explorer, callback: Callable[[Setting], None]) -> None:
 def refresh(self: Explorer) -> None:
     "Draw what the sliders say, and ask for what is missing."
     self.model.select(self.setting, self.i)
+    self.marking.update()
     self.draw()
     if self.model.measured_version != self.model.version: set_stale(True, self.metrics)
     self.worker.poke(); self.rest.poke()
@@ -224,6 +229,28 @@ def _show_bench(self: Explorer) -> None:
     if m.trial is not None and m.trial[0] == m.trial_key and old is not None:
         b.threshold, b.how, b.rate = m.trial[1], old.how, old.rate
     self.bench.show(b)
+
+@patch
+def _target(self: Explorer) -> Target:
+    c = self.session.config.data
+    return Target(Path(self.session.samples[self.i].image), self.session.run, c.image_size, c.max_pixels)
+
+@patch
+def _learn(self: Explorer) -> tuple[DynAD, Learned]:
+    "The method with the images that are marked as normal, and what that changes on the images shown."
+    s = self.session
+    fitted = None if s.model.info is None else fitted_dataset(s.model.info, s.config)
+    with s.lock: return relearn(self._as_opened, s.dataset, fitted=fitted)
+
+@patch
+def _use(self: Explorer, method: DynAD | None) -> None:
+    "Show everything by another method, None: by the one that was opened."
+    m = self.model
+    with m.lock:
+        self.session.use(method or self._as_opened)
+        m.first.clear(); m.neighbours.clear()
+        m.trial = None
+    self.refresh()
 
 @patch
 def _threshold_tried(self: Explorer, threshold: float) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .config import Config, ConfigError
 from .images import DataError, read_image
+from .learning import normal_marks
 from .live import error_text
 from .map_cache import MapCache, Setting
 from .method import Decision, above
@@ -260,7 +261,8 @@ def at_own_setting(self: ExplorerModel) -> bool:
 def learned_at(self: ExplorerModel, cache: MapCache) -> Decision:
     "What the held-out normal images imply at the selected setting."
     s = self.setting
-    if self.at_own_setting() and self.session.model.choice is not None: return self.session.model.learned_decision
+    model = self.session.model
+    if self.at_own_setting() and (model.choice is not None or model.joined): return model.learned_decision
     pixel, image, _ = cache.estimate(s.lam, s.sigma)
     return Decision(image, pixel, tuple(cache.normal_scores(s.lam, s.sigma).tolist()), cache.false_alarms)
 
@@ -402,8 +404,10 @@ def _find_neighbours(self: ExplorerModel, i: int) -> bool:
     except DataError as e: self.no_neighbours = error_text(e)
     else:
         nearest = self.session.severity['neighbours'][i].tolist()
-        most = self.session.model.config.data.max_pixels
-        self.neighbours[i] = contact_sheet([read_image(samples[k].image, 56, most) for k in nearest])
+        most, root = self.session.model.config.data.max_pixels, self.session.run
+        files = [s.image for s in samples]  # behind them those that a person has marked as normal and it has learned
+        if self.session.model.joined: files += [root/m.kept for m in normal_marks(root)]
+        self.neighbours[i] = contact_sheet([read_image(files[k], 56, most) for k in nearest])
     self.changed('neighbours')
     return True
 

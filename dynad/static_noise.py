@@ -18,10 +18,11 @@ from .cache import Cached, CachedWalk, ImageSet, batches
 from .config import Config, ConfigError, Settings, make_config, with_overrides
 from .data import to_float
 from .denoiser import denoiser_training, draw_batch, eps_loss, make_unet, save_denoiser
-from .detector import DynAD, DynADPrediction, denoiser_key, finished
+from .detector import DynAD, DynADPrediction, finished
 from .fusion import score, smooth
 from .method import Hooks, checked_options, register
 from .reconstruction import noise_keys, reconstruct
+from .stages import denoiser_key
 from .training import CHECKPOINT, train
 from .walk import (Parts, WalkOutputs, choose_t_hat, compare, decode, encode, extract_features, neighbour_maps,
                         reference_features, sampler_settings, severity)

@@ -18,7 +18,7 @@ from dynad.demo import demo_run
 from dynad.detector import DynAD
 from dynad.explorer import STATE, Explorer
 from dynad.explorer_model import t_max_grid
-from dynad.explorer_parts import pull_html
+from dynad.surroundings import pull_html
 from dynad.fusion import quantile, score, smooth, upsample
 from dynad.images import DataError
 from dynad.live import Background

@@ -9,7 +9,7 @@ TIMEOUT = 600 # seconds per notebook
 
 def in_order(path):
     "Order of dependence: the number, then the letter; notebooks without a number, such as index, come last."
-    m = re.match(r'(\d+)([a-z]?)_', path.name)
+    m = re.match(r'(\d+)([a-z]*)_', path.name)
     return (path.parent.as_posix(), 0, int(m[1]), m[2]) if m else (path.parent.as_posix(), 1, 0, path.name)
 
 def notebooks():
