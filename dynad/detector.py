@@ -17,7 +17,7 @@ from .cache import CachedWalk, ImageSet, batches
 from .choosing import chosen, fit_spatial
 from .config import Config, ConfigError, content_key, dump_config, load_config, with_overrides
 from .denoiser import make_unet, save_denoiser
-from .dic import t_grid
+from .dic import pooled, t_grid
 from .fusion import Calibration, feature_map, map_range, mean_map, score, upsample
 from .launch import processes
 from .method import Decision, Hooks, Method, Prediction, checked_images, register

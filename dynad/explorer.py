@@ -86,7 +86,7 @@ def _build(self: Explorer) -> None:
     right = W.VBox([self.facts, self.panels.main, heading('What the map is made of'), self.made_of, self.panels.parts],
                    layout=W.Layout(flex='3 1 480px', min_width='260px'))
     self.bench, self.marking = DecisionBench(), MarkBar(self._target, self._learn, self._use)
-    self._as_opened = self.session.model
+    self._as_opened, self._marked = self.session.model, None  # the image that the marks in view are about
     self.recalled = W.HTML()  # where the setting comes from, when not from the run
     self.assemble([W.HTML(title_html(self.session)), self.recalled, self.message, self.gallery.ui, row([left, right]),
                    self.bench.ui, self.marking.ui])
@@ -163,7 +163,7 @@ def observe(self: Explorer, callback: Callable[[Setting], None]) -> None:
 def refresh(self: Explorer) -> None:
     "Draw what the sliders say, and ask for what is missing."
     self.model.select(self.setting, self.i)
-    self.marking.update()
+    if self._marked != self.i: self._marked = self.i; self.marking.update()
     self.draw()
     if self.model.measured_version != self.model.version: set_stale(True, self.metrics)
     self.worker.poke(); self.rest.poke()
