@@ -122,8 +122,8 @@ def in_words(self: Decision, q: float) -> str: # q: the quantile that it was lea
     n, c = len(self.normal_scores), self.chosen
     said = [choice_in_words(c)] if c else []
     if self.marked: said.append(
-        f'{self.marked} of the {n} normal images were marked by a person: picked because they had been called anomalous, '
-        'they push the threshold up, and fewer normal images than promised are false alarms')
+        f'{self.marked} of the {n} normal images were marked by a person, picked because they had been called anomalous: '
+        'no random sample, so that what is said of others is approximate')
     if self.guarantee is not None: return '; '.join([*said, in_words(self.guarantee)])
     if c is None: return '; '.join([f'quantile {q} of held-out normal training images', *said])
     if not n: return '; '.join(said)
@@ -225,7 +225,10 @@ def learn_decision(self: Method) -> None:
     "Thresholds from the held-out normal images."
     f, held = self.config.fusion, self.held_out_prediction()
     if self.joined: held = type(held).concatenated([held, self.normals_prediction()])
-    self._decision = replace(Decision.learned(held, f.threshold_quantile, f.false_alarms), marked=len(self.joined))
+    d = replace(Decision.learned(held, f.threshold_quantile, f.false_alarms), marked=len(self.joined))
+    if d.marked and f.false_alarms is None: # a quantile promises nothing, and a person has said that these are normal
+        d = replace(d, image_threshold=max(d.image_threshold, *d.normal_scores[-d.marked:]))
+    self._decision = d
 
 # %% ../nbs/15_method.ipynb #6ae4e414
 @patch
@@ -284,7 +287,7 @@ def with_normals(self: Method, images: Tensor) -> Method:
 # %% ../nbs/15_method.ipynb #6ba44f00
 @patch
 def normals_prediction(self: Method) -> Prediction:
-    "Of the marked normal images, each by a bank without its group."
+    "Of the marked normal images, each by a bank without its group, and of two scores the larger: as it is scored now."
     n, found = len(self.joined), {}
     for k in range(min(FOLDS, n)):
         fold, rest = list(range(k, n, FOLDS)), [r for r in range(n) if r % FOLDS != k]
@@ -293,7 +296,9 @@ def normals_prediction(self: Method) -> Prediction:
         if rest: other.absorb(rest)
         p = self.prediction_class.concatenated([p for _, p in other.predict_set(self.normals, fold)])
         found |= {r: p.rows([i]) for i, r in enumerate(fold)}
-    return self.prediction_class.concatenated([found[r] for r in range(n)])
+    apart = self.prediction_class.concatenated([found[r] for r in range(n)])
+    own = torch.cat([p.score for _, p in self.predict_set(self.normals)])
+    return replace(apart, score=torch.maximum(apart.score, own.to(apart.score)))
 
 @patch
 def keep_normals(self: Method, marks: Sequence[Mark]) -> None:

@@ -139,7 +139,8 @@ def test_learning_from_a_false_alarm(which, run, patchcore, boards, tmp_path):
     marks.mark_images(run, worst, 'normal', method.config.data.image_size, why='dust')
     after, found = learning.relearn(method, boards, defects=7)
     assert found.normals == 3 and found.seconds < 60 and 0 <= found.recall[1] <= 1 and set(f.after for f in found.flips) <= {True, False}
-    assert (after.predict(worst).score < method.predict(worst).score + 1e-4).all() and not after.predict(worst).anomalous.any()
+    assert found.still == 0 and not after.predict(worst).anomalous.any() # whatever their scores do
+    if which == 'patchcore': assert (after.predict(worst).score < method.predict(worst).score).all()
     assert method.joined == () and len(after.decision.normal_scores) == len(method.decision.normal_scores) + 3
     after.keep_normals(learning.normal_marks(run))
     again = open_run(run, progress=False)
