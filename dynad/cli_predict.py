@@ -36,7 +36,7 @@ def predict(
         from dynad.config import load_config, parse_overrides
         check_folder(out, '--out ')
         from dynad.collector import check_strict, collect_places, count, summary_line
-        from dynad.output import check_output, open_for_prediction, write_predictions
+        from dynad.output import check_output, open_for_prediction, row_lines, write_predictions
         found = collect_places(images)
         files = list(found.files)
         if strict: check_strict(found.findings, ', '.join(map(str, images)))
@@ -44,6 +44,7 @@ def predict(
         method = open_for_prediction(run, parse_overrides(set or []))
         echo(summary_line(count(len(files), 'image'), found.findings))
         rows = write_predictions(method, files, out)
+        for line in row_lines(rows): echo(line)
         echo(f"{sum(r['anomalous'] for r in rows)} of {len(rows)} images above the threshold: {out/'scores.csv'}")
 
 # %% ../nbs/20b_cli_predict.ipynb #02487885

@@ -23,11 +23,13 @@ from .explorer_model import ExplorerModel, setting_text
 from .explorer_parts import (
     PANELS, Controls, CopyCell, ExplorerPanels, Gallery,
     brightest_html, facts_html, image_html, metrics_html, severity_html)
+from .inspect_tab import InspectTab
 from .map_cache import MapCache, Setting
 from .marking import MarkBar, Target
 from .session import Session, fitted_dataset
 from .show import SmallImage
 from .surroundings import Surroundings
+from .symbols import legend_html
 from .view import Quiet, StateFile, View, button, heading, note_html, row, set_stale, soft
 
 # %% auto #0
@@ -85,11 +87,22 @@ def _build(self: Explorer) -> None:
                   layout=W.Layout(flex='1 1 300px', min_width='260px', max_width='480px', padding='0 10px 0 0'))
     right = W.VBox([self.facts, self.panels.main, heading('What the map is made of'), self.made_of, self.panels.parts],
                    layout=W.Layout(flex='3 1 480px', min_width='260px'))
+    for side in (left, right): side.add_class('dynad-scroll')  # sliders stay beside what they change
+    self.inspect = InspectTab(self.model)
+    self.tabs = W.Tab([self.inspect.ui, row([left, right])], layout=W.Layout(flex='1 1 480px', min_width='300px'))
+    for k, name in enumerate(('Inspect', 'Maps and sliders')): self.tabs.set_title(k, name)
     self.bench, self.marking = DecisionBench(), MarkBar(self._target, self._learn, self._use)
     self._as_opened, self._marked = self.session.model, None  # the image that the marks in view are about
-    self.recalled = W.HTML()  # where the setting comes from, when not from the run
-    self.assemble([W.HTML(title_html(self.session)), self.recalled, self.message, self.gallery.ui, row([left, right]),
-                   self.bench.ui, self.marking.ui])
+    self.add_tab('Decide', W.VBox([self.bench.ui, self.marking.ui]))
+    self.assemble([W.HTML(title_html(self.session)), self.recalled, self.message,
+                   row([self.gallery.ui, self.tabs], flex_flow='row nowrap'),
+                   W.HTML(f'<div class="dynad-legend">{soft("Symbols: ")}{legend_html()}</div>')])
+
+@patch
+def add_tab(self: Explorer, name: str, widget: W.Widget) -> None:
+    "A further section beside the two."
+    self.tabs.children = (*self.tabs.children, widget)
+    self.tabs.set_title(len(self.tabs.children) - 1, name)
 
 # %% ../nbs/18e_explorer.ipynb #d82bedbc
 def title_html(session: Session) -> str:
@@ -138,8 +151,7 @@ def _restore(self: Explorer, setting: Setting | dict | str | None, image: str | 
     kept, problem = self.state_file.read(lambda raw: raw | {'setting': m.resolve(dict(raw['setting']))[0]})
     if problem: self.say(f'{problem}; the run’s own setting is shown')
     s, i = m.resolve(kept.get('setting', m.base) if setting is None else setting, image)
-    if 'setting' in kept and setting is None and s != m.base: self.recalled.value = soft(
-        f'The sliders stand as they were left on {self.state_file.when}, here or in another window of this run.')
+    if 'setting' in kept and setting is None and s != m.base: self.recall(self.state_file)
     largest = int(self.session.masks.flatten(1).sum(1).argmax())  # the largest defect
     if i is None: i = names.index(kept['image']) if kept.get('image') in names else largest
     self._place(s, i)
@@ -186,10 +198,8 @@ def _wire(self: Explorer) -> None:
     for w in (*c.sliders, g.image):
         if w is not c.threshold: w.observe(safely(self._moved), 'value')
     c.threshold.observe(safely(lambda change: c.threshold_moved(change['new']) and self._moved(change)), 'value')
-    for w in (g.kind, g.order): w.observe(safely(g.first_page), 'value')
-    g.earlier.on_click(safely(lambda _: g.turn(-1)))
-    g.later.on_click(safely(lambda _: g.turn(1)))
-    for k, t in enumerate(g.thumbs): t.on_click(safely(lambda _, k=k: g.pick(k)))
+    for w in (g.kind, g.order): w.observe(safely(g.update), 'value')
+    g.strip.observe(safely(lambda change: self.quiet.on or g.pick(change['new'])), 'selected')
     self.reset.on_click(safely(lambda _: self.load(self.model.base)))
     self.copy_button.on_click(safely(lambda _: self.copy.toggle()))
     self.copy_format.observe(safely(lambda _: self.copy.update()), 'value')
@@ -285,7 +295,7 @@ def draw(self: Explorer) -> None:
     with self.model.lock:
         m, at_hand = self.model, self.model.at_hand
         set_stale(at_hand is None, self.panels.main, self.panels.parts, self.facts, self.made_of)
-        self.panels.draw_known()
+        self.panels.draw_known(); self.inspect.draw_known()
         self.surroundings.draw(m, m.t_hat, self.eta.max)
         self._draw_maps(*at_hand) if at_hand else self._draw_pending()
         self.gallery.mark()
@@ -296,13 +306,14 @@ def draw(self: Explorer) -> None:
 def _draw_pending(self: Explorer) -> None:
     self.facts.value = f'{image_html(self.model)} · {severity_html(self.model, self.model.t_hat)}: being reconstructed'
     self.panels.draw_pending(self.model.t_hat)
+    self.inspect.draw_pending(f'being reconstructed at T̂ = {self.model.t_hat}')
 
 # %% ../nbs/18e_explorer.ipynb #33a9962c
 @patch
 def _draw_maps(self: Explorer, cache: MapCache, row: int) -> None:
     b, t_hat = self.model.blend(cache, row), self.model.t_hat
     if b.own_threshold is None: self.controls.follow(b.threshold)
-    self.panels.draw_maps(b, t_hat)
+    self.panels.draw_maps(b, t_hat); self.inspect.draw(b)
     self.panels.draw_reconstruction(t_hat)
     self.panels.draw_features(cache, row)
     self.facts.value, self.made_of.value = facts_html(self.model, b, t_hat), brightest_html(b)

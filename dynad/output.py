@@ -8,6 +8,7 @@ import csv, io
 from pathlib import Path
 from typing import Any, Sequence
 
+from torch import Tensor
 
 from .collector import collect_places
 from .config import ConfigError
@@ -21,8 +22,8 @@ from .show import colorize, overlay, save_png
 from .store import atomic_write
 
 # %% auto #0
-__all__ = ['KINDS', 'images_of', 'open_for_prediction', 'result_stems', 'check_output', 'write_predictions', 'rows_csv',
-           'write_one']
+__all__ = ['KINDS', 'images_of', 'open_for_prediction', 'result_stems', 'check_output', 'write_predictions', 'rows_csv', 'unlike',
+           'doubts', 'prediction_rows', 'row_lines', 'write_one']
 
 # %% ../nbs/17c_output.ipynb #6fe695ff
 def images_of(
@@ -87,7 +88,8 @@ def write_predictions(
         for a in range(0, len(files), batch):
             part = files[a:a+batch]
             p = method.predict(part)
-            rows += [write_one(method, p, i, f, stems[a + i], work) for i, f in enumerate(part)]
+            for i, f in enumerate(part): write_one(method, p, i, f, stems[a + i], work)
+            rows += prediction_rows(method, p, part, stems[a:a+batch])
         atomic_write(work/'scores.csv', rows_csv(rows))
     return rows
 
@@ -97,9 +99,53 @@ def rows_csv(rows: list[dict[str, Any]]) -> str:
     w = csv.DictWriter(text, rows[0].keys()); w.writeheader(); w.writerows(rows)
     return text.getvalue()
 
+# %% ../nbs/17c_output.ipynb #f117c002
+def unlike(
+    distance: Tensor,  # [N] mean distance to the K nearest normal images
+    detector: DynAD
+) -> Tensor:           # [N] bool
+    "Images twice as far out as the farthest training image, seen from the median."
+    d = detector.parts.dic.train_distance
+    return distance > d.max() + (d.max() - d.median())
+
+def doubts(method: Method, p: Prediction) -> list[str]: # [B] '' where there is none
+    "Why the answer for an image should not be trusted."
+    if not isinstance(method, DynAD) or getattr(p, 'distance', None) is None: return ['']*len(p)
+    return ['unlike the training images' if far else '' for far in unlike(p.distance, method).tolist()]
+
+# %% ../nbs/17c_output.ipynb #f117c003
+def prediction_rows(
+    method: Method, p: Prediction,
+    files: Sequence[Path],
+    stems: Sequence[str] = () # what the files of each image begin with
+) -> list[dict[str, Any]]:
+    "A prediction as rows: one schema for console, CSV, widget and programs."
+    def row(i: int, doubt: str) -> dict[str, Any]:
+        more = {k: v[i].item() for k, v in p.per_image.items()}
+        marked = int(p.mask[i].sum()) if p.mask is not None else ''
+        return {'image': printable(files[i]), 'score': float(p.score[i]), 'threshold': method.decision.image_threshold,
+                'anomalous': bool(p.anomalous[i]), 'doubt': doubt, **more, 'anomalous_pixels': marked,
+                **({'files': stems[i]} if stems else {})}
+    return [row(i, d) for i, d in enumerate(doubts(method, p))]
+
+# %% ../nbs/17c_output.ipynb #f117c004
+def row_lines(
+    rows: list[dict[str, Any]], # of `prediction_rows`
+    most: int = 40              # the highest scores only
+) -> list[str]:
+    "Rows for a console, the highest score first."
+    order = sorted(rows, key=lambda r: -r['score'])
+    word = lambda r: 'anomalous' if r['anomalous'] else 'normal'
+    lines = [f"{r['score']:9.3f}  {word(r):<9}  {Path(r['image']).name}{'  ⚠ ' + r['doubt'] if r['doubt'] else ''}"
+             for r in order[:most]]
+    limit = rows[0]['threshold']
+    head = f"    score  verdict    image (threshold {'none' if limit is None else f'{limit:.3f}'})"
+    more = [f'… and {len(rows) - most} with lower scores'] if len(rows) > most else []
+    return [head, *lines, *more]
+
 # %% ../nbs/17c_output.ipynb #d37efb32
-def write_one(method: Method, p: Prediction, i: int, file: Path, stem: str, out: Path) -> dict[str, Any]:
-    "The pictures of one image, and its row."
+def write_one(method: Method, p: Prediction, i: int, file: Path, stem: str, out: Path) -> None:
+    "The pictures of one image."
     c, d = method.config.data, method.decision
     x = read_image(file, c.image_size, c.max_pixels)
     drawn = {}
@@ -108,6 +154,3 @@ def write_one(method: Method, p: Prediction, i: int, file: Path, stem: str, out:
                  'overlay': overlay(x, map=p.map[i], mask=p.mask[i])}
     if getattr(p, 'reconstruction', None) is not None: drawn['reconstruction'] = p.reconstruction[i]
     for kind, image in drawn.items(): save_png(image, out/f'{stem}_{kind}.png')
-    return {'image': printable(file), 'score': float(p.score[i]), 'anomalous': bool(p.anomalous[i]),
-            'threshold': d.image_threshold, **{k: v[i].item() for k, v in p.per_image.items()},
-            'anomalous_pixels': int(p.mask[i].sum()) if p.mask is not None else '', 'files': stem}

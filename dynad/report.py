@@ -192,7 +192,8 @@ def tiles_of(result: dict[str, Any]) -> list[dict[str, str]]: # name, value, not
         note = f"95 %: {m['low']} – {m['high']}" if m else f"not defined{f': {why}' if why else ' for these images'}"
         out.append(dict(name=head, value=m['value'] if m else '—', note=note))
     c, p = result['decision'], result['protocol']
-    return [*out, dict(name='decided by the learned threshold', value=f"{c['true_positives']} of {p['test_defective']}",
+    who = 'chosen' if c.get('chosen') else 'learned'
+    return [*out, dict(name=f'decided by the {who} threshold', value=f"{c['true_positives']} of {p['test_defective']}",
                        note=f"found; {c['false_positives']} of {p['test_good']} normal images called anomalous")]
 
 # %% ../nbs/17a_report.ipynb #3d753cec
@@ -264,7 +265,9 @@ def _figures(images: dict[str, Tensor | None], i: int, folder: Path) -> list[dic
     for column, x in images.items():
         src = None if x is None else f'images/{i:05d}_{column}.png'
         if src: save_png(x, folder/src)
-        out.append(dict(name=column, src=src))
+        out.append(dict(name=column, src=src, id=f'large-{i}-{column}'))
+    known = [f for f in out if f['src']]
+    for k, f in enumerate(known): f['before'], f['after'] = known[k - 1]['id'], known[(k + 1) % len(known)]['id']
     return out
 
 # %% ../nbs/17a_report.ipynb #e063dbc3
@@ -281,7 +284,7 @@ def write_gallery(
     def entry(i):
         hit, label = bool(above(d.scores[i], threshold)), int(y[i])
         s, t_hat = d.samples[i], None if d.t_hat is None else int(d.t_hat[i])
-        return dict(name=printable(s.name), label=label, kind=s.defect if label else 'normal', wrong=hit != label, t_hat=t_hat,
+        return dict(id=f'image-{i}', name=printable(s.name), label=label, kind=s.defect if label else 'normal', wrong=hit != label, t_hat=t_hat,
                     score=f'{float(d.scores[i]):.3f}', decision=DECISIONS[hit, bool(label)],
                     figures=_figures(shown[i], i, folder))
     return [dict(title=TITLES[k], images=[entry(i) for i in rows]) for k, rows in chosen.items() if rows]
@@ -342,7 +345,8 @@ def page_html(
                   n_anomalous=p['test_defective'], charts=charts_of(d), gallery=gallery, ramp=gradient(),
                   ends=', '.join(f'{v:.2g} ({k})' for k, v in ends.items()), sections=sections_of(r),
                   findings=p.get('warnings', []), verdict=r.get('verdict', []), headline=headline(r.get('verdict', [])),
-                  decision=Svg(bench_html(bench_of(d))), rule=r['decision'].get('rule', ''), **chips_of(r))
+                  decision=Svg(bench_html(bench_of(d))), rule=r['decision']['rule'] if r['decision'].get('chosen') else '',
+                  **chips_of(r))
 
 # %% ../nbs/17a_report.ipynb #76eccf70
 def write_report(

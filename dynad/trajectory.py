@@ -191,6 +191,7 @@ class Trajectory(View):
         self.worker = self.thread(self.model.work, self._work_failed)
         self._wire()
         self._selected()
+        if kept and (image is None or t_hat is None): self.recall(self.state_file)
 
     @classmethod
     def demo(cls, root: str | Path | None = None, **kwargs) -> Trajectory:
@@ -255,7 +256,7 @@ def _build(self: Trajectory) -> None:
     self.images, self.captions = self.panels.images, self.panels.captions
     self.back_panels, self.out_panels = self.panels.grid(back), self.panels.grid(out)
     for box in (self.back_panels, self.out_panels): box.layout.max_width = '1100px'
-    self.assemble([W.HTML(note_html(self.session)), self.message, self.image, self.t_hat, self.own, self.eta,
+    self.assemble([W.HTML(note_html(self.session)), self.recalled, self.message, self.image, self.t_hat, self.own, self.eta,
                    heading('Reconstruction'), row([self.play, self.step]), self.curve, self.back_panels,
                    heading('Diffusion (Eq. 3 and 12)'), self.out, self.out_panels])
 
@@ -288,6 +289,7 @@ def _selected(self: Trajectory, change: Any = None) -> None:
     self.model.jobs.retry()
     set_stale(True, self.back_panels, self.out_panels)
     self.say('')
+    self.recalled.value = ''
     self.worker.poke()
 
 @patch

@@ -196,6 +196,7 @@ class View:
     "What every view has; a subclass starts its threads with `thread` and builds `.ui` with `assemble`."
     def __init__(self):
         self.message, self.progress_text = W.HTML(), W.HTML()
+        self.recalled = W.HTML()  # that what is shown was left so, here or elsewhere
         layout = W.Layout(width='100%', max_width='560px', height='14px', visibility='hidden')
         self.progress = W.FloatProgress(min=0, max=1, layout=layout)
         self.threads: list[Background] = []
@@ -230,6 +231,12 @@ def say(self: View, text: str) -> None:
 def failed(self: View, e: Exception) -> None:
     "Show an error in the view."
     self.say(error_text(e))
+
+# %% ../nbs/18b_view.ipynb #f118b006
+@patch
+def recall(self: View, state_file: StateFile) -> None:
+    "Say where the setting comes from."
+    self.recalled.value = soft(f'As it was left on {state_file.when}, here or in another window of this run.')
 
 # %% ../nbs/18b_view.ipynb #6ba22e92
 @patch
