@@ -17,7 +17,8 @@ from .paths import check_folder, echo
 __all__ = ['Run', 'Images', 'rate_of', 'check_run_there', 'threshold', 'mark', 'learn']
 
 # %% ../nbs/20j_cli_decide.ipynb #e9d814ca
-Run = Annotated[Path, typer.Argument(parser=place, help='run directory of `dynad fit`, or a folder of `save_pretrained`')]
+Run = Annotated[Path, typer.Argument(
+    parser=place, help='run directory of `dynad fit`, or a folder of `save_pretrained`')]
 
 def rate_of(text: str) -> float:
     "A share of false alarms: `0.05`, or `1/20`."
@@ -64,8 +65,8 @@ Images = Annotated[list[Path], typer.Argument(parser=place, help='images, or fol
 @app.command()
 def mark(
     run: Run, images: Images,
-    normal: Annotated[bool, typer.Option('--normal', help='it is normal: a false alarm if it was called anomalous')] = False,
-    anomalous: Annotated[bool, typer.Option('--anomalous', help='it has a defect: missed if it was called normal')] = False,
+    normal: Annotated[bool, typer.Option('--normal', help='normal: a false alarm if it was called anomalous')] = False,
+    anomalous: Annotated[bool, typer.Option('--anomalous', help='a defect: missed if it was called normal')] = False,
     withdraw: Annotated[bool, typer.Option('--withdraw', help='take the mark back')] = False,
     why: Annotated[str, typer.Option(help='kept with the mark')] = ''
 ):
@@ -80,8 +81,8 @@ def mark(
         files = list(collect_places(images).files)
         new = mark_images(run, files, said[0], c.image_size, c.max_pixels, why)
         now = [m.what for m in marks_in_force(run).values()]
-        echo(f"{len(new)} of {len(files)} images newly marked as {said[0]}; in the run now {now.count('normal')} normal and "
-             f"{now.count('anomalous')} anomalous ones")
+        echo(f"{len(new)} of {len(files)} images newly marked as {said[0]}; in the run now {now.count('normal')} normal "
+             f"and {now.count('anomalous')} anomalous ones")
         if said[0] == 'normal': echo(f'learn from them, in seconds: dynad learn {run} --data FOLDER')
 
 # %% ../nbs/20j_cli_decide.ipynb #abae221f
@@ -92,7 +93,8 @@ def learn(
     layout: Layout = 'auto', category: Category = None,
     fit: Annotated[Optional[Path], typer.Option(
         **Folder, help='train anew with the marked images among the normal ones, into this run directory')] = None,
-    defects: Annotated[Optional[int], typer.Option(min=0, help='synthetic defects whose recall is measured; 0: none')] = None,
+    defects: Annotated[Optional[int], typer.Option(
+        min=0, help='synthetic defects whose recall is measured; 0: none')] = None,
     dry: Annotated[bool, typer.Option('--dry', help='show what would change, and keep nothing')] = False,
     forget: Annotated[bool, typer.Option('--forget', help='as the run was fitted again; the marks stay')] = False
 ):
@@ -117,4 +119,6 @@ def learn(
         before.choice, before.root = method.choice, method.root
         after, found = learning.relearn(before, dataset, defects=defects)
         for line in learning.learned_lines(found): echo(line)
-        if not dry: after.keep_normals(learning.normal_marks(run)); echo('kept: every later open of this run has learned it')
+        if dry: return
+        after.keep_normals(learning.normal_marks(run))
+        echo('kept: every later open of this run has learned it')

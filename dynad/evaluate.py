@@ -248,7 +248,8 @@ def evaluate(
     for part, others in rows.items(): result[part] = {k: s.metrics for k, s in others.items()}
     result['differences'] = {part: {k: differences(scored, s, truth) for k, s in others.items()}
                              for part, others in rows.items()}
-    result |= {'normal_reconstruction': {str(T): e for T, e in method.reconstruction_errors().items()},'peak_memory_mb': peak_memory_mb(), 'method': method.name, 'settings': c.model_dump(mode='json'),
+    result |= {'normal_reconstruction': {str(T): e for T, e in method.reconstruction_errors().items()},
+               'peak_memory_mb': peak_memory_mb(), 'method': method.name, 'settings': c.model_dump(mode='json'),
                'protocol': protocol(method, truth, dataset.remark, found), 'versions': versions(),
                'data': described(dataset)}
     result['protocol'] |= {'marked': len(marked), 'left_out': marked}

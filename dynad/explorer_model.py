@@ -302,8 +302,8 @@ def try_threshold(self: ExplorerModel, value: float | None) -> None:
 def keep_choice(self: ExplorerModel, chosen: Chosen | None) -> Decision:
     "Keep it in the run. Raises ThresholdError for a value where the sliders are elsewhere."
     if chosen is not None and chosen.at is not None and not self.at_own_setting():
-        raise ThresholdError(f"threshold = {chosen.at:.4g} belongs to scores of these sliders, and predict uses the run's own "
-                             "setting; put the sliders back, or keep a rate of false alarms")
+        raise ThresholdError(f"threshold = {chosen.at:.4g} belongs to scores of these sliders, and predict uses the "
+                             "run's own setting; put the sliders back, or keep a rate of false alarms")
     self.session.model.keep_choice(chosen)
     self.trial = None
     return self.decision_at(self.map_cache)

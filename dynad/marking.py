@@ -77,9 +77,11 @@ def update(self: MarkBar) -> None:
     own = marks.get(pixels_key(read_image(t.file, t.size, t.max_pixels))) if marks else None
     kinds = [m.what for m in marks.values()]
     here = 'This image is not marked'
-    if own: here = f'This image is marked as <b>{own.what}</b> ({html.escape(own.who)}, {own.when[:16].replace("T", " ")})'
-    self.said.value = soft(f"{here}; in the run {kinds.count('normal')} marked as normal, {kinds.count('anomalous')} as "
-                           'anomalous. None of them counts as a test image in evaluate any more.')
+    if own:
+        when = own.when[:16].replace('T', ' ')
+        here = f'This image is marked as <b>{own.what}</b> ({html.escape(own.who)}, {when})'
+    self.said.value = soft(f"{here}; in the run {kinds.count('normal')} marked as normal, {kinds.count('anomalous')} "
+                           'as anomalous. None of them counts as a test image in evaluate any more.')
     self.withdraw.disabled, self.try_it.disabled = own is None, 'normal' not in kinds
     self.keep.disabled = self.undo.disabled = self.after is None
 

@@ -156,7 +156,7 @@ def with_marks(
     root: Path,              # run directory
     size: int, max_pixels: int | None = None
 ) -> AnomalyDataset:
-    "The data set with the images marked as normal among its training images, and no marked image among its test images."
+    "The data set with the images marked as normal for training, and no marked image among its test images."
     rest, _ = without_marked(dataset, root, size, max_pixels)
     normal = [m for m in marks_in_force(root).values() if m.what == 'normal']
     more = (Sample(f'marked/{Path(m.kept).name}', Path(root)/m.kept, 0, 'good', 'train') for m in normal)

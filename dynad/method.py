@@ -129,7 +129,7 @@ def in_words(self: Decision, q: float) -> str: # q: the quantile that it was lea
     if not n: return '; '.join(said)
     m = int(above(torch.tensor(self.normal_scores, dtype=torch.float64), self.image_threshold).sum())
     low, high = share_between(m, n)
-    return f'{"; ".join(said)}; {m} of {n} held-out normal images lie above it, which speaks for {low:.0%} to {high:.0%} of all'
+    return '; '.join([*said, f'{m} of {n} held-out normal images lie above it, which speaks for {low:.0%} to {high:.0%} of all'])
 
 # %% ../nbs/15_method.ipynb #fe8eb8ca
 METHODS: dict[str, type[Method]] = {} # name -> class

@@ -345,8 +345,8 @@ def page_html(
                   n_anomalous=p['test_defective'], charts=charts_of(d), gallery=gallery, ramp=gradient(),
                   ends=', '.join(f'{v:.2g} ({k})' for k, v in ends.items()), sections=sections_of(r),
                   findings=p.get('warnings', []), verdict=r.get('verdict', []), headline=headline(r.get('verdict', [])),
-                  decision=Svg(bench_html(bench_of(d))), rule=r['decision']['rule'] if r['decision'].get('chosen') else '',
-                  **chips_of(r))
+                  decision=Svg(bench_html(bench_of(d))), **chips_of(r),
+                  rule=r['decision']['rule'] if r['decision'].get('chosen') else '')
 
 # %% ../nbs/17a_report.ipynb #76eccf70
 def write_report(

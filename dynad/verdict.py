@@ -91,7 +91,7 @@ def origin(r: dict[str, Any]) -> Iterator[Claim]:
     if (s.get('fusion') or {}).get('calibration') == 'test':
         yield Claim('Its figures have looked at the test images', "fusion.calibration = 'test'", 'serious')
     if p.get('marked'):
-        yield Claim(f"{p['marked']} images that a person has marked do not count", 'they are left out of the test set', 'note')
+        yield Claim(f"{p['marked']} images that a person has marked do not count", 'left out of the test set', 'note')
 
 @rule
 def lost_masks(r: dict[str, Any]) -> Iterator[Claim]:
@@ -123,8 +123,8 @@ def few_test_images(r: dict[str, Any]) -> Iterator[Claim]:
     m, p = r.get('i_auroc') or {}, r['protocol']
     if m.get('low') is None or m['high'] - m['low'] <= .1: return
     yield Claim('Too few test images to tell one setting from another by them',
-                f"{p['test_good']} normal and {p['test_defective']} anomalous images leave I-AUROC between {m['low']:.3f} "
-                f"and {m['high']:.3f}", 'careful')
+                f"{p['test_good']} normal and {p['test_defective']} anomalous images leave I-AUROC between "
+                f"{m['low']:.3f} and {m['high']:.3f}", 'careful')
 
 # %% ../nbs/13c_verdict.ipynb #9318d069
 @rule
