@@ -364,6 +364,7 @@ def _show_decide(self: OwnImages) -> None:
                           'inspected and held-out normal images'))
     order = m.prediction.score.argsort(descending=True).tolist()
     self.which.options = [(f'{printable(m.files[i].name)}  ({s[i]:.2f})', i + 1) for i in order] # 0 would be no choice
+    if self.which.value is None: self.which.value = order[0] + 1
     self.decide.layout.display = None
     self.marking.update()
 

@@ -1,5 +1,6 @@
 "A person's own images: dropped, fitted, stopped, resumed, inspected, written."
 import copy, csv, io, re, threading
+from pathlib import Path
 from datetime import datetime, timezone
 
 import numpy as np
