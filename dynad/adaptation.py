@@ -61,6 +61,7 @@ def adaptation_draws(
 class AdaptationError(TrainingError, FloatingPointError):
     "An adaptation that cannot start, continue or end: the text names what is wrong and the cure."
 
+# %% ../nbs/11_adaptation.ipynb #f9327e1b
 Rebuild = Callable[[Tensor, list[int], int], Tensor] # (x0 [B,3,H,W], rows, T̂) -> x̂_0 [B,3,H,W]
 
 def adaptation(

@@ -36,6 +36,7 @@ class AnomalibError(DynadError, RuntimeError):
 class UnavailableError(AnomalibError):
     "A model that cannot run on this machine: a package or its weights are missing. The text says which and where."
 
+# %% ../nbs/16h_anomalib_models.ipynb #c2439b62
 def from_anomalib(
     module: str, # below `anomalib`, e.g. 'models.image.stfpm.loss'
     name: str
@@ -57,6 +58,7 @@ def isometry(
     if c == C: return torch.eye(c)
     return torch.linalg.qr(torch.randn(C, c, generator=torch.Generator().manual_seed(0)))[0].contiguous()
 
+# %% ../nbs/16h_anomalib_models.ipynb #1294ef4f
 class NamedFeatures(nn.Module):
     "φ, frozen, as anomalib expects a feature extractor: images in [0,1] to maps under layer names."
     def __init__(self,
@@ -83,6 +85,7 @@ class AnomalibOptions(Settings):
     batch: int = Field(8, ge=2)                   # images per step
     lr: float | None = Field(None, gt=0)          # None: anomalib's own
 
+# %% ../nbs/16h_anomalib_models.ipynb #aa3fe7bd
 class AnomalibMethod(Method):
     "A model of anomalib as a method; subclasses say what is their own."
     Options = AnomalibOptions
@@ -130,11 +133,13 @@ def seeded(seed: int) -> Iterator[None]:
             yield
     finally: random.setstate(kept[0]); np.random.set_state(kept[1])
 
+# %% ../nbs/16h_anomalib_models.ipynb #96ddbd5d
 @contextmanager
 def quiet() -> Iterator[None]:
     "Without what anomalib prints."
     with open(os.devnull, 'w', encoding='utf-8') as null, redirect_stdout(null), redirect_stderr(null): yield
 
+# %% ../nbs/16h_anomalib_models.ipynb #e8f6a71c
 @patch
 def trained_network(self: AnomalibMethod, hooks: Hooks) -> nn.Module:
     "The network after its training. Raises AnomalibError for a loss that is not finite."
@@ -154,6 +159,7 @@ def trained_network(self: AnomalibMethod, hooks: Hooks) -> nn.Module:
             raise TrainingStopped(f"training of {self.name} stopped after step {k}")
     return net
 
+# %% ../nbs/16h_anomalib_models.ipynb #522a4b9e
 @patch
 def prepare(self: AnomalibMethod, net: nn.Module) -> None:
     "What a model does before its first step."
@@ -164,6 +170,7 @@ def own_state(net: nn.Module) -> dict[str, Tensor]:
     phi = {f'{n}.' for n, m in net.named_modules() if isinstance(m, NamedFeatures)}
     return {k: v.contiguous() for k, v in net.state_dict().items() if not any(k.startswith(p) for p in phi)}
 
+# %% ../nbs/16h_anomalib_models.ipynb #9b208194
 @patch
 def train(self: AnomalibMethod, hooks: Hooks) -> dict[str, Path]:
     def make(work):
@@ -175,6 +182,7 @@ def train(self: AnomalibMethod, hooks: Hooks) -> dict[str, Path]:
     self.load(stages)
     return stages
 
+# %% ../nbs/16h_anomalib_models.ipynb #f53ed927
 @patch
 def load(self: AnomalibMethod, stages: dict[str, Path]) -> None:
     state = load_tensors(stages['network']/'data.safetensors')
@@ -182,6 +190,7 @@ def load(self: AnomalibMethod, stages: dict[str, Path]) -> None:
     self.restore(self.net, dict(state))
     self.net.to(self.device).eval()
 
+# %% ../nbs/16h_anomalib_models.ipynb #af0844eb
 @patch
 def restore(self: AnomalibMethod, net: nn.Module, state: dict[str, Tensor]) -> None:
     "Trained weights into a new network."
@@ -204,6 +213,7 @@ def predict_batch(self: AnomalibMethod, images: Tensor, rows: list[int]) -> Pred
         maps = maps.float().cpu()
     return Prediction(scores.flatten().float().cpu(), maps)
 
+# %% ../nbs/16h_anomalib_models.ipynb #61be6b0a
 AnomalibMethod.__abstractmethods__ = frozenset() # grown over several cells
 
 @patch
@@ -222,6 +232,7 @@ class TeacherStudent(nn.Module):
     def forward(self, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return self.teacher(x), {f'layer{j}': f for j, f in self.student(x).items() if j in self.teacher.layers}
 
+# %% ../nbs/16h_anomalib_models.ipynb #0479a503
 @register
 class STFPM(AnomalibMethod):
     "Student-teacher feature pyramid matching."
@@ -272,6 +283,7 @@ class FeatureList(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]: return list(self.phi(x).values())
 
+# %% ../nbs/16h_anomalib_models.ipynb #b986789a
 @register
 class FastFlow(AnomalibMethod):
     "FastFlow: normalizing flows on feature maps."
@@ -309,6 +321,7 @@ def offline_cfa(features: NamedFeatures) -> nn.Module:
             self.anomaly_map_generator = maps(num_nearest_neighbors=3)
     return OfflineCfa()
 
+# %% ../nbs/16h_anomalib_models.ipynb #35b2e266
 @register
 class CFA(AnomalibMethod):
     "Coupled-hypersphere-based feature adaptation."

@@ -27,6 +27,7 @@ class DRAEMOptions(AnomalibOptions):
     "Settings of DRAEM."
     width: int = Field(32, ge=4)          # of the reconstructing network; anomalib and the paper: 128
 
+# %% ../nbs/16l_anomalib_more.ipynb #ac3c9012
 @register
 class DRAEM(AnomalibMethod):
     "Discriminatively trained reconstruction embedding."
@@ -107,6 +108,7 @@ class GANomalyOptions(AnomalibOptions):
     width: int = Field(32, ge=4)          # channels after the first convolution; anomalib: 64
     latent: int = Field(100, ge=1)        # size of the code
 
+# %% ../nbs/16l_anomalib_more.ipynb #cb6db9fc
 @register
 class GANomaly(AnomalibMethod):
     "GANomaly; a score without a map."
@@ -147,6 +149,7 @@ def fetching(
         text = (str(e).splitlines() or [type(e).__name__])[0][:160]
         raise UnavailableError(f"weights: {model} needs {of}, which cannot be fetched ({text}); {cure}") from None
 
+# %% ../nbs/16l_anomalib_more.ipynb #c720c172
 def imagenet(x: Tensor) -> Tensor: # [B,3,H,W] in [0,1]
     "Images as networks trained on ImageNet expect them."
     mean, std = (x.new_tensor(v).view(1, 3, 1, 1) for v in ((.485, .456, .406), (.229, .224, .225)))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .config import FeatureSettings, LatentSettings
 from .features import load_features
+from .guard import building
 from .latents import FILES, Autoencoder, LatentError, TinyAE, psnr
 from .procedural import procedural_images
 from .store import atomic_write, load_json, load_tensors, save_tensors, state_hash
@@ -54,6 +55,7 @@ def step_generator(
     "The random stream of step k in the trainings of the autoencoder."
     return torch.Generator().manual_seed((seed * 1_000_003 + k) % 2**63)
 
+# %% ../nbs/08b_autoencoder.ipynb #2c2ed08a
 def draw_rows(
     n: int,     # number of images
     batch: int,
@@ -216,8 +218,7 @@ def pretrain_tiny(
     settings = dict(seed=seed, steps=steps, batch=batch, crop=crop, n_images=n_images, lr=lr, ema=ema, noise=noise,
                     save_every=save_every)
     data = _drawn(out, seed, n_images, progress)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with building(seed):
         ae = TinyAE().to(memory_format=torch.channels_last)
     phi = load_features(FeatureSettings(backbone='efficientnet_lite0')).requires_grad_(False)
     with trainable(ae): log = train(pretraining(ae, phi, data['x'], settings), out/CHECKPOINT, None, progress)

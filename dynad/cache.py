@@ -141,6 +141,7 @@ def fill(self: Cached,
         return {k: torch.cat([o[k] for o in out]) for k in out[0]}
     self.shards.fill(self._pairs(rows, t_hat), make)
 
+# %% ../nbs/14a_cache.ipynb #328820dc
 @patch
 def __call__(self: Cached, rows: list[int], t_hat: Tensor | None = None) -> dict[str, Tensor]: # first axis as `rows`
     "The results of these rows, computed where they are missing; arguments as `fill`."
@@ -230,6 +231,7 @@ def cached_features(self: CachedWalk) -> Cached:
     def function(rows): return {str(j): f for j, f in extract_features(p, self.pixels(rows)).items()}
     return self.cached('features', depends, function, '', hold=False)
 
+# %% ../nbs/14a_cache.ipynb #57de81b1
 @patch(as_prop=True)
 def features(self: CachedWalk) -> dict[int, FeatureRows]:
     "φ_j(x_0) of the layers in use, [N,C_j,h_j,w_j] each, on disk."
@@ -258,6 +260,7 @@ def bins_key(self: CachedWalk) -> dict[str, Any]:
     return self.depends_on(phi=p.hashes['phi'], dic=p.config.dic.model_dump(mode='json'), bank=p.hashes['bank'],
                            rule='K alike, equal distances') # stages of other rules are not read
 
+# %% ../nbs/14a_cache.ipynb #eefe4dd3
 @patch(as_prop=True)
 def severity(self: CachedWalk) -> Severity:
     "Distances, bins and neighbours of all images (Algorithm 2)."
@@ -265,6 +268,7 @@ def severity(self: CachedWalk) -> Severity:
     got = self.set.tensors('bins', self.bins_key, make)
     return Severity(got['distance'], got['bin'], got['neighbours'])
 
+# %% ../nbs/14a_cache.ipynb #15c55a0c
 @patch(as_prop=True)
 def t_hat(self: CachedWalk) -> Tensor:
     "[N] T̂ under the settings."
@@ -280,6 +284,7 @@ def reconstructions_key(self: CachedWalk) -> dict[str, Any]:
     return self.depends_on(z0=z0, denoiser=p.hashes['denoiser'], diffusion=p.config.diffusion.model_dump(mode='json'),
                            noise_seed=noise, **how)
 
+# %% ../nbs/14a_cache.ipynb #90294733
 @patch(as_prop=True)
 def cached_latents(self: CachedWalk) -> Cached:
     "`reconstruct_latents`, wrapped."
@@ -296,6 +301,7 @@ def _rows_and_t_hat(walk: CachedWalk, t_hat: Tensor | None, rows: list[int] | No
     rows = list(range(len(walk))) if rows is None else list(rows)
     return rows, t_hat[rows]
 
+# %% ../nbs/14a_cache.ipynb #7bd9d85a
 @patch
 def z_hat(self: CachedWalk,
     t_hat: Tensor | None = None,    # [N] T̂ of every image of the set (default: under the settings)
@@ -304,6 +310,7 @@ def z_hat(self: CachedWalk,
     "ẑ_0 of images at their T̂."
     return self.cached_latents(*_rows_and_t_hat(self, t_hat, rows))['z_hat']
 
+# %% ../nbs/14a_cache.ipynb #993fb8de
 @patch
 def reconstructions(self: CachedWalk,
     t_hat: Tensor | None = None, rows: list[int] | None = None # as in `z_hat`
@@ -322,6 +329,7 @@ def references(self: CachedWalk) -> tuple[str, ...]:
     f = self.parts.config.fusion
     return tuple(MAP_NAMES) if f.choice == 'synthetic' else (f.reference,)
 
+# %% ../nbs/14a_cache.ipynb #9c62617f
 @patch(as_prop=True)
 def cached_maps(self: CachedWalk) -> Cached:
     "The comparison of input and reconstruction, wrapped."
@@ -350,6 +358,7 @@ def raw_maps(self: CachedWalk,
     got, f = self.cached_maps(rows, t), self.parts.config.fusion
     return RawMaps(got['l'], {j: got[MAP_NAMES[f.reference].format(j)] for j in f.layers})
 
+# %% ../nbs/14a_cache.ipynb #4f4325d6
 @patch
 def neighbour_maps(self: CachedWalk,
     rows: list[int] | None = None   # of these images only (default: all)
@@ -364,6 +373,7 @@ def neighbour_maps(self: CachedWalk,
     got = self.cached('neighbours', depends, function, 'neighbour maps')(rows)
     return tuple(got[f'n{k}'] for k in range(len(p.spatial)))
 
+# %% ../nbs/14a_cache.ipynb #4bce0f28
 @patch
 def averaged_maps(self: CachedWalk,
     t_hat: Tensor | None = None, rows: list[int] | None = None # as in `z_hat`; a T̂ that is given is the only one
@@ -374,6 +384,7 @@ def averaged_maps(self: CachedWalk,
     rows = list(range(len(self))) if rows is None else list(rows)
     return [(self.raw_maps(t, rows), t[rows]) for t in each]
 
+# %% ../nbs/14a_cache.ipynb #bbbb922f
 @patch
 def missing(self: CachedWalk,
     t_hat: Tensor | None = None, rows: list[int] | None = None # as in `z_hat`

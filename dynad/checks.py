@@ -137,6 +137,7 @@ def part_box(
     sizes = [(b[0].stop - b[0].start, b[1].stop - b[1].start) for b in boxes]
     return max(sizes, key=lambda k: min(k[0]/m.shape[0], k[1]/m.shape[1]), default=(0, 0))
 
+# %% ../nbs/03h_checks.ipynb #415d3294
 def keeping_size(
     m: np.ndarray # [H,W] bool, not empty
 ) -> int | None:  # a multiple of 32; None: none up to 1024
@@ -155,6 +156,7 @@ def mask_facts(s: Sample, size: int, max_pixels: int | None = None) -> MaskFacts
     lost = bool(m.any()) and not nearest(m, size).any()
     return MaskFacts(s, m.shape, int(m.sum()), part_box(m), not lost, keeping_size(m) if lost else None, *levels)
 
+# %% ../nbs/03h_checks.ipynb #b10fa63c
 def all_masks(
     samples: Sequence[Sample], size: int, max_pixels: int | None = None
 ) -> tuple[list[MaskFacts], dict[Path, str]]: # facts; what is wrong with a mask that has none
@@ -172,6 +174,7 @@ def by_defect(masks: Iterable[MaskFacts]) -> dict[str, list[MaskFacts]]:
     for m in masks: out[m.sample.defect].append(m)
     return dict(out)
 
+# %% ../nbs/03h_checks.ipynb #cc06d1fd
 def vanishing(dataset: AnomalyDataset, masks: Sequence[MaskFacts], size: int) -> Iterator[Finding]:
     "Defects of which no pixel is left at the size of the input."
     lost = [m for m in masks if not m.kept]
@@ -202,6 +205,7 @@ def inverted(dataset: AnomalyDataset, masks: Sequence[MaskFacts], size: int) -> 
                       f'invert these masks; they are used as they are',
                       tuple(m.sample.mask for m in full))
 
+# %% ../nbs/03h_checks.ipynb #81b9206f
 def grey_levels(dataset: AnomalyDataset, masks: Sequence[MaskFacts], size: int) -> Iterator[Finding]:
     "Masks with several values, of which some are taken for normal."
     odd = [m for m in masks if m.dropped]
@@ -228,6 +232,7 @@ def duplicates(
     for s, digest in zip(same, mapped(lambda s: file_sha256(s.image), same, 'duplicates')): groups[digest].append(s)
     return [g for g in groups.values() if len(g) > 1]
 
+# %% ../nbs/03h_checks.ipynb #073a34fc
 def _pairs(dataset: AnomalyDataset, pairs: list[tuple[Sample, Sample]]) -> str:
     "A few pairs in words."
     shown = ', '.join(f'{a.name} = {b.name}' for a, b in pairs[:3])
@@ -254,6 +259,7 @@ def _duplicate_pairs(groups: list[list[Sample]]) -> dict[str, list[tuple[Sample,
         elif not train: out['twice in test'] += [(s, test[0]) for s in test[1:]]
     return out
 
+# %% ../nbs/03h_checks.ipynb #6c9bfd00
 def copies(dataset: AnomalyDataset, groups: list[list[Sample]]) -> Iterator[Finding]:
     "What duplicates do to a result."
     for kind, pairs in _duplicate_pairs(groups).items():
@@ -273,6 +279,7 @@ def _file_notes(dataset: AnomalyDataset, notes: Notes) -> Iterator[Finding]:
     "What was noted of files that were read, with names below the data set's folder."
     for kind, text, files in notes.texts(): yield Finding(kind, text.replace(f'{dataset.root}/', '', 1), files)
 
+# %% ../nbs/03h_checks.ipynb #15abfb4b
 def _check_masks(samples: Sequence[Sample], notes: Notes) -> None:
     for s in samples:
         try: check_mask_size(s, notes)
@@ -291,6 +298,7 @@ def data_findings(
         _KNOWN[key] = [replace(f, text=printable(f.text)) for f in _findings(dataset, settings)]
     return _KNOWN[key]
 
+# %% ../nbs/03h_checks.ipynb #0b2ef545
 def _findings(dataset: AnomalyDataset, settings: DataSettings) -> Iterator[Finding]:
     size, notes, samples = settings.image_size, Notes(), with_mask_rule(dataset.samples, settings.mask_rule)
     sizes, unreadable = image_sizes(samples, notes)
@@ -308,6 +316,7 @@ def _findings(dataset: AnomalyDataset, settings: DataSettings) -> Iterator[Findi
 class DataWarning(UserWarning):
     "What a data set loses; `warnings.filterwarnings` can turn it off or into an error."
 
+# %% ../nbs/03h_checks.ipynb #eaa5d401
 def data_warnings(
     dataset: AnomalyDataset, settings: DataSettings
 ) -> list[Finding]:
@@ -318,6 +327,7 @@ def data_warnings(
         warnings.warn(f'{printable(dataset.name)}: {f.text}', DataWarning, stacklevel=1)
     return found
 
+# %% ../nbs/03h_checks.ipynb #692d5a8f
 ORDINARY = {'large images', 'mixed sizes', 'metadata', 'mask size'} # worth a word, but nothing to be put in order
 
 def check_data(dataset: AnomalyDataset, settings: DataSettings) -> None:

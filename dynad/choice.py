@@ -9,13 +9,14 @@ from typing import Any, Iterable
 
 import numpy as np
 import torch
+from scipy.stats import t as student_t
 from torch import Tensor
 
 from .fusion import fuse, map_range, rescale, score, smooth, upsample
 
 # %% auto #0
-__all__ = ['FPR_LIMIT', 'SAMPLED', 'FOUND', 'WEIGHTS', 'Mixture', 'StoredMaps', 'part', 'mixed', 'found', 'gain', 'candidates',
-           'Choice', 'choose']
+__all__ = ['FPR_LIMIT', 'SAMPLED', 'FOUND', 'WEIGHTS', 'Mixture', 'StoredMaps', 'part', 'mixed', 'found', 'gain', 'errors_needed',
+           'candidates', 'Choice', 'choose']
 
 # %% ../nbs/12b_choice.ipynb #001f89b6
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def part(
     maps._parts[key, sigma] = smooth(m, sigma)
     return maps._parts[key, sigma]
 
+# %% ../nbs/12b_choice.ipynb #b88b1bbc
 def mixed(maps: StoredMaps, m: Mixture) -> Tensor: # [n+M,1,H,W]
     "The anomaly maps of a mixture."
     mean = lambda keys: sum(part(maps, k, m.sigma) for k in keys)/len(m.t_hat)
@@ -117,6 +119,15 @@ def gain(
     error = lambda x: x.std().item()/len(x)**.5 if len(x) > 1 else float('inf')
     return d.mean().item(), max(error(d), error(by_image))
 
+# %% ../nbs/12b_choice.ipynb #e36f80a1
+def errors_needed(
+    images: int,        # that the defects are put into
+    level: float = .025 # chance at which a candidate is taken that is no better
+) -> float:             # infinite for one image
+    "By how many standard errors a candidate must be better."
+    return float(student_t.isf(level, images - 1)) if images > 1 else float('inf')
+
+# %% ../nbs/12b_choice.ipynb #4bedcb39
 WEIGHTS = (0., .25, .5, .75, 1.)
 
 def candidates(m: Mixture, t_hat: tuple[int, ...], neighbours: bool) -> dict[str, list[Mixture]]:
@@ -136,11 +147,12 @@ class Choice:
     chosen: Mixture
     rows: list[dict]  # every mixture that was tried
 
+# %% ../nbs/12b_choice.ipynb #0d7c1851
 def choose(
     maps: StoredMaps,
     prior: Mixture,
-    sure: float = 2., # standard errors by which a gain must exceed zero
-    rounds: int = 2   # over all groups
+    level: float = .025, # as in `errors_needed`
+    rounds: int = 2      # over all groups
 ) -> Choice:
     "The mixture that finds the defects better than the prior for sure, or the prior."
     seen: dict[Mixture, Tensor] = {}
@@ -148,6 +160,7 @@ def choose(
         if m not in seen: seen[m] = found(maps, m)
         return seen[m]
     now, rows, every = prior, [], tuple(maps.latent)
+    sure = errors_needed(len(set(maps.source)), level)
     for turn in range(rounds):
         before = now
         for group in candidates(now, every, bool(maps.neighbours)):
@@ -156,7 +169,7 @@ def choose(
             best = max(range(len(tried)), key=lambda k: gains[k][0] - sure*gains[k][1])
             taken = gains[best][0] - sure*gains[best][1] > 1e-6
             rows += [dict(turn=turn, group=group, **m.settings, **dict(zip(FOUND, of(m).mean(0).tolist())), gain=g,
-                          error=e, taken=taken and k == best) for k, (m, (g, e)) in enumerate(zip(tried, gains))]
+                          error=e, sure=sure, taken=taken and k == best) for k, (m, (g, e)) in enumerate(zip(tried, gains))]
             if taken: now = tried[best]
         if now == before: break
     return Choice(prior, now, rows)

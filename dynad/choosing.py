@@ -46,13 +46,14 @@ def fit_spatial(
 
 # %% ../nbs/14b_choosing.ipynb #74341447
 N_DEFECTS, MOST_NORMAL = 56, 64  # defects; normal images that are used, at most
-SEARCH = 1                       # raised when the same maps lead to another choice
+SEARCH = 2                       # raised when the same maps lead to another choice
 
 @lru_cache(4)
 def defects_in(images: ImageSet, n: int, seed: int) -> DefectSet:
     "Defects in the first normal images of a set."
     return defect_set(images.images[:MOST_NORMAL], n, seed)
 
+# %% ../nbs/14b_choosing.ipynb #7a16b3dd
 def synthetic_set(
     images: ImageSet,    # held-out normal images
     n: int = N_DEFECTS,
@@ -69,6 +70,7 @@ def candidates_t_hat(parts: Parts) -> tuple[int, ...]:
     if not averaged_t_hat(c): c = with_overrides(c, {'reconstruction.average': 3, 'reconstruction.severity': 'dynamic'})
     return tuple(averaged_t_hat(c))
 
+# %% ../nbs/14b_choosing.ipynb #7377d298
 def stored_maps(
     parts: Parts,
     held_out: ImageSet,
@@ -97,6 +99,7 @@ def prior_mixture(parts: Parts) -> Mixture:
     f = parts.config.fusion
     return Mixture(candidates_t_hat(parts), f.layers, f.reference, f.lam, f.neighbour, f.sigma, f.score)
 
+# %% ../nbs/14b_choosing.ipynb #f6322fa2
 def chosen(
     parts: Parts,
     held_out: ImageSet,

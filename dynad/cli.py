@@ -6,15 +6,16 @@
 from __future__ import annotations
 
 # each registers its commands
-from . import cli_fit, cli_predict, cli_decide, cli_reproduce, cli_compare, cli_tools, cli_open
+from . import (cli_fit, cli_predict, cli_decide, cli_reproduce, cli_compare, cli_tools, cli_passport,
+                   cli_open)
 from .commands import app
 
 # %% auto #0
 __all__ = ['ORDER']
 
 # %% ../nbs/20z_cli.ipynb #a2a43949
-ORDER = ('open_page', 'fit', 'evaluate', 'predict', 'threshold', 'mark', 'learn', 'demo', 'reproduce', 'download', 'bench',
-         'compare', 'doctor')
+ORDER = ('open_page', 'fit', 'evaluate', 'passport', 'predict', 'threshold', 'mark', 'learn', 'demo', 'reproduce',
+         'download', 'bench', 'compare', 'doctor')
 
 app.registered_commands = sorted(
     app.registered_commands, key=lambda c: (*ORDER, c.callback.__name__).index(c.callback.__name__))

@@ -41,13 +41,13 @@ def settings_of(pairs: list[str]) -> dict[str, dict]: # method, or '' for all ->
 # %% ../nbs/20d_cli_compare.ipynb #85547807
 def runner_of(scheduler: str | None, workers: int | None):
     "What carries out the tasks of a comparison."
-    from dynad import compare as C
-    if not scheduler and workers == 0: return C.in_this_process
-    if not scheduler and workers in (None, 1): return C.one_after_another
+    from dynad.task import in_this_process, one_after_another, refusal, run_apart
+    if not scheduler and workers == 0: return in_this_process
+    if not scheduler and workers in (None, 1): return one_after_another
     from dynad.jobs import map_on_cluster
     def run(tasks):
-        for t, r in map_on_cluster(C.run_apart, tasks, scheduler, workers or 1):
-            yield t, C.refusal(r) if isinstance(r, Exception) else r
+        for t, r in map_on_cluster(run_apart, tasks, scheduler, workers or 1):
+            yield t, refusal(r) if isinstance(r, Exception) else r
     return run
 
 # %% ../nbs/20d_cli_compare.ipynb #6f3df60b

@@ -144,9 +144,13 @@ def evaluate(
         if note := e.result['protocol']['note']: echo(note)
         if save_maps: ev.save_maps(e, save_maps)
         if table: ev.save_table(e, table)
-        if report: write_page(e, report)
+        if report: write_page(e, report, dataset)
 
-def write_page(e: Evaluation, folder: Path) -> None:
-    "The results page."
+def write_page(e: Evaluation, folder: Path, dataset: AnomalyDataset | None = None) -> None:
+    "The results page, with the passport of a run that has one."
     from dynad.report import write_report
-    echo(f'results page: {write_report(e, folder)}')
+    extra = []
+    if dataset is not None:
+        from dynad.passport_page import kept_passport, section_html
+        if p := kept_passport(e.method, dataset): extra = [section_html(p)]
+    echo(f'results page: {write_report(e, folder, extra=extra)}')

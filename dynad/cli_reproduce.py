@@ -111,6 +111,7 @@ def reproduce(
     "Tables and figures of the paper, by papermill; a finished one is not run again."
     with known_mistakes():
         from dynad import jobs as J, runner
+        from dynad.parameters import parse_parameters
         if as_json and not show_list:
             raise runner.RunnerError("--json: only with --list; results are written as JSON anyway")
         if not names and not show_list:
@@ -121,7 +122,7 @@ def reproduce(
                 raise runner.RunnerError("book stands alone: `dynad reproduce all`, then `dynad reproduce book`")
             echo(f'the book: {write_book(out)}')
             return
-        given = runner.parse_parameters(parameter or [], raw or [], yaml or [], file or [])
+        given = parse_parameters(parameter or [], raw or [], yaml or [], file or [])
         planned = runner.plan(names or ['all'], profile, given, out, timeout, elsewhere=bool(scheduler))
         runner.refuse_parameters(planned, given)
         if not scheduler and not as_json: say_folders(given.get('data', ''), strict)
@@ -130,6 +131,7 @@ def reproduce(
         elif show_list or dry_run: print_plan(planned, rows, dry_run)
         else: print_outcomes(J.run_jobs(planned, scheduler, workers, echo), Path(planned[0].out).parent)
 
+# %% ../nbs/20c_cli_reproduce.ipynb #7edd66bd
 def say_folders(data: str, strict: bool) -> None:
     "A line of what is in each folder that `-p data=…` names. Raises DataError for findings if strict."
     from dynad.subjects import subjects

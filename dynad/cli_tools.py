@@ -13,7 +13,7 @@ import typer
 from .commands import (Category, DataSet, File, Folder, Layout, Seed, Set, Strict, app, checked_place, config_of,
                             dataset_of, known_mistakes, place)
 from .config import DynadError
-from .paths import check_file, echo, echo_json
+from .paths import check_file, check_folder, echo, echo_json
 
 # %% auto #0
 __all__ = ['download', 'bench', 'print_rows', 'examine_data', 'doctor']
@@ -70,29 +70,44 @@ def print_rows(rows: list[dict[str, str]]) -> None:
         echo(f"{r['what']:<{wide}}  {r['state']}" + (f"\n{'':<{wide}}    → {r['cure']}" if r['cure'] else ''))
 
 # %% ../nbs/20e_cli_tools.ipynb #bbb85202
-def examine_data(data: str, layout: str, category: str | None, strict: bool, as_json: bool) -> None:
-    "Print what the folder of a data set holds and what of it is not used. Raises DataError; if strict, for findings too."
+def examine_data(data: str, layout: str, category: str | None, config, strict: bool, as_json: bool,
+                 html: Path | None) -> None:
+    "What the folder of a data set holds, and what is wrong with it. Raises DataError; if strict, for findings too."
+    from dynad.exports import check_export
     checked_place(data)
-    dataset = dataset_of(data, layout, category, 0, strict, quiet=as_json)
-    if as_json: echo_json([dict(what=f'data: {dataset.name}', state=dataset.line(), cure='')])
+    if html: check_export(check_folder(html, '--html '), ('index.html', 'diagnosis.json'), '--html ')
+    dataset = dataset_of(data, layout, category, config.seed, strict, quiet=as_json)
+    from dynad.data_doctor import check_diagnosis, diagnose
+    d = diagnose(dataset, config)
+    if as_json: echo_json(d.to_json() | {'line': dataset.line()})
+    else: echo('\n'.join(d.lines()))
+    if html:
+        from dynad.data_page import write_diagnosis
+        echo(f'page: {write_diagnosis(d, html)}', err=as_json)
+    if strict: check_diagnosis(d)
 
 # %% ../nbs/20e_cli_tools.ipynb #d267b10e
 @app.command()
 def doctor(
     data: Annotated[Optional[str], typer.Option(
-        **DataSet, help='a data set instead of this machine: what its folder holds, and what of it is not used')] = None,
+        **DataSet, help='a data set instead of this machine: what its folder holds, and what is wrong with it')] = None,
     layout: Layout = 'auto', category: Category = None,
+    html: Annotated[Optional[Path], typer.Option(**Folder, help='with --data: for a page with the images')] = None,
+    preset: Annotated[Optional[str], typer.Option(help='with --data: that will be fitted, default small')] = None,
     as_json: Annotated[bool, typer.Option('--json', help='as JSON')] = False,
     estimate: Annotated[Optional[str], typer.Option(
         metavar='PRESET', help='minutes and memory of a fit and an inference with this preset here, from measured steps'
     )] = None,
     images: Annotated[int, typer.Option(min=8, help='with --estimate: normal training images')] = 200,
-    strict: Strict = False
+    set: Set = None, strict: Strict = False
 ):
     "What is installed, which device, which weights and data are found, and what to do about the rest."
     with known_mistakes():
-        if data is not None: return examine_data(data, layout, category, strict, as_json)
-        if strict: raise DynadError('--strict: only with --data, which names the folder')
+        if data is not None:
+            return examine_data(data, layout, category, config_of(preset or 'small', 0, set), strict, as_json, html)
+        given = {'--strict': strict, '--html': html, '--preset': preset, '--set': set}
+        if wrong := next((k for k, v in given.items() if v), None):
+            raise DynadError(f'{wrong}: only with --data, which names the folder')
         if estimate:
             from dynad import speed
             e = speed.estimate(estimate, images=images)

@@ -44,6 +44,7 @@ def register_plugins() -> None:
     try: import pillow_jxl # registers itself
     except Exception: pass
 
+# %% ../nbs/02c_collector.ipynb #bc7f8f55
 def image_extensions() -> set[str]:
     "The extensions that are read as images."
     Image.init()
@@ -70,6 +71,7 @@ class Finding:
         "Whether it is said only, also with `--strict`."
         return self.kind in MENTIONED
 
+# %% ../nbs/02c_collector.ipynb #83151891
 @dataclass(frozen=True)
 class Listing:
     "What a folder holds."
@@ -88,6 +90,7 @@ def first_of(files: Sequence[Path], root: Path) -> str:
     name = files[0].relative_to(root).as_posix() if files[0].is_relative_to(root) else files[0]
     return f"{printable(name)}" if len(files) == 1 else f"first {printable(name)}"
 
+# %% ../nbs/02c_collector.ipynb #64a18965
 def summary_line(
     counts: str,                 # what is used
     findings: Iterable[Finding]
@@ -97,6 +100,7 @@ def summary_line(
     unused, other = ([f.text for f in findings if bool(f.files) == with_files] for with_files in (True, False))
     return printable('; '.join([counts, *(['not used: ' + ', '.join(unused)] if unused else []), *other]))
 
+# %% ../nbs/02c_collector.ipynb #f0f648aa
 def check_strict(findings: Iterable[Finding], place: object) -> None:
     "Raises `DataError` when there is any finding that is not only mentioned."
     if faults := [f for f in findings if not f.mentioned]:
@@ -115,7 +119,7 @@ def is_system(name: str) -> bool:
     return name.startswith('.') or name.casefold() in SYSTEM
 
 # %% ../nbs/02c_collector.ipynb #85bdab8e
-RUN_PARTS = {'config.json', 'run.json', 'stages', 'baselines', 'result.json'}
+RUN_PARTS = {'config.json', 'run.json', 'stages', 'baselines', 'result.json', 'passport.json'}
 REPORT_PARTS = {'index.html', 'result.json', 'images'}
 RESULTS = ('map.png', 'overlay.png', 'reconstruction.png', 'map.npy') # of one image
 
@@ -136,6 +140,7 @@ def _read(file: Path, longest: int = 100_000) -> str:
         with open(file, encoding='utf-8', errors='replace') as f: return f.read(longest)
     except OSError: return ''
 
+# %% ../nbs/02c_collector.ipynb #24aea0dc
 def output_names(
     folder: Path, names: Iterable[str] # of everything in it
 ) -> set[str]:
@@ -158,6 +163,7 @@ def _sorted_out(p: Path, own: set[str]) -> str:
         return 'link' if os.path.islink(p) or getattr(os.path, 'isjunction', lambda p: False)(p) else 'folder'
     return 'file' if os.path.isfile(p) else 'broken' if os.path.islink(p) else 'special'
 
+# %% ../nbs/02c_collector.ipynb #acbccdc9
 def _above(target: str, folder: str) -> bool:
     "Whether `target` is `folder` or a folder above it; both real paths."
     return folder == target or folder.startswith(target.rstrip(os.sep) + os.sep)
@@ -178,6 +184,7 @@ def _enter(
         else: seen.add(real); inner.append(p)
     return inner
 
+# %% ../nbs/02c_collector.ipynb #9a63d534
 def _walk(root: Path) -> dict[str, list[Path]]: # 'file', and by reason what was left out
     "Everything below a folder."
     found, seen, folders, links = defaultdict(list), {os.path.realpath(root)}, [root], []
@@ -214,6 +221,7 @@ def _is_kind(folder: Path) -> bool:
     except OSError: return False
     return any((p/folder.name).is_dir() for p in beside)
 
+# %% ../nbs/02c_collector.ipynb #8238bc3f
 @lru_cache(maxsize=4096)
 def _holds_masks(folder: Path) -> bool:
     "Whether a folder is one of masks by its name: masks, or spot_masks beside spot."
@@ -221,6 +229,7 @@ def _holds_masks(folder: Path) -> bool:
     bare = bare_stem(folder.name)
     return bare != folder.name and (folder.parent/bare).is_dir()
 
+# %% ../nbs/02c_collector.ipynb #5ee71a5f
 def mask_depth(
     p: Path, root: Path
 ) -> int | None: # index of the folder in the path below the root
@@ -280,6 +289,7 @@ def _reasons(found: dict[str, list[Path]], root: Path) -> Iterator[Finding]:
         if files := sorted(found.get(kind, ())):
             yield Finding(kind, f"{count(len(files), *words)} ({first_of(files, root)})", tuple(files))
 
+# %% ../nbs/02c_collector.ipynb #89e96f63
 def _capitals(files: list[Path], root: Path) -> Iterator[Finding]:
     "Names that are one name on a system that does not tell capitals apart."
     seen = Counter(name_key(str(p)) for p in files)
@@ -302,6 +312,7 @@ def collect(
     findings = (*_reasons(found, root), *_other_formats(other, root), *_capitals(images, root))
     return Listing(root, tuple(images), tuple(found['masks']), findings)
 
+# %% ../nbs/02c_collector.ipynb #4296a646
 def list_images(folder: str | Path) -> list[Path]: # sorted
     "The images alone of `collect`."
     return list(collect(folder).files)
@@ -323,6 +334,7 @@ def collect_places(
         raise DataError(f"{', '.join(map(str, places))}: {why}")
     return Listing(Path(places[0]), tuple(files), tuple(masks), tuple(findings))
 
+# %% ../nbs/02c_collector.ipynb #3ab3d2ec
 def subfolders(folder: Path) -> list[Path]:
     "The folders in a folder, links to folders too, sorted, without hidden ones and those of a system."
     if not folder.is_dir(): return []

@@ -72,6 +72,7 @@ def place(text: str | Path) -> Path:
     try: return expanded(text)
     except PathError as e: raise typer.BadParameter(str(e)) from None
 
+# %% ../nbs/20_commands.ipynb #df7cda0c
 def data_place(text: str) -> str:
     "A folder, or one of the words for data sets."
     return str(place(text))

@@ -4,186 +4,30 @@
 
 # %% ../nbs/17g_compare.ipynb #ecc1a98b
 from __future__ import annotations
-import importlib, json, subprocess, sys, time, traceback, warnings
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any, Callable, Iterable
 
 import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
-from filelock import FileLock
 from torch import Tensor
 
 from . import __version__
 from .charts import css, render
-from .config import ConfigError, DynadError, content_key, make_config
+from .config import ConfigError, content_key
 from .data import AnomalyDataset, DataError, load_images, load_masks, open_dataset, to_float
-from .evaluate import KEYS, NAMES, Evaluation, described, evaluate, versions
-from .machine import machine, peak_memory_mb
-from .method import METHODS, Method, method_named
-from .metrics import StreamingPixelMetrics, paired_bootstrap
+from .evaluate import KEYS, NAMES, described, versions
+from .metrics import paired_bootstrap
 from .show import Figure, TRUTH, figure_png, marked, panel
-from .store import atomic_write, load_json, load_tensors, make_folder, save_tensors
-from .training import TrainingError
+from .store import atomic_write, load_tensors, make_folder
+from .task import NOT_HERE, Task, in_this_process, one_after_another, resolved, unpacked
 
 # %% auto #0
-__all__ = ['NOT_HERE', 'COLUMNS', 'COSTS', 'Task', 'resolved', 'packed', 'unpacked', 'keep_predictions', 'work', 'own_warnings',
-           'refusal', 'run_here', 'run_apart', 'one_after_another', 'in_this_process', 'Comparison', 'chosen_rows',
-           'value_of', 'over_seeds', 'summary_of', 'cell_text', 'table_of', 'difference', 'title_of', 'compare',
-           'outcome_text', 'write_comparison_page', 'difference_lines']
-
-# %% ../nbs/17g_compare.ipynb #0ffa7654
-NOT_HERE = { # name -> title, what it would take
-    'rd++': ('RD++', "projection layers and a self-supervised optimal-transport loss on top of rd4ad, and simplex "
-                     "noise in its images; a WideResNet-50 for figures comparable with print"),
-    'uniad': ('UniAD', "a transformer with neighbour-masked attention on EfficientNet-B4 features (timm's weights), "
-                       "trained for all categories at once"),
-    'glad': ('GLAD', "Stable Diffusion's UNet and autoencoder, finetuned by category, and adaptive denoising steps; "
-                     "those weights and a GPU"),
-    'deco-diff': ('DeCo-Diff', "a diffusion transformer that predicts deviations in KL-f8 latents; "
-                               "the weights of KL-f8 and a GPU"),
-    'invad': ('InvAD', "a diffusion transformer on pretrained features, trained for all categories; its scoring rule, "
-                       "inversion, is open to the UNet here")}
-
-# %% ../nbs/17g_compare.ipynb #1056b17d
-@dataclass(frozen=True)
-class Task:
-    "One method with one seed on one data set."
-    method: str                        # of `METHODS`, or 'package.module:name'
-    seed: int
-    data: str                          # folder, or 'elpv'
-    folder: str                        # of this task's run and results
-    preset: str = 'small'
-    layout: str = 'auto'
-    category: str | None = None
-    overrides: dict[str, Any] = field(default_factory=dict)
-    n_boot: int = 200
-    rows: tuple[int, ...] = ()         # test images whose maps are kept for the grid
-
-    @property
-    def name(self) -> str:
-        "The method's own name."
-        return self.method.rpartition(':')[2]
-
-    @property
-    def label(self) -> str: return f'{self.name}, seed {self.seed}'
-
-def resolved(method: str) -> type[Method]:
-    "The class of a method. Raises ConfigError that lists the methods there are."
-    module, _, name = method.rpartition(':')
-    if not module: return method_named(name)
-    try: importlib.import_module(module)
-    except ImportError as e:
-        raise ConfigError(f"methods: {method}: {module} cannot be imported ({e}); "
-                          "is its folder on PYTHONPATH?") from None
-    if name not in METHODS: raise ConfigError(f"methods: {method}: {module} registers no method {name!r}")
-    return METHODS[name]
-
-# %% ../nbs/17g_compare.ipynb #69514bd2
-def packed(m: StreamingPixelMetrics) -> dict[str, Tensor]:
-    "Streaming metrics as tensors."
-    out = {}
-    for part in ('neg', 'pos'):
-        columns = list(zip(*getattr(m, part)))
-        out[f'{part}_n'] = torch.tensor([len(v) for v in columns[0]])
-        out |= {f'{part}_{i}': torch.from_numpy(np.concatenate(c)) for i, c in enumerate(columns)}
-    return out
-
-def unpacked(saved: dict[str, Tensor]) -> StreamingPixelMetrics:
-    "Streaming metrics of `packed`."
-    m = StreamingPixelMetrics()
-    for part, columns in (('neg', 2), ('pos', 3)):
-        at = saved[f'{part}_n'].cumsum(0)[:-1].tolist()
-        setattr(m, part, list(zip(*(np.split(saved[f'{part}_{i}'].numpy(), at) for i in range(columns)))))
-    return m
-
-# %% ../nbs/17g_compare.ipynb #9e75ba7d
-def keep_predictions(e: Evaluation, task: Task) -> None:
-    "Scores, maps of the grid and condensed pixels, beside the result."
-    pixels, maps = StreamingPixelMetrics(), {}
-    for rows, p in e.predictions():
-        if p.map is None: continue
-        pixels.update(p.map, e.masks[rows], e.has_mask[rows])
-        maps |= {i: m for i, m in zip(rows, p.map) if i in task.rows}
-    out = {'scores': e.scores.float()}
-    if maps: out['maps'] = torch.stack([maps[i] for i in task.rows])
-    if pixels.neg: out |= packed(pixels)
-    save_tensors(Path(task.folder)/'predictions.safetensors', out)
-
-# %% ../nbs/17g_compare.ipynb #b5d86b3d
-def work(task: Task) -> dict[str, Any]: # the result
-    "Fit, evaluate and keep."
-    cls = resolved(task.method)
-    config = make_config(task.preset, task.overrides, seed=task.seed, method=cls.name)
-    dataset = open_dataset(task.data, layout=task.layout, category=task.category, seed=0)
-    run = Path(task.folder)/'run'
-    resumed, progress = (run/'config.json').exists(), sys.stderr.isatty()
-    clock = lambda: np.array([time.perf_counter(), time.process_time()])/60
-    start = clock()
-    with own_warnings() as said:
-        method = cls(config).fit(dataset, run, progress=progress)
-        (minutes, cpu), after_fit = (clock() - start).tolist(), peak_memory_mb()
-        e = evaluate(method, dataset, n_boot=task.n_boot, null_models=False, progress=progress)
-        keep_predictions(e, task)
-    return e.result | {'status': 'done', 'title': cls.title or cls.name, 'fit_minutes': minutes, 'fit_cpu_minutes': cpu,
-                       'fit_memory_mb': after_fit, 'resumed': resumed, 'warnings': said, 'machine': machine()}
-
-@contextmanager
-def own_warnings() -> Iterator[list[str]]:
-    "What the package warns of within the block, each text once; filled at its end."
-    said: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter('always')
-        yield said
-    for w in caught:
-        if 'dynad' in Path(w.filename).parts and str(w.message) not in said: said.append(str(w.message))
-
-# %% ../nbs/17g_compare.ipynb #69069b37
-def refusal(e: Exception) -> dict[str, Any]:
-    "What a row says of an exception."
-    expected = isinstance(e, DynadError) and not isinstance(e, TrainingError)
-    text = ' '.join(str(e).split()) or 'no message'
-    if expected: return {'status': 'not run', 'reason': text}
-    end = ''.join(traceback.format_exception(e))[-3000:]
-    return {'status': 'failed', 'reason': f'{type(e).__name__}: {text}', 'traceback': end}
-
-def run_here(task: Task) -> dict[str, Any]:
-    "The task in this process, unless its result is there; never raises for what a method does."
-    if task.name in NOT_HERE: return {'status': 'not run', 'reason': NOT_HERE[task.name][1]}
-    file = make_folder(task.folder)/'result.json'
-    with FileLock(Path(task.folder)/'.lock'):
-        if file.exists(): return load_json(file, 'status')
-        try: result = work(task)
-        except Exception as e: return refusal(e)
-        atomic_write(file, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
-        return result
-
-# %% ../nbs/17g_compare.ipynb #14e38b73
-def run_apart(task: Task) -> dict[str, Any]:
-    "The task in a process of its own; as `run_here`."
-    if task.name in NOT_HERE: return run_here(task)
-    folder = make_folder(task.folder)
-    atomic_write(folder/'task.json', json.dumps(asdict(task)))
-    answer = folder/'answer.json'
-    answer.unlink(missing_ok=True)
-    with open(folder/'log.txt', 'w', encoding='utf-8') as log:
-        code = subprocess.run([sys.executable, '-m', 'dynad.compare', str(folder)], stdout=log, stderr=log,
-                              stdin=subprocess.DEVNULL).returncode
-    if answer.exists(): return load_json(answer, 'status')
-    said = ' '.join((folder/'log.txt').read_text(encoding='utf-8', errors='replace').split()[-30:])
-    killed = ' (killed, or out of memory)' if code < 0 else ''
-    return {'status': 'failed', 'reason': f'the process ended with exit status {code}{killed}; log.txt ends: {said}'}
-
-def one_after_another(tasks: list[Task], run: Callable[[Task], dict] = run_apart) -> Iterator[tuple[Task, dict]]:
-    "The tasks in order, each in a process of its own (default)."
-    for t in tasks: yield t, run(t)
-
-def in_this_process(tasks: list[Task]) -> Iterator[tuple[Task, dict]]:
-    "The tasks in this process: quicker to start, but the memory is that of all of them."
-    return one_after_another(tasks, run_here)
+__all__ = ['COLUMNS', 'COSTS', 'Comparison', 'chosen_rows', 'value_of', 'over_seeds', 'summary_of', 'cell_text', 'table_of',
+           'difference', 'title_of', 'compare', 'outcome_text', 'write_comparison_page', 'difference_lines']
 
 # %% ../nbs/17g_compare.ipynb #577ac504
 @dataclass
@@ -222,6 +66,7 @@ def chosen_rows(dataset: AnomalyDataset, n: int) -> tuple[int, ...]:
     picks = np.linspace(0, len(anomalous) - 1, k).round().astype(int) if k else []
     return tuple(dict.fromkeys([*(anomalous[i] for i in picks), *normal]))[:max(n, 0)]
 
+# %% ../nbs/17g_compare.ipynb #35d1d720
 @patch
 def tasks(self: Comparison) -> list[Task]:
     "One for each method and seed; the first seed of every method first."
@@ -244,6 +89,7 @@ def value_of(row: dict[str, Any], key: str) -> float | None:
     v = row.get(key)
     return v.get('value') if isinstance(v, dict) else v
 
+# %% ../nbs/17g_compare.ipynb #5bf0b7dd
 def over_seeds(rows: list[dict[str, Any]], key: str) -> dict[str, Any] | None: # mean, sd, low, high, n
     "A number of one method over its seeds."
     values = [v for r in rows if (v := value_of(r, key)) is not None]
@@ -268,6 +114,7 @@ def summary_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         out.append(entry | {k: over_seeds(done, k) for k in (*KEYS, *COSTS)})
     return out
 
+# %% ../nbs/17g_compare.ipynb #afd8c3c2
 def cell_text(m: dict[str, Any] | None, scale: float = 1., digits: int = 1) -> str:
     "A number with its spread."
     if m is None: return '—'
@@ -275,6 +122,7 @@ def cell_text(m: dict[str, Any] | None, scale: float = 1., digits: int = 1) -> s
     if m['sd'] is not None: return f"{text(m['mean'])} ± {text(m['sd'])}"
     return text(m['mean']) + (f" [{text(m['low'])}, {text(m['high'])}]" if m['low'] is not None else '')
 
+# %% ../nbs/17g_compare.ipynb #3cd1617f
 def table_of(summary: list[dict[str, Any]]) -> pd.DataFrame:
     "The table as text; metrics in percent."
     def line(s):
@@ -298,6 +146,7 @@ def difference(
     if 'neg_n' in a and 'neg_n' in b: found |= paired_bootstrap(unpacked(a), unpacked(b), n_boot=draws)
     return {k: m.to_json() | interval for k, m in found.items() if m.value is not None}
 
+# %% ../nbs/17g_compare.ipynb #f075b38b
 @patch
 def differences(self: Comparison,
     rows: list[dict[str, Any]]
@@ -345,6 +194,7 @@ def state(self: Comparison, rows: list[dict[str, Any]], more: dict[str, Any] | N
             'rows': [{k: r[k] for k in keep if k in r} for r in rows],
             'protocol': done[0]['protocol'] if done else None, 'versions': versions(), **(more or {})}
 
+# %% ../nbs/17g_compare.ipynb #9847ef20
 def title_of(method: str) -> str:
     "A method as tables name it."
     if method in NOT_HERE: return NOT_HERE[method][0]
@@ -374,6 +224,7 @@ def compare(
     if figure := c.grid(done): atomic_write(Path(c.out)/'grid.png', figure_png(figure, dpi=110))
     return written({'differences': c.differences(done), 'grid': 'grid.png' if figure else None})
 
+# %% ../nbs/17g_compare.ipynb #542cee74
 def outcome_text(task: Task, result: dict[str, Any]) -> str:
     "One line about a task that has ended."
     if result['status'] != 'done': return f"{task.label}: {result['status']}: {result['reason']}"
@@ -402,6 +253,7 @@ def write_comparison_page(
     atomic_write(folder/'compare.json', json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
     return atomic_write(folder/'index.html', html)
 
+# %% ../nbs/17g_compare.ipynb #80691fce
 def difference_lines(result: dict[str, Any]) -> list[str]:
     "The paired differences in words, in points."
     def one(d, k):
@@ -412,12 +264,3 @@ def difference_lines(result: dict[str, Any]) -> list[str]:
     words = lambda d: ', '.join(one(d, k) for k in ('i_auroc', 'p_auroc', 'pro') if k in d)
     return [f"{title[d['method']]} less {title[d['against']]}, seed {d['seed']}: {words(d)}"
             for d in result.get('differences', [])]
-
-# %% ../nbs/17g_compare.ipynb #d3b87158
-def _main(folder: str) -> None:
-    "What a process of `run_apart` does."
-    given = json.loads((Path(folder)/'task.json').read_text(encoding='utf-8'))
-    result = run_here(Task(**given | {'rows': tuple(given['rows'])}))
-    atomic_write(Path(folder)/'answer.json', json.dumps(result, ensure_ascii=False, allow_nan=False))
-
-if __name__ == '__main__' and '__file__' in globals(): _main(sys.argv[1])

@@ -23,6 +23,7 @@ __all__ = ['ConformalError', 'p_values', 'images_needed', 'rank_for', 'image_thr
 class ConformalError(DynadError, ValueError):
     "A guarantee that cannot be given: the text names the value and what is allowed."
 
+# %% ../nbs/12c_conformal.ipynb #54337d6d
 def p_values(
     scores: Tensor,           # [B] of new images
     normal: Sequence[float]   # scores of held-out normal images
@@ -43,6 +44,7 @@ def images_needed(
     if confidence is None: return math.ceil(1/rate - 1 - 1e-9)
     return math.ceil(math.log(1 - confidence)/math.log(1 - rate) - 1e-9)
 
+# %% ../nbs/12c_conformal.ipynb #eb3b224f
 def rank_for(
     n: int,      # held-out normal images
     rate: float  # allowed share of false alarms

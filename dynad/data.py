@@ -4,214 +4,27 @@
 
 # %% ../nbs/03b_data.ipynb #50d6bd4d
 from __future__ import annotations
-import hashlib, html, os, warnings
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+import os, warnings
+from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
+from typing import Sequence
 
 import numpy as np
-import pandas as pd
 import torch
-from fastcore.basics import patch
 from torch import Tensor
 
-from .collector import EXTENSIONS, DataError, Finding, check_strict, count, subfolders, summary_line
-from .config import DataSettings, did_you_mean
-from .guard import tqdm
+from .collector import DataError, check_strict, subfolders, summary_line
+from .config import did_you_mean
+# a data set and what opens it are one thing to those who use them
+from .dataset import AnomalyDataset, images_key, mapped, split_normal
 from .images import Notes, check_size, image_size, read_image, read_mask, to_float
 from .layouts import LAYOUTS, Sample, elpv_root, find_layout
 from .show import Figure, grid, overlay
 from .paths import expanded, printable
-from .store import content_key, file_sha256
 
 # %% auto #0
-__all__ = ['mapped', 'AnomalyDataset', 'split_normal', 'images_key', 'check_mask_size', 'FindingWarning', 'open_dataset',
-           'open_folder', 'load_images', 'with_mask_rule', 'load_masks', 'contact_sheet']
-
-# %% ../nbs/03b_data.ipynb #82e30f1c
-def _pool() -> ThreadPoolExecutor: return ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 2))
-
-def mapped(
-    work: Callable, items: Sequence,
-    what: str, # label of the progress bar
-    progress: bool = False
-) -> Iterator:
-    "`work` on every item by threads, results in order; a progress bar when it takes longer than two seconds."
-    with _pool() as pool:
-        try:
-            yield from tqdm(
-                pool.map(work, items), total=len(items), desc=what, delay=2, disable=not progress, leave=False)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-# %% ../nbs/03b_data.ipynb #3e3b33fc
-def _digest(p: Path | None) -> str:
-    "sha256 of a file, '' without one."
-    try: return file_sha256(p) if p else ''
-    except OSError as e: raise DataError(f"{p}: cannot be read ({e.strerror}); open the data set again") from None
-
-# %% ../nbs/03b_data.ipynb #b206fa58
-def _fingerprint_line(s: Sample) -> str:
-    "All of a sample that results depend on."
-    rule = [] if s.mask_rule == 'half' else [s.mask_rule]
-    parts = [s.name, str(s.label), s.defect, s.split, _digest(s.image), _digest(s.mask)]
-    return '\0'.join(parts + rule) + '\n'
-
-# %% ../nbs/03b_data.ipynb #54235b48
-@dataclass(frozen=True, repr=False)
-class AnomalyDataset:
-    "Normal images to train on, normal and anomalous ones to test on."
-    name: str
-    root: Path
-    layout: str
-    category: str | None
-    samples: tuple[Sample, ...]
-    findings: tuple[Finding, ...] = field(default=(), compare=False) # what the folder holds and is not used
-    remark: str = field(default='', compare=False)                   # what the folder says of itself, in remark.txt
-
-    def __post_init__(self):
-        object.__setattr__(self, 'name', printable(self.name))
-        name, times = max(Counter(s.name for s in self.samples).items(), key=lambda n: n[1], default=('', 0))
-        if times > 1: raise DataError(f"{self.root}: the name {name} occurs {times} times; names must be unique")
-        if not self.train:
-            raise DataError(f"{self.root}: no normal training image; at least one is needed, many are better")
-
-    @cached_property
-    def train(self) -> list[Sample]:
-        "The normal training images."
-        return [s for s in self.samples if s.split == 'train' and s.label == 0]
-
-    @cached_property
-    def test(self) -> list[Sample]:
-        "The test images, normal and anomalous."
-        return [s for s in self.samples if s.split == 'test']
-
-    @cached_property
-    def fingerprint(self) -> str:
-        "sha256 over names, labels, splits and the contents of images and masks; computed once."
-        h = hashlib.sha256()
-        for line in mapped(_fingerprint_line, sorted(self.samples, key=lambda s: s.name), 'fingerprint'):
-            h.update(line.encode('utf-8', 'surrogatepass')) # names that are not UTF-8
-        return h.hexdigest()
-
-# %% ../nbs/03b_data.ipynb #281ed509
-@patch
-def summary(self: AnomalyDataset) -> pd.DataFrame:
-    "Number of images and masks by split, label and kind of defect."
-    rows = [(s.split, ('normal', 'anomalous')[s.label], s.defect, s.mask is not None) for s in self.samples]
-    df = pd.DataFrame(rows, columns=['split', 'label', 'defect', 'mask'])
-    df['split'] = pd.Categorical(df['split'], ['train', 'test'], ordered=True)
-    df['label'] = pd.Categorical(df['label'], ['normal', 'anomalous'], ordered=True)
-    groups = df.groupby(['split', 'label', 'defect'], observed=True, sort=True)
-    return groups.agg(images=('mask', 'size'), masks=('mask', 'sum'))
-
-@patch
-def counts(self: AnomalyDataset) -> str:
-    "The numbers of images and masks in words."
-    bad = [s for s in self.test if s.label]
-    n, k = len(self.test) - len(bad), len(bad)
-    train, masks = len(self.train), sum(s.mask is not None for s in bad)
-    return (f"{count(train, 'normal training image')}, {n} normal + {k} anomalous test image{'s'*(n + k != 1)}, "
-            f"{count(masks, 'mask')}")
-
-@patch
-def line(self: AnomalyDataset) -> str:
-    "One line for the screen: what is used, what was found and is not, and the remark of the folder."
-    remark = [Finding('remark', self.remark)] if self.remark else []
-    return f'{printable(self.name)} ({self.layout}): {summary_line(self.counts(), [*self.findings, *remark])}'
-
-@patch
-def __repr__(self: AnomalyDataset) -> str:
-    bad = [s for s in self.test if s.label]
-    text = (f'AnomalyDataset {self.name!r} ({self.layout}): {len(self.train)} train, '
-            f'{len(self.test) - len(bad)} normal + {len(bad)} anomalous test, '
-            f'{sum(s.mask is not None for s in bad)} masks')
-    return summary_line(text, [f for f in self.findings if not f.mentioned])
-
-@patch
-def _repr_html_(self: AnomalyDataset) -> str:
-    more = ''.join(f'<br>{html.escape(printable(f.text))}' for f in self.findings if not f.mentioned)
-    name = html.escape(printable(self.name))
-    return f'<p><b>{name}</b> (layout {self.layout}){more}</p>{self.summary().to_html()}'
-
-# %% ../nbs/03b_data.ipynb #b967a9cb
-def _too_few(n: int, k: int, minimum: int, fraction: float) -> str:
-    "The end of the error when `k` of `n` normal images are to be held out: what is missing, and what helps."
-    cure = f"add at least {minimum + 2 - n} normal images" if n < minimum + 2 else f"lower data.holdout = {fraction}"
-    if 3 <= n < minimum + 2:
-        cure += f", or set data.min_holdout to {n - 2} or less (the threshold is then rough)"
-    return (f"{n} normal training image{'s'*(n != 1)}, but {k} are held out for calibration "
-            f"and at least 2 must remain to learn from; {cure}")
-
-# %% ../nbs/03b_data.ipynb #a86af49b
-@patch
-def holdout(self: AnomalyDataset,
-    fraction: float = .2, # of the normal training images, to be held out
-    minimum: int = 5,     # hold out at least this many
-    seed: int = 0
-) -> tuple[list[Sample], list[Sample]]: # (to train on, held out), in the order of `train`
-    "Split the normal training images at random. Raises `DataError` when too few would remain."
-    n = len(self.train)
-    k = max(round(fraction*n), minimum)
-    if n - k < 2: raise DataError(f"{self.root}: {_too_few(n, k, minimum, fraction)}")
-    held = set(np.random.default_rng(seed).permutation(n)[:k].tolist())
-    return [s for i, s in enumerate(self.train) if i not in held], [s for i, s in enumerate(self.train) if i in held]
-
-# %% ../nbs/03b_data.ipynb #62c3489a
-def split_normal(
-    dataset: AnomalyDataset,
-    settings: DataSettings, # its holdout, min_holdout and max_calibration count
-    seed: int
-) -> tuple[list[Sample], list[Sample]]: # training images; images held out for calibration and thresholds
-    "The normal images as every method's `fit` divides them. Raises `DataError` when there are too few."
-    training, held_out = dataset.holdout(settings.holdout, settings.min_holdout, seed)
-    step = -(-len(held_out)//settings.max_calibration) # rounded up: at most max_calibration of them, evenly spread
-    return training, held_out[::step]
-
-def images_key(
-    samples: Sequence[Sample],
-    fingerprint: str, # of their data set
-    size: int         # side in pixels
-) -> str:
-    "The identity of these images at this size, for the keys of a run's store."
-    return content_key(dict(data=fingerprint, names=[s.name for s in samples], size=size))
-
-# %% ../nbs/03b_data.ipynb #3eb69555
-def _n_anomalous(
-    k: int,      # images to draw
-    normal: int, # that many are there
-    anomalous: int
-) -> int:
-    "How many of `k` test images are anomalous: in proportion, and at least one of each kind where possible."
-    n = round(k*anomalous/max(1, normal + anomalous))
-    if k >= 2 and normal and anomalous: n = min(max(n, 1), k - 1)
-    return min(max(n, k - normal), anomalous)
-
-# %% ../nbs/03b_data.ipynb #9d807f5a
-@patch
-def limited(self: AnomalyDataset,
-    n_train: int, # normal training images kept
-    n_test: int,  # test images kept, normal and anomalous in proportion, at least one of each
-    seed: int = 0
-) -> AnomalyDataset:
-    "A smaller data set, drawn at random."
-    if n_train < 1 or n_test < 0:
-        raise DataError(f"n_train = {n_train}, n_test = {n_test}: at least 1 training image and no negative number")
-    rng = np.random.default_rng(seed)
-    pick = lambda items, k: [items[i] for i in rng.permutation(len(items))[:k]]
-    good, bad = ([s for s in self.test if s.label == label] for label in (0, 1))
-    k = min(n_test, len(self.test))
-    n_bad = _n_anomalous(k, len(good), len(bad))
-    keep = {s.name for s in pick(self.train, n_train) + pick(bad, n_bad) + pick(good, k - n_bad)}
-    kept = tuple(s for s in self.samples if s.name in keep)
-    if len(kept) == len(self.samples): return self
-    n = sum(s.split == 'train' for s in kept)
-    size = f'{n} of {len(self.train)} train, {k} of {len(self.test)} test, seed {seed}'
-    return replace(self, name=f'{self.name} ({size})', samples=kept)
+__all__ = ['check_mask_size', 'FindingWarning', 'open_dataset', 'open_folder', 'load_images', 'with_mask_rule', 'load_masks',
+           'contact_sheet']
 
 # %% ../nbs/03b_data.ipynb #d307e875
 def check_mask_size(sample: Sample, notes: Notes) -> None:

@@ -84,6 +84,7 @@ def ddad_timesteps(t_hat: int = 250, skip: int = 25) -> list[int]:
     "The indices at which the UNet is called, falling to 0."
     return list(range(0, t_hat, skip))[::-1]
 
+# %% ../nbs/16f_ddad.ipynb #98043d34
 @torch.no_grad()
 def ddad_reconstruct(
     eps_model: Callable[[Tensor, Tensor], Tensor], # ε_θ(x_t [B,C,h,w], t [B]), t in the steps of `schedule`
@@ -110,6 +111,7 @@ def pixel_distance(
     "Mean absolute difference, on images in [-1,1]."
     return 2*(x - x_hat).abs().mean(1, keepdim=True)
 
+# %% ../nbs/16f_ddad.ipynb #d684685b
 def feature_distance(
     f: dict[int, Tensor], f_hat: dict[int, Tensor], # layer -> [B,C_j,h_j,w_j]
     layers: tuple[int, ...],
@@ -119,6 +121,7 @@ def feature_distance(
     pool = lambda m: F.avg_pool2d(m, 3, 1, 1)
     return feature_map({j: (1 - F.cosine_similarity(pool(f[j]), pool(f_hat[j])))[:, None] for j in layers}, size)
 
+# %% ../nbs/16f_ddad.ipynb #90576728
 def ddad_map(
     d_p: Tensor, d_f: Tensor, # [B,1,H,W]
     maxima: Tensor,           # [2] largest d_p and d_f of normal images, or of the batch
@@ -152,6 +155,7 @@ def adaptation_pairs(
         out += [(r[:size//2], r[size//2:]) for r in rows]
     return out
 
+# %% ../nbs/16f_ddad.ipynb #7de90670
 Rebuild = Callable[[Tensor, Tensor, int], Tensor] # (rows of inputs, rows of targets, step) -> x̂ [B,3,H,W] in [0,1]
 
 def adaptation_training(
@@ -257,6 +261,7 @@ def rebuilt_latents(
         told = lambda x, t: p.denoiser(x, steps[t])
         return ddad_reconstruct(told, z, target, method.schedule, noise, o.t_hat, o.skip, w, o.eta).float().cpu()
 
+# %% ../nbs/16f_ddad.ipynb #95d6247c
 @torch.no_grad()
 def distances(method: DDAD, images: Tensor) -> tuple[Tensor, Tensor]: # d_p, d_f [B,1,H,W] on the CPU
     "Both distances of images to their reconstructions."
@@ -301,6 +306,7 @@ def fit_maxima(method: DDAD) -> Path:
     key = dict(images=held.key, hashes=method.parts.hashes, settings=used, seed=c.seed, precision=c.precision)
     return held.store.stage('ddad_maxima', key, make)
 
+# %% ../nbs/16f_ddad.ipynb #d52a8892
 def maxima_of(method: DDAD) -> Tensor: # [2]
     "The maxima of held-out normal images."
     return load_tensors(fit_maxima(method)/'data.safetensors')['maxima']

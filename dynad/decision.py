@@ -42,6 +42,7 @@ class DecisionBench:
         self.keep: Callable[[Chosen | None], Decision] = lambda chosen: None  # keeps a choice, None: the learned one
         self.quiet, self.message = Quiet(), W.HTML()
         self.picture, self.ticks, self.counts, self.promise, self.curves, self.kept = (W.HTML() for _ in range(6))
+        self.picture.layout = W.Layout(height='122px', min_height='122px', flex='0 0 auto', width='100%')
         self.line = W.FloatSlider(min=0, max=1, step=STEP, readout=False, layout=W.Layout(width='100%'),
                                   tooltip='threshold for images: drag, or arrow keys')
         self.line.add_class('dynad-line')

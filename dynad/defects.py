@@ -21,6 +21,7 @@ __all__ = ['CHANGED', 'DEFECTS', 'AREAS', 'CONTRASTS', 'DefectError', 'outline',
 class DefectError(DynadError, ValueError):
     "A defect that cannot be made: the text names the value and what is allowed."
 
+# %% ../nbs/04b_defects.ipynb #0f9c77c8
 def outline(
     shape: tuple[int, int],    # height and width in pixels
     centre: tuple[float, float], # row and column
@@ -78,6 +79,7 @@ def smooth_noise(
     noise = np.fft.irfft2(spectrum, s=shape)
     return ((noise - noise.mean())/(noise.std() + 1e-9)).astype(np.float32)
 
+# %% ../nbs/04b_defects.ipynb #bdd1e969
 def shifted(
     image: np.ndarray,               # [H,W,3]
     rows: np.ndarray, columns: np.ndarray # [H,W] where each pixel is taken from
@@ -121,6 +123,7 @@ def cut_paste(image: np.ndarray, p: Place) -> np.ndarray: # [H,W,3] each
     far = p.rng.uniform(.15, .5, 2)*(h, w)*p.rng.choice([-1, 1], 2)
     return p.blended(image, shifted(p.donor[::-1] if p.rng.random() < .5 else p.donor, y + far[0], x + far[1]))
 
+# %% ../nbs/04b_defects.ipynb #59859702
 def displaced(image: np.ndarray, p: Place) -> np.ndarray:
     "The content of the region moved a little: an edge that jumps, a part that sits beside its place."
     h, w = image.shape[:2]
@@ -128,6 +131,7 @@ def displaced(image: np.ndarray, p: Place) -> np.ndarray:
     turn, far = p.rng.uniform(0, 2*np.pi), p.rng.uniform(.3, .9)*max(p.mask.sum(), 9)**.5
     return p.blended(image, shifted(image, y + far*np.sin(turn), x + far*np.cos(turn)), .05)
 
+# %% ../nbs/04b_defects.ipynb #fe9b929e
 def missing(image: np.ndarray, p: Place) -> np.ndarray:
     "The region is filled with the colour of its surroundings: what was there is gone."
     around = (p.depth <= 0) & (p.depth > -.6)
@@ -147,6 +151,7 @@ def scratch(image: np.ndarray, p: Place) -> np.ndarray:
     "A line, brighter or darker."
     return image + p.edge(.4)*p.contrast*1.5*recoloured(image, p, .3)
 
+# %% ../nbs/04b_defects.ipynb #5c9d8833
 def blob(image: np.ndarray, p: Place) -> np.ndarray:
     "Foreign matter: an even colour with a little grain, opaque."
     grain = .05*p.rng.standard_normal(image.shape[:2])[..., None]
@@ -158,6 +163,7 @@ def stain(image: np.ndarray, p: Place) -> np.ndarray:
     strength = np.clip(1 + .4*smooth_noise(image.shape[:2], p.rng, 10), .2, None)[..., None]
     return image + p.edge(.6)*strength*p.contrast*1.2*recoloured(image, p, .5)
 
+# %% ../nbs/04b_defects.ipynb #c2315d2d
 def dent(image: np.ndarray, p: Place) -> np.ndarray:
     "The surface is pushed in: drawn towards the centre, lit on one side, in shade on the other."
     h, w = image.shape[:2]
@@ -180,6 +186,7 @@ def _checked(kind: str, area: float, contrast: float) -> None:
     if not 0 < area <= .5: raise DefectError(f"area = {area!r} of the image; allowed: 0 < area <= 0.5")
     if not 0 < contrast <= 1: raise DefectError(f"contrast = {contrast!r}; allowed: 0 < contrast <= 1")
 
+# %% ../nbs/04b_defects.ipynb #f5a4ae24
 def put_defect(
     image: Tensor,              # [3,H,W] in [0,1], normal
     kind: str,                  # one of DEFECTS
@@ -218,6 +225,7 @@ def spread(
     "Number i of a sequence that is evenly spread on a logarithmic scale."
     return float(low*(high/low)**((.5 + i*step) % 1))
 
+# %% ../nbs/04b_defects.ipynb #2460ea68
 @dataclass(frozen=True)
 class DefectSet:
     "Normal images with one synthetic defect each."
@@ -228,6 +236,7 @@ class DefectSet:
 
     def __len__(self) -> int: return len(self.images)
 
+# %% ../nbs/04b_defects.ipynb #82f4d7aa
 def defect_set(
     normal: Tensor,   # [M,3,H,W] uint8
     n: int,           # how many defective images

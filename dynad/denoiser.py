@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from .config import UNKEYED_DENOISER_SETTINGS, DenoiserSettings, DynadError
 from .diffusion import Schedule, q_sample
+from .guard import building
 from .launch import accelerator, check_trackers
 from .store import StoreError, atomic_write, load_json, load_state, save_tensors, state_hash
 from .training import CHECKPOINT, EMA, TrainLog, Training, one_cycle, rows_of_step, stream, train
@@ -31,6 +32,7 @@ __all__ = ['WEIGHTS', 'DenoiserError', 'Denoiser', 'check_denoiser', 'make_unet'
 class DenoiserError(DynadError, RuntimeError):
     "A denoiser that cannot be built, read or trained: the text names what is wrong and the cure."
 
+# %% ../nbs/08a_denoiser.ipynb #64c9cdd6
 class Denoiser(nn.Module):
     "ε_θ(z_t, t): `diffusers`' UNet2DModel with equal heads at all levels, optional patches, and counters of its calls."
     def __init__(self,
@@ -123,8 +125,7 @@ def make_unet(
     w, levels, p = settings.widths, len(settings.widths), settings.patch
     kind = lambda side: tuple(f"{'Attn' if i in settings.attention else ''}{side}Block2D" for i in range(levels))
     channels = latent_channels*p**2
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with building(seed):
         unet = UNet2DModel(sample_size=latent_size//p, in_channels=channels,
                            out_channels=(out_channels or latent_channels)*p**2, num_class_embeds=classes or None,
                            layers_per_block=settings.layers_per_block, block_out_channels=w,
@@ -143,6 +144,7 @@ def set_compiled(
     else: unet.unet._compiled_call_impl = None
     return unet
 
+# %% ../nbs/08a_denoiser.ipynb #f2db5f79
 @contextmanager
 def compile_errors() -> Iterator[None]:
     "Name the cure when torch.compile fails on this machine."
@@ -301,6 +303,7 @@ def save_denoiser(
     return folder
 
 # %% ../nbs/08a_denoiser.ipynb #fde33724
+@building()
 def load_denoiser(
     folder: Path | str # as `save_denoiser` writes it
 ) -> Denoiser:         # on the CPU, in eval mode

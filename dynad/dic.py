@@ -39,6 +39,7 @@ def _nearest(query: Tensor, bank: Tensor, K: int, l1, width: int, chunk: int = 6
 def _knn_torch(query: Tensor, bank: Tensor, K: int) -> tuple[Tensor, Tensor]:
     return _nearest(query, bank, K, lambda a, b: torch.cdist(a, b, p=1), 512)
 
+# %% ../nbs/10_dic.ipynb #f66542a7
 def _knn_faiss(query: Tensor, bank: Tensor, K: int) -> tuple[Tensor, Tensor]:
     import faiss
     def l1(a, b): return torch.from_numpy(faiss.pairwise_distances(a.numpy(), b.numpy(), faiss.METRIC_L1))
@@ -54,6 +55,7 @@ def _check_vectors(query: Tensor, bank: Tensor) -> None:
         if bad: raise ValueError(f"{name} {bad[0]}: its features are not finite; "
                                  "look for NaN or infinity in the image or in the weights of φ")
 
+# %% ../nbs/10_dic.ipynb #f95de5b6
 def cap_neighbours(
     K: int,         # neighbours asked for
     available: int  # normal images to choose from
@@ -144,6 +146,7 @@ def mean_distance(
     "The mean of each row, summed in float64."
     return d.double().mean(1).float()
 
+# %% ../nbs/10_dic.ipynb #895895e7
 def rounding_of(
     bank: Tensor   # [N,D]
 ) -> float:

@@ -14,9 +14,10 @@ import torch
 from accelerate import Accelerator
 
 from . import __version__
+from .backbone import local_weights
 from .config import FeatureSettings, data_root, weights_root
 from .data import DataError, FindingWarning, open_dataset
-from .features import FeatureError, load_features, local_weights
+from .features import FeatureError, load_features
 from .latents import FILES, shipped
 from .launch import TRACKERS
 

@@ -151,6 +151,7 @@ def _check_place(url: str, steps: str) -> None:
     if '://' in url: check_url(url)
     elif not expanded(url).is_file(): raise DataError(f"{url}: no such file; {steps}")
 
+# %% ../nbs/03d_download.ipynb #a345828e
 def _install(name: str, folder: Path, url: str | None, sha256: str, progress: bool) -> None:
     "Fetch and unpack a data set."
     s = SOURCES[name]

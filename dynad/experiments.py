@@ -229,6 +229,7 @@ def notebook_annotations(path: str | Path) -> dict[str, str]: # name -> annotati
     "The types that the tagged cell declares. Raises RunnerError as `notebook_parameters`."
     return {name: annotation for name, _, annotation in _declared(path) if annotation}
 
+# %% ../nbs/19_experiments.ipynb #2298b3ce
 def _declared(path: str | Path) -> list[tuple[str, str, str]]: # name, default, annotation
     cell = next((c for c in read_notebook(path) if 'parameters' in c.tags), None)
     if cell is None:
@@ -274,6 +275,7 @@ def _fits(value: Any, default: str, annotation: str = '') -> bool:
     except (ValueError, SyntaxError, TypeError): return True
     return len(inner) != 1 or all(_fits(v, repr(next(iter(inner))())) for v in value)
 
+# %% ../nbs/19_experiments.ipynb #4deefb5c
 def _cure(name: str, value: Any, kind: type) -> str:
     "How the parameter is given on the command line."
     if kind is str: return f"for text that looks like something else: -r {name} {value}"

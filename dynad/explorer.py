@@ -130,6 +130,7 @@ def load(self: Explorer, setting: Setting | dict[str, Any] | str, image: str | i
     self._place(*self.model.resolve(setting, image))
     self.refresh()
 
+# %% ../nbs/18e_explorer.ipynb #703ed297
 @patch
 def _place(self: Explorer, setting: Setting, image: int | None) -> None:
     with self.model.lock, self.quiet():

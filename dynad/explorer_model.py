@@ -351,6 +351,7 @@ def work(self: ExplorerModel) -> bool:
 def _missing(self: ExplorerModel, s: Setting) -> bool:
     return s.maps_key not in self.session.map_caches and self.jobs.wanted(s.maps_key)
 
+# %% ../nbs/18c_explorer_model.ipynb #220cfe7e
 @patch
 def _next_ahead(self: ExplorerModel, s: Setting) -> Setting | None:
     "A setting whose maps are made before anybody asks for them: all of them, or those that the store holds."

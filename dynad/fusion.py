@@ -192,6 +192,7 @@ def anomaly_map(
     "From the raw maps to the smoothed anomaly map."
     return mean_map([(l, f, t_hat)], calibration, settings, size, n)
 
+# %% ../nbs/12_fusion.ipynb #748c757d
 def mean_map(
     raw: Sequence[tuple[Tensor, dict[int, Tensor], Tensor]], # l_map, layers of f_map and T̂, once for each T̂
     calibration: Calibration, settings: FusionSettings, size: int, n: Sequence[Tensor] = () # as in `anomaly_map`

@@ -23,6 +23,7 @@ __all__ = ['Distance', 'Sampler', 'GaussianError', 'stacked_features', 'FeatureG
 class GaussianError(DynadError, ValueError):
     "A feature distribution that cannot be fitted or asked: the text names the value and the cure."
 
+# %% ../nbs/09a_gradient_denoising.ipynb #d81db96a
 def stacked_features(
     features: dict[int, Tensor],         # layer -> [B,C_j,h_j,w_j], as φ gives them
     layers: tuple[int, ...] = (1, 2, 3), # the finest of them sets the grid
@@ -127,6 +128,7 @@ class GradientDenoising:
     distances: Tensor               # [iterations + 1,B] mean distance before each iteration, and at the end
     trajectory: list[tuple[int, Tensor]] = field(default_factory=list) # (iteration, x), on request
 
+# %% ../nbs/09a_gradient_denoising.ipynb #79d42bac
 Sampler = Callable[[Tensor, int], Tensor] # (x, t) -> x, one sample of p_θ(x_{t-1}|x_t)
 
 def gradient_denoise(

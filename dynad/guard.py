@@ -5,15 +5,16 @@
 # %% ../nbs/00b_guard.ipynb #ac90cecc
 from __future__ import annotations
 import io, sys, threading, warnings
+from contextlib import contextmanager
 from functools import wraps
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 from tqdm.auto import tqdm as plain_bar
 
 from .config import DynadError
 
 # %% auto #0
-__all__ = ['SkippedWarning', 'Stop', 'Aside', 'tell', 'aside', 'Console', 'tqdm']
+__all__ = ['SkippedWarning', 'Stop', 'Aside', 'tell', 'aside', 'Console', 'tqdm', 'building']
 
 # %% ../nbs/00b_guard.ipynb #49cb27dd
 class SkippedWarning(UserWarning):
@@ -22,6 +23,7 @@ class SkippedWarning(UserWarning):
 class Stop(DynadError):
     "Raised on purpose to end the work."
 
+# %% ../nbs/00b_guard.ipynb #c7a03fe8
 class Aside:
     "Calls what stands beside the work; an error in it becomes a warning, once for each kind of error."
     def __init__(self,
@@ -110,3 +112,19 @@ class tqdm(plain_bar):
     def update(self, n=1): return self._aside(super().update, n)
     def set_postfix(self, *args, **kwargs): return self._aside(super().set_postfix, *args, **kwargs)
     def close(self): return self._aside(super().close)
+
+# %% ../nbs/00b_guard.ipynb #deb54709
+_building = threading.RLock()
+
+# %% ../nbs/00b_guard.ipynb #8d3f7611
+@contextmanager
+def building(
+    seed: int | None = None # of the weights; None: they are replaced afterwards
+) -> Iterator[None]:
+    "One network at a time in this process; with a seed, torch's generator is afterwards as it was. Also a decorator."
+    import torch
+    with _building:
+        if seed is None: yield; return
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield

@@ -62,6 +62,7 @@ def save_uploads(
             out.append(path)
     return list(dict.fromkeys(out))
 
+# %% ../nbs/18i_inspection.ipynb #7400d914
 def _same_upload(name: str, content: bytes, taken: dict[str, Path], new: dict[Path, bytes]) -> Path | None:
     "The file of that name, numbered or not, that holds the same bytes."
     stem, n = Path(name).stem, 1
@@ -69,6 +70,7 @@ def _same_upload(name: str, content: bytes, taken: dict[str, Path], new: dict[Pa
         if new.get(p) == content or p not in new and p.is_file() and p.read_bytes() == content: return p
         n += 1
 
+# %% ../nbs/18i_inspection.ipynb #2dcc4886
 def upload_name(name: str) -> str:
     "The name of a file that a browser sent, without folders, as every system takes it."
     name = Path(name.replace('\\', '/')).name
@@ -81,6 +83,7 @@ def full_scale(
     "The value of the map that is shown brightest: twice the threshold for pixels, or the map's own maximum."
     return max(2*detector.decision.pixel_threshold, float(p.map[i].max()), 1e-6)
 
+# %% ../nbs/18i_inspection.ipynb #45781fe8
 def heat_overlay(
     x: Tensor,  # [3,H,W] in [0,1]
     p: DynADPrediction, i: int, detector: DynAD
@@ -162,6 +165,7 @@ def write_results(
         atomic_write(work/'scores.csv', rows_csv(prediction_rows(detector, p, files, stems)))
     return expanded(folder)/'scores.csv'
 
+# %% ../nbs/18i_inspection.ipynb #b9625b01
 def _write_maps(p: DynADPrediction, i: int, file: Path, stem: Path, detector: DynAD) -> None:
     "The three files of one image."
     x = read_image(file, detector.config.data.image_size, detector.config.data.max_pixels)
@@ -248,6 +252,11 @@ class Inspector:
     def run(self) -> Path:
         "The run directory."
         return self.folder/'run'
+
+    @property
+    def max_pixels(self) -> int | None:
+        "The setting `data.max_pixels`, of one image."
+        return self.overrides.get('data.max_pixels')
 
     @property
     def fitted_text(self) -> str:

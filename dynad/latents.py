@@ -12,6 +12,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .config import DynadError, LatentSettings, weights_root
+from .guard import building
 from .store import StoreError, atomic_write, load_json, load_tensors, save_tensors, state_hash
 
 # %% auto #0
@@ -22,6 +23,7 @@ __all__ = ['FILES', 'HUB', 'LatentError', 'Autoencoder', 'psnr', 'IdentityAE', '
 class LatentError(DynadError, RuntimeError):
     "An autoencoder that cannot be loaded or used: the text names the file, what is wrong and the cure."
 
+# %% ../nbs/06_latents.ipynb #e4efd11d
 class Autoencoder(nn.Module):
     "E and D (Section 3)."
     kind: str
@@ -282,6 +284,7 @@ def _diffusers(kind: str, weights: str | None) -> nn.Module:
                           f"or choose latents.kind = tiny, which comes with the package") from None
 
 # %% ../nbs/06_latents.ipynb #cd748dfb
+@building()
 def load_latents(
     settings: LatentSettings,
     image_size: int           # side of the images to encode

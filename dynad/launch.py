@@ -119,6 +119,7 @@ def processes_now() -> PartialState:
     "The processes as they are, whatever device they use."
     return PartialState() if PartialState._shared_state else processes()
 
+# %% ../nbs/07a_launch.ipynb #c60044a3
 def run_collectively(
     store: Store,
     name: str,

@@ -21,6 +21,7 @@ __all__ = ['VarianceError', 'Posterior', 'make_posterior', 'posterior_mean', 'le
 class VarianceError(DynadError, ValueError):
     "A step or a schedule that these formulas are not defined for: the text names the value and the cure."
 
+# %% ../nbs/07b_learned_variance.ipynb #880f9e46
 @dataclass(frozen=True, eq=False)
 class Posterior:
     "The constants of q(x_{t-1}|x_t,x_0), for every step of a schedule."

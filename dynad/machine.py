@@ -4,12 +4,14 @@
 
 # %% ../nbs/01a_machine.ipynb #32d772dd
 from __future__ import annotations
-import os, platform, subprocess, sys
+import ctypes, os, platform, subprocess, sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['cpu_name', 'cpu_cores', 'cpu_load', 'peak_memory_mb', 'peak_working_set_mb', 'machine']
+__all__ = ['M_TRIM_THRESHOLD', 'M_TOP_PAD', 'M_MMAP_MAX', 'LEAVE', 'cpu_name', 'cpu_cores', 'cpu_load', 'peak_memory_mb',
+           'peak_working_set_mb', 'keep_freed_memory', 'machine']
 
 # %% ../nbs/01a_machine.ipynb #e275795b
 def cpu_name() -> str | None:
@@ -39,12 +41,25 @@ def peak_memory_mb() -> float | None:
     except ImportError: return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10)
 
+# %% ../nbs/01a_machine.ipynb #cf32311a
 def peak_working_set_mb() -> float | None:
     "The same on Windows, by psutil; None where that is not installed."
     try: import psutil
     except ImportError: return None
     peak = getattr(psutil.Process().memory_info(), 'peak_wset', None)
     return None if peak is None else peak/2**20
+
+# %% ../nbs/01a_machine.ipynb #b29ceab5
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4 # <malloc.h>
+LEAVE = 'DYNAD_MALLOC' # =system leaves the allocator as it is
+
+@cache
+def keep_freed_memory() -> bool: # whether it was told
+    "Tell glibc to keep freed memory for the next tensors, once in a process; elsewhere nothing happens."
+    if sys.platform != 'linux' or os.environ.get(LEAVE) == 'system': return False
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) # musl has none
+    if mallopt is None: return False
+    return all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, 2**31 - 1), mallopt(M_TOP_PAD, 2**26)])
 
 # %% ../nbs/01a_machine.ipynb #3e022257
 def machine() -> dict[str, Any]:

@@ -53,6 +53,7 @@ class Entry:
     value: int | None    # its first value, where that is a whole number
     sound: bool          # its type exists and its value lies in the file
 
+# %% ../nbs/02d_metadata.ipynb #9cada71b
 @dataclass(frozen=True)
 class Tiff:
     "The frame of a TIFF or EXIF block."
@@ -127,6 +128,7 @@ def check_icc(profile: bytes) -> str | None:
     sound = len(profile) >= 128 and profile[36:40] == b'acsp' and int.from_bytes(profile[:4], 'big') <= len(profile)
     return None if sound else 'a broken ICC profile'
 
+# %% ../nbs/02d_metadata.ipynb #1a68b0a5
 def _unpacked(data: bytes, what: str) -> tuple[bytes, str | None]:
     "Deflated text, and what is wrong with it."
     try: out = zlib.decompressobj().decompress(data, TEXT_LIMIT + 1)
@@ -186,6 +188,7 @@ def _png_chunk(found: _Found, kind: bytes, data: bytes, checksum: bytes) -> None
     elif kind == b'iCCP': found.trouble(check_icc(_unpacked(data.partition(b'\0')[2][1:], '')[0]))
     elif kind in (b'tEXt', b'zTXt', b'iTXt'): _png_text(found, kind, data)
 
+# %% ../nbs/02d_metadata.ipynb #f0e78a62
 def _read_png(f: BinaryIO) -> Metadata:
     found, at, size = _Found(), 8, _size(f)
     found.parts.append((0, 8))
@@ -223,6 +226,7 @@ def _next_marker(f: BinaryIO, at: int) -> int:
         at += len(block) - 1
     return _size(f)
 
+# %% ../nbs/02d_metadata.ipynb #6742641e
 def _read_jpeg(f: BinaryIO) -> Metadata:
     found, profile, at, size = _Found(), {}, 2, _size(f)
     found.parts.append((0, 2))
@@ -247,6 +251,7 @@ def _webp_chunk(found: _Found, kind: bytes, data: bytes) -> None:
     elif kind == b'XMP ': found.xmp(data)
     else: found.trouble(check_icc(data))
 
+# %% ../nbs/02d_metadata.ipynb #9cf70095
 def _read_webp(f: BinaryIO) -> Metadata:
     found, at, size, left_out, frames = _Found(), 12, _size(f), 0, 0
     while at < size:
@@ -278,6 +283,7 @@ def _tiff_pages(f: BinaryIO, t: Tiff) -> int:
         n += bool(entries) and not kind & 5
     return max(1, n)
 
+# %% ../nbs/02d_metadata.ipynb #2158d261
 def _without_tags(f: BinaryIO, t: Tiff, entries: list[Entry]) -> tuple[Part, ...]:
     "The file with another first directory, of these entries and no page after it."
     size, pad = _size(f), b'\0'*(_size(f) % 2)
@@ -326,6 +332,7 @@ def read_metadata(
     try: return read(f) if read else Metadata()
     except (struct.error, IndexError, ValueError, OverflowError): return Metadata()
 
+# %% ../nbs/02d_metadata.ipynb #6b85a9ed
 def without_items(f: BinaryIO) -> bytes | None:
     "An AVIF or HEIC file whose metadata nobody finds; None for another file. For a decoder that has given up."
     return Metadata(parts=_without_items(f)).pixels(f) if _at(f, 4, 4) == b'ftyp' else None

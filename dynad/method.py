@@ -28,6 +28,7 @@ from .fusion import quantile
 from .guard import aside
 from .images import Notes
 from .launch import check_trackers, processes
+from .machine import keep_freed_memory
 from .marks import Mark, marked_images, marks_in_force, pixels_key
 from .paths import check_space, expanded
 from .store import REPAIR_HINT, Store, StoreError, atomic_write, check_run, load_json
@@ -181,6 +182,7 @@ class Method(ABC):
     def __init__(self,
         config: Config | None = None # default: the `small` preset
     ):
+        keep_freed_memory()
         self.config = (config or make_config('small')).model_copy(update={'method': self.name})
         self.options = checked_options(self.Options, self.config.options)
         self.device = processes(self.config.device).device

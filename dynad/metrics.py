@@ -309,6 +309,7 @@ def _same_images(first: StreamingPixelMetrics, second: StreamingPixelMetrics) ->
     def counts(m): return [(v.sum() + c.sum()) for (_, v), (_, c, _) in zip(m.neg, m.pos)]
     return counts(first) == counts(second)
 
+# %% ../nbs/13_metrics.ipynb #f9c7d634
 def paired_bootstrap(
     first: Any,           # [N] scores, or a `StreamingPixelMetrics`
     second: Any,          # the other method, same images in the same order

@@ -13,7 +13,8 @@ import numpy as np
 from fastcore.basics import patch
 
 from .bench import Bench
-from .data import AnomalyDataset
+from .config import make_config
+from .data import AnomalyDataset, open_folder
 from .decision import DecisionBench
 from .detector import DynAD
 from .guard import aside
@@ -49,13 +50,14 @@ class ImageSource:
         "The folder that is named."
         return expanded(self.folder.value.strip()) if self.folder.value.strip() else None
 
-    def keep(self, uploads: Any, folder: Path) -> list[Path]:
+    def keep(self, uploads: Any, folder: Path, max_pixels: int | None = None) -> list[Path]:
         "Save what was dropped; it takes the place of a folder that is named."
-        files = save_uploads(uploads, folder)
+        files = save_uploads(uploads, folder, max_pixels)
         self.folder.value = ''
         self.note = _uploads_note(uploads, files)
         return files
 
+# %% ../nbs/18j_own_images.ipynb #5958ab8c
 def _uploads_note(uploads: Any, files: list[Path]) -> str:
     "What is said of names and copies, e.g. ', 7 of them under numbered names'."
     sent = {str(u['name']) for u in uploads}
@@ -135,6 +137,9 @@ def _build(self: OwnImages, normal: str, new: str, preset: str) -> None:
     self.new = ImageSource('new', new, 'a folder of new images')
     self.preset = labelled(W.Dropdown, 'preset', 110, options=[(text, k) for k, text in PRESETS.items()], value=preset,
                            layout=dict(width='300px'))
+    self.look_button = button('look at the data first', icon='stethoscope',
+                              tooltip='near-duplicates, odd ones out, and whether there are enough: half a minute')
+    self.look_status, self.data_page = W.HTML(), W.HTML()
     self.fit_button = button('fit', icon='play')
     self.stop_button = button('stop (can be resumed)', icon='pause', disabled=True)
     self.inspect_button = button('inspect', icon='search', disabled=True)
@@ -155,7 +160,8 @@ def _build(self: OwnImages, normal: str, new: str, preset: str) -> None:
     self._at('fit')
     head = lambda n, text: W.HTML(f'<h3 style="margin:12px 0 2px">{n}. {text}</h3>')
     self.assemble([
-        head(1, 'Normal images'), self.normal.ui, self.slots['normal'],
+        head(1, 'Normal images'), self.normal.ui, row([self.look_button, self.look_status]), self.data_page,
+        self.slots['normal'],
         head(2, 'Fit'), self.preset, W.HBox([self.fit_button, self.stop_button]), self.slots['fit'],
         self.progress, self.status, self.loss_curve,
         head(3, 'What to trust'), self.warnings,
@@ -176,6 +182,7 @@ def _wire(self: OwnImages) -> None:
     m.begun, m.step_done = self._begun, self.step_done
     self.normal.upload.observe(safely(self._normal_dropped), 'value')
     self.new.upload.observe(safely(self._new_dropped), 'value')
+    self.look_button.on_click(safely(lambda _: self.look()))
     self.fit_button.on_click(safely(lambda _: self.fit()))
     self.stop_button.on_click(safely(lambda _: self.stop()))
     self.inspect_button.on_click(safely(lambda _: self.inspect()))
@@ -200,6 +207,7 @@ def _next_task(self: OwnImages) -> bool:
         self._set_buttons()
     return bool(self.tasks)
 
+# %% ../nbs/18j_own_images.ipynb #f94cd877
 @patch
 def busy(self: OwnImages, name: str) -> bool:
     "Whether the task 'open', 'fit' or 'inspect' is being done or waits."
@@ -218,6 +226,7 @@ def _task_failed(self: OwnImages, name: str, e: Exception) -> None:
 @patch
 def _set_buttons(self: OwnImages) -> None:
     m, fitting = self.model, self.busy('fit')
+    self.look_button.disabled = fitting or self.busy('look')
     self.fit_button.disabled, self.stop_button.disabled = fitting, not fitting or m.stopped
     self.inspect_button.disabled = m.detector is None or fitting or self.busy('inspect')
     self.export_button.disabled = m.prediction is None
@@ -232,11 +241,12 @@ def _count(self: OwnImages) -> None:
         f'{n} dropped so far{self.normal.note}, kept in {html.escape(self.model.folder.name)}/good. Many images: name a folder, '
         'a drop of more than some 10 MB at once may be refused by the server.')
 
+# %% ../nbs/18j_own_images.ipynb #bb31a7e8
 @patch
 def _normal_dropped(self: OwnImages, change: dict) -> None:
     if not change['new']: return
     self._at('normal')
-    self.normal.keep(change['new'], self.model.folder/'good')
+    self.normal.keep(change['new'], self.model.folder/'good', self.model.max_pixels)
     self._count()
 
 # %% ../nbs/18j_own_images.ipynb #7f85aac8
@@ -244,10 +254,30 @@ def _normal_dropped(self: OwnImages, change: dict) -> None:
 def _new_dropped(self: OwnImages, change: dict) -> None:
     if not change['new']: return
     self._at('inspect')
-    self.dropped = self.new.keep(change['new'], self.model.folder/'new')
+    self.dropped = self.new.keep(change['new'], self.model.folder/'new', self.model.max_pixels)
     names = ', '.join(printable(p.name) for p in self.dropped[:6]) + (' …' if len(self.dropped) > 6 else '')
     self.new.text.value = soft(f'{len(self.dropped)} images dropped{self.new.note}: {html.escape(names)}')
     if self.model.detector is not None: self.inspect()
+
+# %% ../nbs/18j_own_images.ipynb #50229278
+@patch
+def look(self: OwnImages) -> OwnImages:
+    "Look for what is wrong with the normal images, before a fit."
+    self.say('')
+    self.look_status.value = soft('looking at the images')
+    self._later('look', self._look)
+    return self
+
+@patch
+def _look(self: OwnImages) -> None:
+    from dynad.data_doctor import diagnose # φ is loaded for it alone
+    from dynad.data_page import widget_html
+    try:
+        config = make_config(self.preset.value, self.model.overrides)
+        d = diagnose(open_folder(self.normal.named or self.model.folder/'good'), config, progress=False)
+        self.data_page.value = widget_html(d)
+        self.look_status.value = soft(html.escape(d.lines()[0]))
+    except Exception: self.look_status.value = self.data_page.value = ''; raise
 
 # %% ../nbs/18j_own_images.ipynb #94c48358
 @patch
@@ -291,6 +321,7 @@ def _begun(self: OwnImages, dataset: AnomalyDataset) -> None:
     self.normal.text.value = soft(html.escape(dataset.line()))
     self.status.value = f'{len(dataset.train)} normal images: autoencoder and latents'
 
+# %% ../nbs/18j_own_images.ipynb #5fe53ffe
 @patch
 def step_done(self: OwnImages, stage: str, step: int, loss: float) -> None:
     "Called after every training step; shown every two seconds."
@@ -308,6 +339,7 @@ def _draw_losses(self: OwnImages) -> None:
     if (fig := losses_figure(self.model.progress.losses)) is None: return
     self.loss_curve.value, self.loss_curve.layout.display = figure_png(fig, colors=None), None
 
+# %% ../nbs/18j_own_images.ipynb #544be217
 @patch
 def _show_fitted(self: OwnImages) -> None:
     self.warnings.value, self.progress.value = self.model.cautions, 1
@@ -424,6 +456,7 @@ def export(self: OwnImages) -> Path | None:
     self.answer.value = f'written: {html.escape(printable(path.parent))}'
     return path
 
+# %% ../nbs/18j_own_images.ipynb #7dfdf27f
 @patch
 def close(self: OwnImages) -> None:
     "Stop the fit, end the thread and the widgets."

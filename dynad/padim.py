@@ -61,6 +61,7 @@ def random_channels(
     chosen = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:dims]
     return F.one_hot(chosen, n).T.float()
 
+# %% ../nbs/16b_padim.ipynb #a926e475
 def reduced(
     x: Tensor, # [B,C,h,w] of `place_vectors`
     U: Tensor  # [C,dims]

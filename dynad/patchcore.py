@@ -4,12 +4,11 @@
 
 # %% ../nbs/16a_patchcore.ipynb #d3373939
 from __future__ import annotations
-import copy, math
+import copy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -17,23 +16,20 @@ from pydantic import Field
 from torch import Tensor
 
 from .cache import batches
-from .config import DynadError, Settings
+from .config import Settings
+from .coreset import PatchCoreError, greedy_coreset, nearest, sample_rows
 from .data import to_float
 from .dic import ROUNDING
 from .features import load_features
 from .fusion import smooth
 from .method import Method, Prediction, register
-from .spatial_dic import k_centre, novel_rows, patch_features
+from .spatial_dic import novel_rows, patch_features
 from .store import REPAIR_HINT, StoreError, load_tensors
 
 # %% auto #0
-__all__ = ['PatchCoreError', 'PatchCoreOptions', 'nearest', 'projected_dims', 'sparse_projection', 'greedy_coreset',
-           'sample_rows', 'reweighted_score', 'distance_map', 'PatchBank', 'PatchCore', 'fit_patches']
+__all__ = ['PatchCoreOptions', 'reweighted_score', 'distance_map', 'PatchBank', 'PatchCore', 'fit_patches']
 
 # %% ../nbs/16a_patchcore.ipynb #3ba043b1
-class PatchCoreError(DynadError, ValueError):
-    "PatchCore cannot be fitted or applied: the text names the value and the cure."
-
 class PatchCoreOptions(Settings):
     "Settings of PatchCore."
     layers: tuple[Literal[1, 2, 3], ...] = Field((2, 3), min_length=1)  # of φ; the finest of them sets the grid
@@ -41,99 +37,6 @@ class PatchCoreOptions(Settings):
     neighbours: int = Field(9, ge=1)                                    # b of Eq. 7; 1: no reweighting
     sigma: float = Field(4., ge=0)                                      # of the map's Gaussian, in pixels at 256²
     max_patches: int | None = Field(20_000, ge=1)                       # candidates drawn at random; None: all patches
-
-# %% ../nbs/16a_patchcore.ipynb #55968563
-def _search(
-    x: Tensor, bank: Tensor, k: int,
-    backend: str | None,
-    chunk: int                   # queries at a time with torch
-) -> Tensor:                     # [n,k] indices into the bank
-    if backend not in (None, 'faiss', 'torch'):
-        raise PatchCoreError(f"backend = {backend!r}; allowed: 'faiss', 'torch', None")
-    if backend == 'torch' or backend is None and x.is_cuda: faiss = None
-    else:
-        try: import faiss
-        except ImportError:
-            faiss = None
-            if backend == 'faiss':
-                raise ImportError("faiss is not installed: pip install faiss-cpu, or leave the backend out") from None
-    if faiss is None: return torch.cat([torch.cdist(q, bank).topk(k, largest=False).indices for q in x.split(chunk)])
-    index = faiss.IndexFlatL2(bank.shape[1])
-    index.add(np.ascontiguousarray(bank.cpu().numpy()))
-    return torch.from_numpy(index.search(np.ascontiguousarray(x.cpu().numpy()), k)[1]).to(x.device)
-
-# %% ../nbs/16a_patchcore.ipynb #06bb6a01
-def nearest(
-    x: Tensor,                  # [n,d] queries
-    bank: Tensor,               # [m,d]
-    k: int = 1,                 # neighbours of each query, at most m
-    backend: str | None = None, # 'faiss', 'torch'; None: faiss when installed and x is on the CPU
-    chunk: int = 1024           # queries at a time with torch
-) -> tuple[Tensor, Tensor]:     # [n,k] L2 distances, ascending; [n,k] indices into the bank
-    "Exact nearest neighbours."
-    if not 1 <= k <= len(bank):
-        raise PatchCoreError(f"k = {k} neighbours of a bank with {len(bank)} patches: give 1…{len(bank)}")
-    # products round: among a few more than k, the exact distance chooses
-    i = _search(x, bank, min(k + 3, len(bank)), backend, chunk)
-    rows = max(1, 8192//i.shape[1])
-    d = torch.cat([(q[:, None] - bank[j]).norm(dim=2) for q, j in zip(x.split(rows), i.split(rows))])
-    d, order = (v[:, :k] for v in d.sort(dim=1, stable=True))
-    return d, i.gather(1, order)
-
-# %% ../nbs/16a_patchcore.ipynb #22bf99c2
-def projected_dims(
-    n: int,           # points
-    eps: float = .9   # allowed relative error of squared distances
-) -> int:
-    "Dimensions that keep the distances of n points (Johnson and Lindenstrauss)."
-    return int(4*math.log(max(2, n))/(eps**2/2 - eps**3/3))
-
-def sparse_projection(
-    d: int,                    # dimensions of the points
-    k: int,                    # dimensions to project to
-    generator: torch.Generator # on the CPU
-) -> Tensor:                   # [d,k]
-    "Very sparse random projection (Li, Hastie and Church, 2006)."
-    keep = torch.rand(d, k, generator=generator) < d**-.5
-    sign = torch.randint(0, 2, (d, k), generator=generator)*2 - 1
-    return keep*sign*(d**.25/k**.5)
-
-# %% ../nbs/16a_patchcore.ipynb #c2e762a0
-def greedy_coreset(
-    x: Tensor,        # [n,d] candidates
-    m: int,           # how many to choose
-    seed: int = 0,    # of the projection and of the first patch
-    eps: float = .9   # of `projected_dims`
-) -> Tensor:          # [min(m,n)] distinct indices, in the order of choice
-    "Algorithm 1: m points such that no other point is far from all of them, in a random projection."
-    if m < 1 or not len(x): raise PatchCoreError(f"cannot choose {m} of {len(x)} patches: both must be at least 1")
-    g = torch.Generator().manual_seed(seed)
-    projection = sparse_projection(x.shape[1], projected_dims(len(x), eps), g).to(x)
-    first = int(torch.randint(len(x), (1,), generator=g))
-    return k_centre(x @ projection, min(m, len(x)), first)
-
-# %% ../nbs/16a_patchcore.ipynb #d6f6abcc
-def sample_rows(
-    batches: Iterable[Tensor], # [n_i,d] each
-    n: int | None,             # rows to keep; None: all
-    seed: int = 0
-) -> Tensor:                   # [min(n,Σn_i),d] on the CPU
-    "A uniform random sample of the rows of all batches, without repetition and independent of the batch size."
-    rng, keys, kept = np.random.default_rng(seed), np.zeros(0), None
-    for x in batches:
-        k = rng.random(len(x))
-        if n is not None and len(k) > n: few = np.sort(np.argpartition(k, n - 1)[:n])  # no more than n of them can stay
-        else: few = np.arange(len(k))
-        x, keys = x[torch.from_numpy(few).to(x.device)].cpu(), np.concatenate([keys, k[few]])
-        if kept is not None and kept.shape[1] != x.shape[1]:
-            raise PatchCoreError(f"patches of {x.shape[1]} channels follow patches of {kept.shape[1]}: "
-                                 "use one φ for all batches")
-        kept = x if kept is None else torch.cat([kept, x])
-        if n is not None:
-            order = np.argsort(keys, kind='stable')[:n]
-            keys, kept = keys[order], kept[torch.from_numpy(order)]
-    if kept is None or not len(kept): raise PatchCoreError("no training features: give at least one normal image")
-    return kept
 
 # %% ../nbs/16a_patchcore.ipynb #9bd6fb3e
 def reweighted_score(

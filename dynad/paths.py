@@ -38,6 +38,7 @@ def shortened(text: str, longest: int) -> str:
     "The first whole characters of a text, at most so many bytes in UTF-8."
     return text.encode('utf-8', 'replace')[:longest].decode('utf-8', 'ignore')
 
+# %% ../nbs/00a_paths.ipynb #8d516e62
 def file_name(
     text: str,          # e.g. the stem of an image
     longest: int = 120  # bytes
@@ -54,6 +55,7 @@ def name_key(name: str) -> str:
     "Two names with the same key may be one file on some system."
     return unicodedata.normalize('NFC', unicodedata.normalize('NFC', name).casefold())
 
+# %% ../nbs/00a_paths.ipynb #31e7bf15
 def numbered(
     name: str,              # e.g. 'image.jpg'
     taken: Collection[str]  # `name_key` of stems that are taken
@@ -112,6 +114,7 @@ def check_writable(path: str | Path, what: str = '') -> None:
         raise PathError(f"{what}{printable(path)}: cannot be written ({e.strerror}); "
                         "choose a folder that can be written") from None
 
+# %% ../nbs/00a_paths.ipynb #dad7cff9
 def check_folder(
     path: str | Path,
     what: str = ''  # the option, for the error, e.g. '--out '
@@ -143,6 +146,7 @@ def megabytes(n: float) -> str:
     "Bytes in words."
     return f'{n/2**30:.1f} GB' if n >= 2**30 else f'{n/2**20:.1f} MB'
 
+# %% ../nbs/00a_paths.ipynb #893917a2
 def check_space(
     path: str | Path,
     need: float, # bytes, about
@@ -178,6 +182,7 @@ def echo(
     stream = sys.stderr if err else sys.stdout
     print(console_text(str(text), getattr(stream, 'encoding', None)), file=stream, flush=True)
 
+# %% ../nbs/00a_paths.ipynb #ac6b17ea
 def echo_json(value: Any) -> None:
     "Print as JSON; in ASCII where the console is not UTF-8, so that it can still be read back."
     utf = 'utf' in (getattr(sys.stdout, 'encoding', None) or 'utf-8').lower()
@@ -185,6 +190,7 @@ def echo_json(value: Any) -> None:
     except UnicodeEncodeError: text = json.dumps(value, indent=1)
     print(text, flush=True)
 
+# %% ../nbs/00a_paths.ipynb #e9ec1b51
 def lenient_streams() -> None:
     "From now on what others print, progress bars and help pages, ends no command because of a character."
     for stream in (sys.stdout, sys.stderr):

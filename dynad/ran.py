@@ -82,6 +82,7 @@ def frozen_phi(method: RAN) -> nn.Module:
     settings = method.config.features.model_copy(update={'enlarge': 1})
     return load_features(settings, layers=(1, 2, 3)).to(method.device).requires_grad_(False)
 
+# %% ../nbs/16j_ran.ipynb #528b661f
 def fit_ran(method: RAN, hooks: Hooks) -> Path:
     "The network as a stage."
     c, images, o = method.config, method.training_set, method.options
@@ -121,6 +122,7 @@ def raw_maps(method: RAN, image: Tensor, timesteps: str | None = None) -> RANMap
                  o.label if o.classes else None)
     return RANMaps(m.kl.cpu(), m.features.cpu(), m.rgb.cpu())
 
+# %% ../nbs/16j_ran.ipynb #d58932e9
 def _scale_stage(method: RAN, make: Callable) -> Path:
     "Where the scales are kept."
     key = dict(images=method.held_out_set.key, net=method.net_hash, at=list(method.options.at),
@@ -140,6 +142,7 @@ def fit_scale(method: RAN) -> Path:
         return {k: measured(k) for k in kinds}
     return _scale_stage(method, make)
 
+# %% ../nbs/16j_ran.ipynb #a820e3fb
 def scale_of(method: RAN) -> Tensor: # [n,2]
     "The scales of the reading of t in force."
     return load_tensors(fit_scale(method)/'data.safetensors')[method.options.timesteps]
@@ -209,6 +212,7 @@ def gradient_denoising(self: RAN,
     return gradient_denoise(2*images.to(self.device) - 1, self.distance(), chain.schedule, sample, o.start, o.scale,
                             o.every, keep)
 
+# %% ../nbs/16j_ran.ipynb #b58fd5af
 @patch
 def partial_noising(self: RAN,
     images: Tensor, # [B,3,H,W] in [0,1]
@@ -221,6 +225,7 @@ def partial_noising(self: RAN,
     for t in range(start, -1, -1): x = sample_step(self, x, t, keys, chain)
     return ((x + 1)/2).clamp(0, 1).cpu()
 
+# %% ../nbs/16j_ran.ipynb #1547e815
 @patch
 def reconstructions(self: RAN, images: ImageSet, rows: list[int]) -> Tensor: # [len(rows),3,H,W] in [0,1]
     "Gradient-denoised images of a set."

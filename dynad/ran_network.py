@@ -22,6 +22,7 @@ from .denoiser import make_unet
 from .diffusion import Schedule, make_schedule, predict_x0, q_sample
 from .fusion import smooth, upsample
 from .gradient_denoising import stacked_features
+from .guard import building
 from .launch import accelerator, processes
 from .learned_variance import Posterior, make_posterior, respaced, step_kl, vlb
 from .method import Hooks
@@ -84,6 +85,7 @@ class RANOutput:
     v: Tensor         # [B,3,H,W] variance: -1 is β̃_t, 1 is β_t
     features: Tensor  # [B,F,H/4,W/4] standardised features of φ of the clean image
 
+# %% ../nbs/16i_ran_network.ipynb #5eb8672e
 class RANNet(nn.Module):
     "UNet with learned variance and a feature head."
     def __init__(self,
@@ -99,8 +101,7 @@ class RANNet(nn.Module):
         self.unet, self.patch = make_unet(settings, 3, size, seed, out_channels=6, classes=classes).unet, o.patch
         self.samples = 0 # images evaluated since it was last set to 0
         w = o.widths[0]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with building(seed):
             self.head = nn.Sequential(nn.GroupNorm(math.gcd(32, w), w), nn.SiLU(),
                                       nn.Conv2d(w, 2*w, 3, stride=4//o.patch, padding=1), nn.SiLU(),
                                       nn.Conv2d(2*w, features, 1))
@@ -133,6 +134,7 @@ def target_features(
     "Frozen features of clean images."
     return stacked_features(phi(image), layers, image.shape[-1]//4)
 
+# %% ../nbs/16i_ran_network.ipynb #4fa1aa76
 @torch.no_grad()
 def measure_features(
     net: RANNet, phi: nn.Module,
@@ -149,6 +151,7 @@ def measure_features(
     net.feature_mean.copy_(mean)
     net.feature_std.copy_((second/n - mean.square()).clamp(min=1e-12).sqrt())
 
+# %% ../nbs/16i_ran_network.ipynb #ff2efd0d
 @patch
 def standardised(self: RANNet, features: Tensor) -> Tensor:
     "Features of φ as the head predicts them."
@@ -190,6 +193,7 @@ def rotated(
 class RANError(TrainingError):
     "A RAN that cannot be trained or asked: the text names what is wrong and the cure."
 
+# %% ../nbs/16i_ran_network.ipynb #d0f26c5b
 def ran_training(
     net: RANNet, phi: nn.Module,
     images: Tensor,               # [N,3,H,W] uint8, normal
@@ -247,6 +251,7 @@ class Chain:
     posterior: Posterior
     steps: Tensor         # [T] their place in the full chain, which the network is told
 
+# %% ../nbs/16i_ran_network.ipynb #65300d7b
 def chain_of(timesteps: str) -> Chain: # 'full' | 'respaced'
     "The full chain of 1000 steps, or the 250 of RAN's test script."
     schedule = make_schedule(RAN_DIFFUSION)
@@ -262,6 +267,7 @@ class RANMaps:
     features: Tensor  # [B,n,H/4,W/4] mean square over channels
     rgb: Tensor | None = None # [B,n,H,W] squared error of x̂_0, no part of the score
 
+# %% ../nbs/16i_ran_network.ipynb #82b23c4f
 @torch.no_grad()
 def ran_maps(
     net: RANNet,

@@ -68,6 +68,7 @@ def to_array(x: Any) -> np.ndarray:
     "A tensor, an array or a list as an array."
     return x.detach().cpu().numpy() if hasattr(x, 'detach') else np.asarray(x)
 
+# %% ../nbs/12a_ranking.ipynb #22c31d14
 def check_scores(
     scores: Any,                     # [N] finite
     labels: Any                      # [N] 0 normal, 1 anomalous
@@ -186,6 +187,7 @@ class OracleThreshold:
     value: float  # of the rule at this threshold
     rule: str     # begins with 'oracle'
 
+# %% ../nbs/12a_ranking.ipynb #ac895146
 def _oracle(scores: Any, labels: Any, rule: str, value_of: Callable) -> OracleThreshold:
     s, y = check_scores(scores, labels)
     if y.all() or not y.any():
@@ -205,6 +207,7 @@ def best_f1_threshold(
     "The lowest score threshold with the largest F1."
     return _oracle(scores, labels, 'oracle F1-max', lambda tp, fp, P, N: 2*tp/(tp + fp + P))
 
+# %% ../nbs/12a_ranking.ipynb #1447024e
 def youden_threshold(
     scores: Any, labels: Any  # as in `best_f1_threshold`
 ) -> OracleThreshold:

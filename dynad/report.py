@@ -7,10 +7,11 @@ from __future__ import annotations
 import os, shutil, tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any, Callable, Sequence
 
 import numpy as np
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
 from .bench import Bench, bench_html
@@ -336,7 +337,8 @@ def page_html(
     d: ReportData,
     title: str,
     gallery: list[dict[str, Any]], # from `write_gallery`
-    ends: dict[str, float]         # from `scales_of`
+    ends: dict[str, float],        # from `scales_of`
+    extra: Sequence[Markup] = ()   # further sections, e.g. the passport
 ) -> str:
     "The page as HTML."
     r, p = d.result, d.result['protocol']
@@ -345,7 +347,7 @@ def page_html(
                   n_anomalous=p['test_defective'], charts=charts_of(d), gallery=gallery, ramp=gradient(),
                   ends=', '.join(f'{v:.2g} ({k})' for k, v in ends.items()), sections=sections_of(r),
                   findings=p.get('warnings', []), verdict=r.get('verdict', []), headline=headline(r.get('verdict', [])),
-                  decision=Svg(bench_html(bench_of(d))), **chips_of(r),
+                  decision=Svg(bench_html(bench_of(d))), extra=extra, **chips_of(r),
                   rule=r['decision']['rule'] if r['decision'].get('chosen') else '')
 
 # %% ../nbs/17a_report.ipynb #76eccf70
@@ -353,7 +355,8 @@ def write_report(
     evaluation: Evaluation | ReportData,
     folder: str | Path,        # made, or replaced when it holds an older report
     title: str | None = None,  # default: the data set's name
-    n: int = 12                # images in the gallery
+    n: int = 12,               # images in the gallery
+    extra: Sequence[Markup] = () # further sections, as HTML
 ) -> Path:                     # its index.html
     "The results page with its images, atomically. Raises ReportError when `folder` holds anything but a report."
     place = check_report(folder)
@@ -363,7 +366,7 @@ def write_report(
     new = Path(tempfile.mkdtemp(dir=place.parent, prefix=f'.{place.name}.'))
     try:
         ends = scales_of(d)
-        atomic_write(new/'index.html', page_html(d, title, write_gallery(d, new, n, ends), ends))
+        atomic_write(new/'index.html', page_html(d, title, write_gallery(d, new, n, ends), ends, extra))
         write_result(d.result, new/'result.json')
         _replace(new, place)
     finally: shutil.rmtree(new, ignore_errors=True)

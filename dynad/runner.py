@@ -4,30 +4,27 @@
 
 # %% ../nbs/19c_runner.ipynb #4f39a94a
 from __future__ import annotations
-import ast, difflib, hashlib, json, os, re, shutil, threading
+import difflib, json, os, shutil, threading
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator
 
-import yaml
 from fastcore.basics import patch
 
 import dynad
-from . import __version__
-from .config import WORDS, ConfigError, content_key, data_root, did_you_mean, parse_pairs, parse_value, weights_root
-from .paths import check_folder, expanded, move, printable
+from .config import ConfigError, content_key, data_root, did_you_mean, weights_root
 from dynad.experiments import (
     SETS, TARGETS, Experiment, RunnerError, all_names, check_notebook, find_experiment, notebook_code, notebook_title,
     read_notebook)
+from .paths import check_folder, move
+from .provenance import folder_stamp, notebook_hash, source_hash, syntax_key
 
 # %% auto #0
-__all__ = ['PROFILES', 'SMALL_DATA', 'TRAINING', 'TIMEOUT', 'LONGEST', 'Profile', 'variants', 'find_target', 'parameter_value',
-           'read_yaml', 'parse_parameters', 'syntax_key', 'modules_used', 'source_hash', 'notebook_hash',
-           'folder_stamp', 'read_json', 'swap_folder', 'Job', 'job_parts', 'with_key', 'papers_folder', 'gpu_count',
-           'data_folders', 'environment', 'why_not', 'data_stamps', 'with_cost', 'plan', 'refuse_parameters', 'listing',
-           'outdated', 'committed_stamp', 'outdated_outputs']
+__all__ = ['PROFILES', 'SMALL_DATA', 'TRAINING', 'TIMEOUT', 'LONGEST', 'Profile', 'variants', 'find_target', 'read_json',
+           'swap_folder', 'Job', 'job_parts', 'with_key', 'papers_folder', 'gpu_count', 'data_folders', 'environment',
+           'why_not', 'data_stamps', 'with_cost', 'plan', 'refuse_parameters', 'listing', 'outdated', 'committed_stamp',
+           'outdated_outputs']
 
 # %% ../nbs/19c_runner.ipynb #83f0836a
 @dataclass(frozen=True)
@@ -73,137 +70,6 @@ def find_target(
     meant = f", did you mean {' or '.join(near)}?" if near else ''
     raise RunnerError(f"{name!r} is no table or figure{meant}; allowed: {', '.join(all_names())}, all, book, "
                       "or a notebook file of your own (.ipynb)")
-
-# %% ../nbs/19c_runner.ipynb #ed6490ce
-def parameter_value(
-    text: str # e.g. '50', '12e3', 'True', 'None', 'cookies', '[0, 1]'
-) -> Any:
-    "A value of `-p`: True, False, None, a number or a list where it reads as one, else the text."
-    if text in WORDS: return WORDS[text]
-    for kind in (int, float):
-        try: return kind(text)
-        except ValueError: pass
-    return parse_value(text) if text[:1] in ('[', '{') else text
-
-# %% ../nbs/19c_runner.ipynb #192eeb6e
-class _Plain(yaml.SafeLoader):
-    "YAML without dates: 2026-01-31 stays text, as in papermill."
-
-_Plain.yaml_implicit_resolvers = {k: [r for r in v if r[0] != 'tag:yaml.org,2002:timestamp']
-                                  for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-
-def read_yaml(text: str, what: str) -> dict[str, Any]:
-    "Parameters from YAML or JSON. Raises RunnerError for a text that is no `name: value`."
-    try: found = _Plain(text).get_single_data()
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
-        raise RunnerError(f"{what}: cannot be read as YAML ({' '.join(str(e).split())[:120]}); "
-                          "write e.g. -y 'seeds: [0, 1]'") from None
-    if isinstance(found, dict) and all(isinstance(k, str) for k in found): return found
-    raise RunnerError(f"{what}: holds no names with values; write e.g. -y 'seeds: [0, 1]'")
-
-# %% ../nbs/19c_runner.ipynb #f92d0432
-def parse_parameters(
-    pairs: Sequence[str] = (), # -p, e.g. ['n_boot=50', 'data=cookies', 'seeds=[0,1]']
-    raw: Sequence[str] = (),   # -r, e.g. ['part_no=007']
-    texts: Sequence[str] = (), # -y, e.g. ['seeds: [0, 1]']
-    files: Sequence[str | Path] = () # -f, YAML or JSON
-) -> dict[str, Any]:
-    "The parameters of a command line. Raises RunnerError or ConfigError."
-    out: dict[str, Any] = {}
-    for f in map(expanded, files):
-        try: text = f.read_text(encoding='utf-8')
-        except (OSError, ValueError) as e:
-            raise RunnerError(f"-f {printable(f)}: cannot be read ({getattr(e, 'strerror', None) or e}); "
-                              "name a YAML or JSON file") from None
-        out |= read_yaml(text, f'-f {printable(f)}')
-    for t in texts: out |= read_yaml(t, f'-y {t!r}')
-    return out | parse_pairs(pairs, '-p', 'n_boot=50', parameter_value) | parse_pairs(raw, '-r', 'part_no=007', str)
-
-# %% ../nbs/19c_runner.ipynb #9b0b1be3
-def _imported(code: str) -> set[str] | None:
-    "Modules of dynad that some code imports; None: the code cannot be parsed."
-    code = '\n'.join(l for l in code.splitlines() if not l.lstrip().startswith(('%', '!')))
-    try: tree = ast.parse(code)
-    except SyntaxError: return None
-    out = set()
-    for n in ast.walk(tree):
-        if isinstance(n, ast.Import): out |= {a.name.split('.')[1] for a in n.names if a.name.startswith('dynad.')}
-        elif isinstance(n, ast.ImportFrom):
-            base = '.'.join(['dynad']*(n.level == 1) + [n.module]*bool(n.module))
-            if base == 'dynad': out |= {a.name for a in n.names}
-            elif base.startswith('dynad.'): out.add(base.split('.')[1])
-    return out
-
-# %% ../nbs/19c_runner.ipynb #7f7975b4
-def _is_text(node: ast.AST) -> bool:
-    "A statement that is only a string: a docstring, or a comment in quotes."
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-
-def _tree(node: Any) -> Any:
-    "A syntax tree as nested lists: the same in every version of Python, other than `ast.dump`."
-    if isinstance(node, list): return [_tree(n) for n in node if not _is_text(n)]
-    if not isinstance(node, ast.AST): return repr(node)
-    fields = ((k, v) for k, v in ast.iter_fields(node) if v not in (None, []) and k not in ('kind', 'type_comment'))
-    return [type(node).__name__, *([k, _tree(v)] for k, v in fields)]
-
-# %% ../nbs/19c_runner.ipynb #14f5c5c6
-def syntax_key(
-    code: str # Python, as of a module or of all cells of a notebook
-) -> str:
-    "A key of what code does: comments, docstrings and layout do not count."
-    lines = ('' if l.lstrip().startswith(('%', '!')) else l for l in code.splitlines())
-    try: return content_key(_tree(ast.parse('\n'.join(lines))))
-    except SyntaxError: return content_key(code)
-
-# %% ../nbs/19c_runner.ipynb #5093fd66
-@lru_cache(maxsize=None)
-def _read_module(path: Path, changed: int) -> tuple[str, set[str]]:
-    "The key of a module and what it imports, read again when the file has changed."
-    code = path.read_text(encoding='utf-8')
-    return syntax_key(code), _imported(code) or set()
-
-# %% ../nbs/19c_runner.ipynb #0f30335e
-def modules_used(
-    code: str # of a notebook
-) -> dict[str, str]: # module -> key
-    "All modules of dynad that some code imports, directly or not; all there are where the code cannot be parsed."
-    files = {p.stem: p for p in Path(dynad.__file__).parent.glob('*.py')}
-    first, found = _imported(code), {}
-    todo = list(files if first is None else first)
-    while todo:
-        if (m := todo.pop()) in found or m not in files: continue
-        found[m], more = _read_module(files[m], files[m].stat().st_mtime_ns)
-        todo += more
-    return dict(sorted(found.items()))
-
-# %% ../nbs/19c_runner.ipynb #069bde16
-def source_hash(
-    code: str # of a notebook
-) -> str:
-    "The version of dynad and all its modules that the code uses."
-    used, here = modules_used(code), Path(dynad.__file__).parent
-    files = sorted(here.glob('*.csv')) if 'experiments' in used else [] # the printed numbers
-    tables = [hashlib.sha256(p.read_bytes()).hexdigest() for p in files]
-    return content_key([__version__, used, tables])
-
-# %% ../nbs/19c_runner.ipynb #f40176a8
-def notebook_hash(path: str | Path) -> str:
-    "Kinds, tags and sources of a notebook's cells; outputs do not count."
-    return content_key([[c.kind, c.source, c.tags] for c in read_notebook(path)])
-
-# %% ../nbs/19c_runner.ipynb #572d06ab
-def folder_stamp(
-    root: str | Path | None
-) -> list[int] | None: # files, bytes, newest change
-    "A folder's contents in three numbers."
-    if root is None or not Path(root).is_dir(): return None
-    n = size = newest = 0
-    for base, _, names in os.walk(root):
-        for name in names:
-            try: s = os.stat(os.path.join(base, name))
-            except OSError: continue
-            n, size, newest = n + 1, size + s.st_size, max(newest, int(s.st_mtime))
-    return [n, size, newest]
 
 # %% ../nbs/19c_runner.ipynb #8be11002
 def read_json(path: Path) -> dict | None:
@@ -258,6 +124,7 @@ def note(self: Job) -> dict[str, Any] | None:
     "run.json of the last finished run."
     return read_json(Path(self.out)/'run.json')
 
+# %% ../nbs/19c_runner.ipynb #790acaee
 @patch(as_prop=True)
 def failure(self: Job) -> dict[str, Any] | None:
     "run.json of the last run, if it failed."
@@ -450,6 +317,7 @@ def plan(
             jobs.append(_job(e, path, e.name + suffix, profile, ps, out, timeout, elsewhere))
     return jobs
 
+# %% ../nbs/19c_runner.ipynb #72992665
 def refuse_parameters(
     jobs: list[Job],
     given: dict[str, Any] # parameters asked for by the user

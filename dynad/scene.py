@@ -155,6 +155,7 @@ def disc(x, y, r):
     "Signed distance of a disc."
     return np.hypot(x, y) - r
 
+# %% ../nbs/03e_scene.ipynb #139cfec7
 def hexagon(x, y, r):
     "Signed distance of a hexagon with inner radius r."
     return np.maximum(np.maximum(np.abs(x*.5 + y*.8660254), np.abs(x*.5 - y*.8660254)), np.abs(x)) - r
@@ -169,6 +170,7 @@ def glyphs(text: str, px: int) -> np.ndarray:
     ImageDraw.Draw(im).text((1 - a, 1 - b), text, fill=255, font=font)
     return np.asarray(im, np.float32)/255
 
+# %% ../nbs/03e_scene.ipynb #85b8119f
 def letter(
     c: Canvas,
     at: At, x: np.ndarray, y: np.ndarray, # the piece of the canvas and its coordinates, around the middle of the line
@@ -197,6 +199,7 @@ class Defect:
         "The defect's own random stream, from its beginning."
         return np.random.default_rng(self.seed)
 
+# %% ../nbs/03e_scene.ipynb #086f3acc
 def extent(
     scale: float,        # (0,1]
     largest: float,      # length at scale 1, in units of the image

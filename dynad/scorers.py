@@ -46,6 +46,7 @@ class Batch:
     t_hat: Tensor     # [B] T̂ by DIC
     keys: list[int]   # they fix the noise of each image
 
+# %% ../nbs/16k_scorers.ipynb #11c4861b
 Answer = tuple[Tensor, Tensor | None]            # map [B,1,h,w] ≥ 0; [B] a score of the rule's own
 Scorer = Callable[[DynAD], Callable[[Batch], Answer]]
 SCORERS: dict[str, Scorer] = {}
@@ -57,6 +58,7 @@ def scorer(name: str) -> Callable[[Scorer], Scorer]:
         return f
     return known
 
+# %% ../nbs/16k_scorers.ipynb #b024b2c7
 def batch_of(
     model: DynAD,
     image: Tensor # [B,3,H,W] in [0,1]
@@ -80,6 +82,7 @@ def rebuilt(
     with torch.no_grad(), p.autocast():
         return reconstruct(p.denoiser, b.z0.to(p.device), t_hat, p.schedule, noise=noise, **how)
 
+# %% ../nbs/16k_scorers.ipynb #f4290f14
 def change(model: DynAD, b: Batch, t_hat: Tensor | None = None, **how) -> Tensor: # [B,1,h,w]
     "The difference of input and reconstruction; arguments as `rebuilt`."
     return latent_map(b.z0, rebuilt(model, b, t_hat, **how).z_hat.float().cpu())
@@ -89,6 +92,7 @@ def ten_steps(model):
     "The change of the latent by the reconstruction at T̂, with as many steps as the run has (Algorithm 1)."
     return lambda b: (change(model, b), None)
 
+# %% ../nbs/16k_scorers.ipynb #04adea4c
 @scorer('three calls, fixed stride')
 def three_calls(model):
     "The same with the stride of T_max/3: at most three calls, fewer for a smaller T̂."
@@ -100,6 +104,7 @@ def one_step(model):
     "The same with one call: ẑ_θ,0 at T̂."
     return lambda b: (change(model, b, S=1, steps='count'), None)
 
+# %% ../nbs/16k_scorers.ipynb #5f951ebc
 @scorer("the public code's static sampler")
 def authors_static(model):
     "The public code's sampler of a static T̂ = T_max, whose first step drops the direction term."
@@ -123,6 +128,7 @@ def invert(
         z = q_sample(predict_x0(z, eps, at(t), abar), at(t_next), abar, noise=eps)
     return z.cpu()
 
+# %% ../nbs/16k_scorers.ipynb #0b80dd2b
 def prior_nll(z: Tensor) -> Tensor: # [B,C,h,w] -> [B,1,h,w] ≥ 0
     "Negative log-likelihood under N(0, 1), without its constant: mean over channels."
     return .5*z.square().mean(1, keepdim=True)
@@ -132,6 +138,7 @@ def inversion(model):
     "How unlikely the inverted latent is under the prior N(0, 1), place by place."
     return lambda b: (prior_nll(invert(model, b.z0)), None)
 
+# %% ../nbs/16k_scorers.ipynb #bdbf6748
 @scorer("InvAD's scoring rule on our UNet")
 def invad(model):
     "The same map; the score adds how far the norm of z_T is from that of the prior."
@@ -159,6 +166,7 @@ def fixed_variance_kl(
         out.append(step_kl(z0, z_t, eps, -torch.ones_like(z_t), t, schedule, posterior).mean(1))
     return torch.stack(out, 1)
 
+# %% ../nbs/16k_scorers.ipynb #a0b22774
 @scorer("RAN's KL, variance fixed, on our UNet")
 def ran_kl(model):
     "RAN's KL per place at t = 5, 50, 100, standardised by held-out normal images; the variance is not learned here."
@@ -173,6 +181,7 @@ def top_percent(m: Tensor, share: float = .01) -> Tensor: # [B,1,H,W] -> [B]
     flat = m.flatten(1)
     return flat.topk(max(1, round(share*flat.shape[1])), 1).values.mean(1)
 
+# %% ../nbs/16k_scorers.ipynb #6f7a3d2c
 @scorer("GLAD's scoring rule on our UNet")
 def glad(model):
     "T̂ per image: the first at which one call changes it more than 95 % of held-out images; mean of the top 1 %."
@@ -215,6 +224,7 @@ class Scored:
     calls: float       # UNet evaluations per image
     seconds: float     # per image
 
+# %% ../nbs/16k_scorers.ipynb #a69ccbe0
 def run_scorer(
     model: DynAD,
     name: str,           # of SCORERS
@@ -252,6 +262,7 @@ def run_method(
     maps, scores = (torch.cat([getattr(p, k) for p in answers]) for k in ('map', 'score'))
     return Scored(maps, scores, 0 if net is None else net.samples/len(images), seconds)
 
+# %% ../nbs/16k_scorers.ipynb #2947ced5
 def every_t_hat(model: DynAD, images: Tensor) -> Tensor:
     "T̂ of images under the model's settings."
     p = model.parts

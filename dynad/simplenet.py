@@ -17,6 +17,7 @@ from .config import DynadError, Settings
 from .data import to_float
 from .features import load_features
 from .fusion import smooth
+from .guard import building
 from .method import Hooks, Method, Prediction, register
 from .spatial_dic import patch_features
 from .store import load_state, state_hash
@@ -30,6 +31,7 @@ __all__ = ['SimpleNetError', 'SimpleNetOptions', 'AdaptedDiscriminator', 'trunca
 class SimpleNetError(DynadError, RuntimeError):
     "SimpleNet cannot be fitted: the text names the value and the cure."
 
+# %% ../nbs/16d_simplenet.ipynb #d5422987
 class SimpleNetOptions(Settings):
     "Settings of SimpleNet."
     layers: tuple[Literal[1, 2, 3], ...] = Field((2, 3), min_length=1) # of φ; the finest of them sets the grid
@@ -137,8 +139,7 @@ def fit_discriminator(method: SimpleNet, hooks: Hooks) -> Path:
         return torch.cat([patch_features(phi(x(r)), o.layers).cpu() for r in rows])
     def make(work: Path) -> dict[str, Tensor]:
         x = features()
-        with torch.random.fork_rng():
-            torch.manual_seed(c.seed)
+        with building(c.seed):
             net = AdaptedDiscriminator(x.shape[1], o.hidden).to(method.device).standardize(x)
         train(simplenet_training(net, x, o, c.seed), work/CHECKPOINT, progress=hooks.progress,
               callback=hooks.of('simplenet'), should_stop=hooks.should_stop)

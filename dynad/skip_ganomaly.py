@@ -15,6 +15,7 @@ from torch.func import functional_call
 from .config import DynadError, Settings
 from .data import to_float
 from .fusion import smooth
+from .guard import building
 from .method import Hooks, Method, Prediction, register
 from .store import load_state, state_hash
 from .training import CHECKPOINT, Training, rows_of_step, train
@@ -27,6 +28,7 @@ __all__ = ['SkipGANomalyError', 'SkipGANomalyOptions', 'half', 'double', 'Genera
 class SkipGANomalyError(DynadError, RuntimeError):
     "Skip-GANomaly cannot be fitted: the text names the value and the cure."
 
+# %% ../nbs/16e_skip_ganomaly.ipynb #5064c1f9
 class SkipGANomalyOptions(Settings):
     "Settings of Skip-GANomaly."
     widths: tuple[int, ...] = Field((32, 64, 128, 128), min_length=2)  # channels after each halving of the image
@@ -48,6 +50,7 @@ def double(a: int, b: int) -> nn.Sequential:
     "A transposed convolution that doubles them."
     return nn.Sequential(nn.ConvTranspose2d(a, b, 4, 2, 1), nn.BatchNorm2d(b), nn.ReLU())
 
+# %% ../nbs/16e_skip_ganomaly.ipynb #347b6a12
 class Generator(nn.Module):
     "UNet from an image to its copy, both in [-1,1]."
     def __init__(self, widths: tuple[int, ...]):
@@ -75,6 +78,7 @@ class Discriminator(nn.Module):
         f = self.features(x)
         return self.head(f).mean((1, 2, 3)), f
 
+# %% ../nbs/16e_skip_ganomaly.ipynb #e69e9929
 class GAN(nn.Module):
     "Both networks."
     def __init__(self, widths: tuple[int, ...]):
@@ -91,6 +95,7 @@ def generator_loss(gan: GAN, x: Tensor, copy: Tensor, o: SkipGANomalyOptions) ->
     adv = F.binary_cross_entropy_with_logits(fake[0], torch.ones_like(fake[0]))
     return o.w_adv*adv + o.w_con*(x - copy).abs().mean() + o.w_lat*(real - fake[1]).square().mean()
 
+# %% ../nbs/16e_skip_ganomaly.ipynb #ef17c816
 def discriminator_loss(gan: GAN, x: Tensor, copy: Tensor) -> Tensor:
     "Binary cross-entropy of real images and copies; no gradient reaches the generator."
     real, fake = gan.D(x)[0], gan.D(copy.detach())[0]
@@ -159,8 +164,7 @@ def fit_gan(method: SkipGANomaly, hooks: Hooks) -> Path:
         raise SkipGANomalyError(f"options.widths = {o.widths}: {len(o.widths)} halvings need images whose side is a "
                                 f"multiple of {least}, and data.image_size = {size}; give fewer widths or another size")
     def make(work: Path) -> dict[str, Tensor]:
-        with torch.random.fork_rng():
-            torch.manual_seed(c.seed)
+        with building(c.seed):
             gan = GAN(o.widths).to(method.device)
         train(gan_training(gan, images.images, o, c.seed), work/CHECKPOINT, progress=hooks.progress,
               callback=hooks.of('skip_ganomaly'), should_stop=hooks.should_stop)

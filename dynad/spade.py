@@ -29,6 +29,7 @@ __all__ = ['SPADEError', 'SPADEOptions', 'nearest_images', 'nearest_places', 'py
 class SPADEError(DynadError, ValueError):
     "SPADE cannot be fitted or applied: the text names the value and the cure."
 
+# %% ../nbs/16c_spade.ipynb #e432e501
 class SPADEOptions(Settings):
     "Settings of SPADE."
     layers: tuple[Literal[1, 2, 3], ...] = Field((1, 2, 3), min_length=1) # of φ, whose places are compared
@@ -129,6 +130,7 @@ def load_phi(method: SPADE) -> torch.nn.Module:
     o = method.options
     return load_features(method.config.features, layers=(*o.layers, o.global_layer)).to(method.device)
 
+# %% ../nbs/16c_spade.ipynb #44154a2c
 def fit_gallery(method: SPADE, progress: bool = True) -> Path:
     "The features of all normal images as a stage of the method's store."
     c, o, images, phi = method.config, method.options, method.training_set, load_phi(method)

@@ -22,6 +22,7 @@ __all__ = ['SpatialDICError', 'patch_features', 'neighbourhoods', 'k_centre', 's
 class SpatialDICError(DynadError, ValueError):
     "Patches that cannot be compared: the text names the value and the cure."
 
+# %% ../nbs/10a_spatial_dic.ipynb #fe39d9b0
 def patch_features(
     features: dict[int, Tensor],      # layer -> [B,C_j,h_j,w_j], as φ gives them
     layers: tuple[int, ...] = (2, 3)  # the finest of them sets the grid
@@ -33,6 +34,7 @@ def patch_features(
     size = max(m.shape[-2:] for m in maps)
     return torch.cat([m if m.shape[-2:] == size else F.interpolate(m, size, mode='bilinear') for m in maps], 1)
 
+# %% ../nbs/10a_spatial_dic.ipynb #3682952d
 def neighbourhoods(
     features: dict[int, Tensor],      # layer -> [B,C_j,h_j,w_j], as φ gives them
     layers: tuple[int, ...] = (2, 3)  # the finest of them sets the grid
@@ -57,6 +59,7 @@ def k_centre(
         i = far.argmax(keepdim=True)
     return torch.cat(chosen).cpu()
 
+# %% ../nbs/10a_spatial_dic.ipynb #63b12f78
 def spread_out(
     x: Tensor,     # [n,d]
     m: int,        # how many to keep

@@ -23,6 +23,7 @@ from .dic import DIC, pooled, t_grid
 from .diffusion import make_schedule
 from .features import FeatureExtractor
 from .fusion import Calibration, anomaly_map, score
+from .guard import building
 from .latents import HUB, KLF8, TAESD, Autoencoder, load_latents
 from .machine import machine, peak_memory_mb
 from .method import Decision
@@ -54,6 +55,7 @@ def seconds(
         wait(); out.append(time.perf_counter() - start)
     return out
 
+# %% ../nbs/17b_speed.ipynb #fd8f8118
 def versus(
     before: Callable[[], Any],
     after: Callable[[], Any],
@@ -81,6 +83,7 @@ def peaks(
         return {'convolution': 2*x.numel()*256*9/min(seconds(lambda: F.conv2d(x, w, padding=1), repeats, 2))/1e9,
                 'matrix': 2*n**3/min(seconds(lambda: m @ m, repeats, 2))/1e9}
 
+# %% ../nbs/17b_speed.ipynb #cd990860
 def count_flops(
     f: Callable[[], Any]
 ) -> dict[str, int]:     # 'convolution', 'matrix': floating-point operations of one call, a multiply-add being two
@@ -90,6 +93,7 @@ def count_flops(
     conv = sum(v for k, v in ops.items() if 'conv' in k)
     return {'convolution': int(conv), 'matrix': int(sum(ops.values()) - conv)}
 
+# %% ../nbs/17b_speed.ipynb #788ca479
 def share(
     flops: dict[str, int],
     took: float,             # s
@@ -108,8 +112,7 @@ KLF8_CONFIG = dict( # of latent diffusion's KL-f8
 def random_autoencoder(settings: LatentSettings, image_size: int, seed: int = 0) -> Autoencoder:
     "E and D of this kind; random weights for those that do not come with the package."
     if settings.kind not in HUB: return load_latents(settings.model_copy(update={'weights': None}), image_size)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with building(seed):
         if settings.kind == 'kl-f8': ae = KLF8(diffusers.AutoencoderKL(**KLF8_CONFIG), settings.latent_sampling)
         else: ae = TAESD(diffusers.AutoencoderTiny())
     return ae.eval().requires_grad_(False)
@@ -177,6 +180,7 @@ def timed(
         seen.append(peaks(device, dtype))
     return took, {k: max(p[k] for p in seen) for k in seen[0]}
 
+# %% ../nbs/17b_speed.ipynb #19a9931a
 def stage_row(took: list[float], flops: dict[str, int] | None, n: int, peak: dict[str, float]) -> dict[str, Any]:
     "One stage of a result: the median, and the share of the peak of its fastest call."
     mid, total = statistics.median(took), sum(flops.values()) if flops else 0
@@ -301,6 +305,7 @@ def _adaptation_cost(model: DynAD, g: torch.Generator) -> float:
 class EstimateError(DynadError, RuntimeError):
     "A cost that could not be measured: the text says why and what to do."
 
+# %% ../nbs/17b_speed.ipynb #4ebb198d
 def _apart(what: str, *args) -> dict[str, Any]:
     "Call a function of this module in a fresh process. Raises `EstimateError` with its last words."
     code = ('import json, sys; from dynad import speed; '
@@ -342,6 +347,7 @@ def estimate(
             'memory_of': 'GPU' if torch.cuda.is_available() else 'process',
             'measured': {'training': train, 'inference': infer}, 'machine': machine()}
 
+# %% ../nbs/17b_speed.ipynb #e9ed42e3
 def _fit_seconds(c: Config, images: int, step: float, infer: dict[str, Any]) -> tuple[dict[str, float], int]:
     "Seconds of a fit by part, and the optimiser's steps."
     held = min(max(c.data.min_holdout, round(c.data.holdout*images)), c.data.max_calibration, images - 1)

@@ -114,6 +114,7 @@ def fit_phi(method: Method, phi0: nn.Module, hooks: Hooks) -> Path:
         return {'losses': torch.tensor(losses)}
     return images.store.stage('phi', phi_key(method, phi0), make)
 
+# %% ../nbs/15a_stages.ipynb #4a87845c
 def phi_key(method: Method, phi0: nn.Module) -> dict[str, Any]:
     "What the adapted φ depends on."
     c, h = method.config, method.parts.hashes

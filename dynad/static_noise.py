@@ -80,6 +80,7 @@ class StaticOptions(Settings):
     wavelength: float = Field(64., gt=0)                 # in pixels at 256²
     decay: float = Field(.8, gt=0, le=1)
 
+# %% ../nbs/16g_static.ipynb #3df247ff
 def static_config(config: Config) -> Config:
     "The settings of DynAD that make it static. Raises ConfigError."
     o = checked_options(StaticOptions, config.options)
@@ -103,6 +104,7 @@ def simplex_for(
     how = dict(octaves=options.octaves, wavelength=options.wavelength, decay=options.decay)
     return torch.stack([simplex_noise(shape, (seed, k), **how) for k in keys]) if keys else torch.empty(0, *shape)
 
+# %% ../nbs/16g_static.ipynb #eae7dd57
 def noised_latents(parts: Parts, options: StaticOptions, z0: Tensor, t_hat: Tensor, keys: list[int]) -> Tensor:
     "`walk.reconstruct_latents` with simplex noise."
     how = sampler_settings(parts.config)
@@ -111,6 +113,7 @@ def noised_latents(parts: Parts, options: StaticOptions, z0: Tensor, t_hat: Tens
         out = reconstruct(parts.denoiser, z0.to(parts.device), t_hat, parts.schedule, noise=noise, **how)
     return out.z_hat.float().cpu()
 
+# %% ../nbs/16g_static.ipynb #0275f3ee
 class SimplexWalk(CachedWalk):
     "The walk of every image of a set, with simplex noise."
     def __init__(self, parts: Parts, images: ImageSet, options: StaticOptions):
@@ -185,6 +188,7 @@ def in_pixels(method: Static, p: DynADPrediction, images: Tensor) -> DynADPredic
     A = smooth((images.cpu() - p.reconstruction).square().mean(1, keepdim=True), method.config.fusion.sigma)
     return replace(p, score=score(A), map=A)
 
+# %% ../nbs/16g_static.ipynb #a6e28103
 def fit_simplex_denoiser(method: Static, hooks: Hooks) -> Path:
     "A UNet that predicts simplex noise, as a stage."
     c, o, z0, images = method.config, method.options, method.training.z0, method.training_set

@@ -193,6 +193,7 @@ def fitted(
     say_once(caught)
     return model, data
 
+# %% ../nbs/19a_subjects.ipynb #2721b685
 SAID: set[str] = set()
 
 def say_once(

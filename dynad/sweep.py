@@ -4,7 +4,7 @@
 
 # %% ../nbs/18f_sweep.ipynb #dba16f40
 from __future__ import annotations
-import html, threading
+import html
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Sequence
@@ -16,120 +16,17 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 
-from .config import ConfigError
 from .detector import DynAD
 from .explorer import Explorer
-from .explorer_model import t_max_grid
 from .guard import aside
 from .map_cache import Setting
 from .session import Session
 from .show import BLANK, Figure, figure_png
-from .view import Jobs, StateFile, View, button, labelled, note_html, row, severity_buttons, soft
+from .sweep_model import FIGURES, LAMS, SweepModel, best_settings
+from .view import StateFile, View, button, labelled, note_html, row, severity_buttons, soft
 
 # %% auto #0
-__all__ = ['FIGURES', 'LAMS', 'STATE', 'sweep_cells', 'best_settings', 'SweepModel', 'HeatMaps', 'paint_cell', 'draw_curve',
-           'curves_figure', 'best_html', 'Sweep', 'sweep_title']
-
-# %% ../nbs/18f_sweep.ipynb #9328d016
-FIGURES = {'i_auroc': 'I-AUROC', 'p_auroc': 'P-AUROC', 'pro': 'PRO'}
-LAMS = (0., .15, .3, .5, .7, .85, 1.)
-
-def sweep_cells(
-    session: Session,
-    setting: Setting,             # all that is not swept
-    lams: Sequence[float] = LAMS
-) -> list[dict[str, Any]]:
-    "The metrics at every λ; the maps are made when they are not there."
-    session.maps(setting)
-    same = dict(t_max=setting.t_max, severity=setting.severity)
-    return [dict(**same, lam=lam, **session.metrics(replace(setting, lam=lam))[0]) for lam in lams]
-
-# %% ../nbs/18f_sweep.ipynb #d60f0ab2
-def best_settings(
-    table: pd.DataFrame,  # columns run, t_max, lam and the metrics, of one severity
-    figure: str           # a key of FIGURES
-) -> dict[str, Any]:
-    "The best single setting for all runs, and the oracle: the best of each run. Both are chosen on test labels."
-    grid = table.pivot_table(index=['t_max', 'lam'], columns='run', values=figure)
-    if grid.empty: return {}
-    mean, at = grid.mean(axis=1), lambda best: {'t_max': int(best[0]), 'lam': float(best[1])}
-    return {'fixed': at(mean.idxmax()), 'fixed_value': float(mean.max()),
-            'oracle': {r: at(grid[r].idxmax()) for r in grid}, 'oracle_value': float(grid.max().mean())}
-
-# %% ../nbs/18f_sweep.ipynb #ead859af
-class SweepModel:
-    "What the sweep knows; `changed` and `report` are set by the view."
-    def __init__(self,
-        sessions: list[Session],
-        t_maxes: Sequence[int] | None = None,
-        lams: Sequence[float] = LAMS
-    ):
-        if not sessions: raise ConfigError("Sweep: no run was given; name at least one run directory")
-        self.sessions, c = sessions, sessions[0].config
-        self.names = [f'{k + 1}: {s.run.name}, seed {s.config.seed}' for k, s in enumerate(sessions)]
-        self.base, self.lams = Setting.of(c), tuple(sorted({*lams, c.fusion.lam}))
-        own = self.base.t_max
-        self.t_maxes = sorted({*(t_maxes or t_max_grid(own, c.reconstruction.S, c.diffusion.T)), own})
-        self.severity, self.chosen = self.base.severity, None  # the selection; the Setting of the cell that was clicked
-        self.rows: list[dict[str, Any]] = []
-        self.wanted = False                                    # reconstructions may be made
-        self.jobs, self.lock = Jobs(), threading.RLock()       # the lock: one thread draws and adds rows at a time
-        self.changed: Callable[[str], None] = lambda what: None
-        self.report: Callable[..., None] = lambda text, done=0, total=1: None
-
-    @property
-    def table(self) -> pd.DataFrame:
-        "All metrics measured so far."
-        with self.lock: return pd.DataFrame(self.rows, columns=['run', 't_max', 'severity', 'lam', *FIGURES])
-
-    @property
-    def selected(self) -> pd.DataFrame:
-        "Those of the selected severity."
-        t = self.table
-        return t[t.severity == self.severity]
-
-# %% ../nbs/18f_sweep.ipynb #3f7fb3b4
-@patch
-def setting(self: SweepModel, t_max: int, severity: str | None = None) -> Setting:
-    "The run's own setting at another T_max."
-    return replace(self.base, t_max=t_max, severity=severity or self.severity)
-
-@patch
-def is_measured(self: SweepModel, k: int, s: Setting) -> bool:
-    "Whether the metrics of the k-th run are there."
-    key = self.names[k], s.t_max, s.severity
-    return any((r['run'], r['t_max'], r['severity']) == key for r in self.rows)
-
-# %% ../nbs/18f_sweep.ipynb #a0a972ae
-@patch(as_prop=True)
-def complete(self: SweepModel) -> bool:
-    "Whether all metrics of the selected severity are there."
-    return all(self.is_measured(k, self.setting(t)) for k in range(len(self.sessions)) for t in self.t_maxes)
-
-# %% ../nbs/18f_sweep.ipynb #fd10f176
-@patch
-def work(self: SweepModel) -> bool:
-    "One step of what is missing at this severity; without `wanted` only what needs no reconstruction."
-    severity = self.severity
-    for k, session in enumerate(self.sessions):
-        for t in self.t_maxes:
-            s = self.setting(t, severity)
-            if self.is_measured(k, s) or (session.missing(s) and not self.wanted): continue
-            self._advance(k, s)
-            return True
-    self.wanted = False
-    self.changed('done')
-    return False
-
-# %% ../nbs/18f_sweep.ipynb #18ab29ec
-@patch
-def _advance(self: SweepModel, k: int, s: Setting) -> None:
-    session, name = self.sessions[k], self.names[k]
-    step = self.jobs.advance((k, s.maps_key), lambda: session.make(s))
-    if step: return self.report(f'{name}: T_max {s.t_max}, {step[0]} of {step[1]} reconstructions', *step)
-    cells = sweep_cells(session, s, self.lams)
-    with self.lock: self.rows += [dict(run=name, **r) for r in cells]
-    self.changed('cells')
+__all__ = ['STATE', 'HeatMaps', 'paint_cell', 'draw_curve', 'curves_figure', 'best_html', 'Sweep', 'sweep_title']
 
 # %% ../nbs/18f_sweep.ipynb #b3e13b9b
 class HeatMaps:

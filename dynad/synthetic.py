@@ -67,6 +67,7 @@ def make_scene(
     if not 32 <= size <= 1024: raise SyntheticError(f"size = {size} pixels; allowed: 32 … 1024")
     return Scene(product, size, int(rng.integers(2**62)))
 
+# %% ../nbs/04_synthetic.ipynb #0d4b456c
 def nominal(
     product: str,             # one of PRODUCTS
     rng: np.random.Generator,
@@ -116,6 +117,7 @@ def image_rng(
     "The random stream of one image, independent of all others."
     return np.random.default_rng([seed, zlib.crc32(f'{product}/{part}'.encode()), index])
 
+# %% ../nbs/04_synthetic.ipynb #c1eba9fd
 def scale_of(
     index: int # of the anomalous image
 ) -> float:    # in [SMALLEST, 1)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .config import DynadError
 from .guard import Aside, tqdm
 from .launch import OneProcess, tracked
+from .machine import keep_freed_memory
 from .store import TrainingStopped, load_tensors, open_tensors, save_tensors
 
 # %% auto #0
@@ -93,6 +94,7 @@ class EMA:
 class TrainingError(DynadError, RuntimeError):
     "A training that cannot start, continue or end: the text names what is wrong and the cure."
 
+# %% ../nbs/08_training.ipynb #905c2f2d
 @dataclass
 class Training:
     "One training: a network, its objective and its settings."
@@ -129,6 +131,7 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
     state = module.state_dict()
     return {n: b for n, b in module.named_buffers() if n in state}
 
+# %% ../nbs/08_training.ipynb #ff5e06ad
 def save_checkpoint(
     path: Path,
     training: Training,
@@ -231,6 +234,7 @@ def save(self: Run) -> None:
         raise self.error('the weights are not finite', self.log.steps - 1)
     if self.path and self.acc.is_main_process: save_checkpoint(self.path, self.training, self.log, self.acc.scaler)
 
+# %% ../nbs/08_training.ipynb #084e20bd
 @patch
 def stop_if(self: Run, asked: bool) -> None:
     "All processes stop when one is asked to: write a checkpoint, raise `TrainingStopped`."
@@ -266,6 +270,7 @@ def train(
     should_stop: Callable[[], bool] | None = None         # asked after each step; True: checkpoint, `TrainingStopped`
 ) -> TrainLog:
     "Carry out a training, from its checkpoint if there is one. Leaves the moving average in the module, if it has one."
+    keep_freed_memory() # before the first step, which decides where its tensors lie
     run = Run(training, Path(path) if path is not None else None, acc)
     log, steps = run.log, training.steps
     identity = training.identity() if run.acc.log_with else {}

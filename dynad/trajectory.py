@@ -249,6 +249,7 @@ def calls(n: int) -> list[tuple[str, int]]:
     "Values of the slider: the calls of ε_θ, counted from 1, and the end."
     return [(str(k + 1), k) for k in range(n)] + [('end', n)]
 
+# %% ../nbs/18g_trajectory.ipynb #c657bda4
 @patch
 def _build(self: Trajectory) -> None:
     back, out = [('input', 0.), *((k, w) for w in PAIRS for k in KINDS)], [('out', w) for w in PAIRS]
@@ -292,6 +293,7 @@ def _selected(self: Trajectory, change: Any = None) -> None:
     self.recalled.value = ''
     self.worker.poke()
 
+# %% ../nbs/18g_trajectory.ipynb #36eff9bf
 @patch
 def _moved(self: Trajectory, change: Any) -> None:
     if self.model.ready == self.model.selected: self.show(); self._save()

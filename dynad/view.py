@@ -106,6 +106,7 @@ def labelled(
     layout = {'width': '100%', **options.pop('layout', {})}
     return cls(description=text, style={'description_width': f'{label_width}px'}, layout=W.Layout(**layout), **options)
 
+# %% ../nbs/18b_view.ipynb #45cc7e20
 def button(text: str = '', tooltip: str = '', icon: str = '', **options) -> W.Button:
     "A button as wide as its text."
     return W.Button(description=text, tooltip=tooltip, icon=icon, layout=W.Layout(width='auto'), **options)
@@ -127,6 +128,7 @@ def heading(text: str) -> W.HTML:
     "A heading within a view."
     return W.HTML(f'<b>{text}</b>')
 
+# %% ../nbs/18b_view.ipynb #3ac81bcb
 def soft(text: str) -> str:
     "HTML of a side remark."
     return f'<span class="dynad-soft">{text}</span>'

@@ -38,6 +38,7 @@ def neighbour_groups(config: Config) -> tuple[tuple[int, ...], ...]:
     f = config.fusion
     return f.neighbour_layers if f.neighbour or f.choice == 'synthetic' else ()
 
+# %% ../nbs/14_walk.ipynb #caa6c368
 def averaged_t_hat(config: Config) -> list[int]:
     "The T̂ whose maps are averaged, rising: evenly spread over those that DIC can choose. Empty: the one of DIC."
     r, d = config.reconstruction, config.dic
@@ -196,6 +197,7 @@ def compare(
     "l_map and the layers of f_map."
     return RawMaps(latent_map(z0, z_hat), feature_maps(features, features_hat, parts.config.fusion.layers))
 
+# %% ../nbs/14_walk.ipynb #894471d4
 def reference_features(
     parts: Parts,
     features: dict[int, Tensor],  # φ_j(x_0)
@@ -205,6 +207,7 @@ def reference_features(
     if parts.config.fusion.reference == 'input': return features
     return extract_features(parts, decode(parts, z0))
 
+# %% ../nbs/14_walk.ipynb #50751ef2
 def neighbour_maps(
     parts: Parts,
     features: dict[int, Tensor]  # φ_j(x_0)

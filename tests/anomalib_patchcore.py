@@ -17,7 +17,8 @@ from dynad.config import FeatureSettings
 from dynad.data import load_images, load_masks, open_dataset, to_float
 from dynad.features import load_features
 from dynad.metrics import image_metrics, pixel_metrics
-from dynad.patchcore import PatchBank, PatchCoreOptions, distance_map, k_centre, patch_features, reweighted_score
+from dynad.patchcore import PatchBank, PatchCoreOptions, distance_map, reweighted_score
+from dynad.spatial_dic import k_centre, patch_features
 from dynad.store import atomic_write
 
 TARGET = Path(__file__).parents[1]/'nbs'/'results'/'patchcore_anomalib.json'

@@ -196,7 +196,7 @@ def test_pictures_are_drawn_while_two_trainings_run():
         train(t, progress=False, callback=draws)
         results.append(state(t))
     for k in range(10):
-        workers = [threading.Thread(target=work, args=(training(steps=2),)) for _ in range(2)] # weights drawn one after the other
+        workers = [threading.Thread(target=work, args=(training(steps=2),)) for _ in range(2)]
         cells = [threading.Thread(target=user_draws, args=(lambda: not any(w.is_alive() for w in workers), errors, j)) for j in range(2)]
         for t in workers + cells: t.start()
         for t in workers + cells: t.join(60)
@@ -226,3 +226,20 @@ def test_a_curve_that_cannot_be_drawn_is_left_out(tmp_path, monkeypatch):
         w.fit().wait(120)
     assert w.model.detector is not None and w.message.value == '' and 'fitted on' in w.status.value
     w.close()
+
+def test_networks_built_in_threads_have_the_weights_of_their_seed():
+    "φ draws from the same generator of the process, before its own weights are loaded."
+    from dynad.denoiser import make_unet
+    from dynad.features import load_features
+    from dynad.config import DenoiserSettings
+    s = DenoiserSettings(widths=(32,), attention=(), layers_per_block=1, heads=4)
+    build = lambda seed: make_unet(s, 4, 8, seed=seed).state_dict()
+    alone, found, busy = {k: build(k) for k in range(3)}, {}, threading.Event()
+    def others():
+        while not busy.is_set(): load_features(make_config('smoke').features)
+    def work(seed): found[seed] = [build(seed) for _ in range(6)]
+    beside, workers = threading.Thread(target=others), [threading.Thread(target=work, args=(k,)) for k in range(3)]
+    for t in (beside, *workers): t.start()
+    for t in workers: t.join(60)
+    busy.set(); beside.join(60)
+    assert all(torch.equal(alone[k][n], v) for k, many in found.items() for sd in many for n, v in sd.items()) and len(found) == 3

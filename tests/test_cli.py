@@ -10,9 +10,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import dynad
+from dynad.backbone import resnet_file, resnet_url
 from dynad.cli import app
 from dynad.evaluate import MEASURED
-from dynad.features import resnet_file, resnet_url
 
 run = CliRunner()
 FIT = ['--preset', 'smoke', '--set', 'denoiser.steps=20', '--set', 'latents.finetune_steps=2', '--set', 'denoiser.checkpoint_every=10']

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from dynad import compare as C
+from dynad import compare as C, task
 from dynad.cli import app
 from dynad.cli_compare import seeds_of, settings_of
 from dynad.config import ConfigError
@@ -132,7 +132,7 @@ def test_nothing_that_is_done_runs_again(finished):
     c, result, _ = finished
     def run(tasks):
         for t in tasks:
-            yield t, C.run_here(replace(t, method='no.such:method') if t.name in ('deviation', 'padim') else t) # not looked at
+            yield t, task.run_here(replace(t, method='no.such:method') if t.name in ('deviation', 'padim') else t) # not looked at
     again = C.compare(c, run=run, report=lambda line: None)
     for a, b in zip(result['rows'], again['rows']): assert a.get('fit_minutes') == b.get('fit_minutes') and a['status'] == b['status']
 
@@ -220,8 +220,8 @@ def test_condensed_pixels_survive_a_file(tmp_path):
     masks = torch.zeros(11, 1, 16, 16, dtype=torch.bool)
     masks[3:, :, 2:7, 3:9] = True
     m = StreamingPixelMetrics().update(torch.rand(11, 1, 16, 16) + .3*masks, masks)
-    save_tensors(tmp_path/'m.safetensors', C.packed(m))
-    again = C.unpacked(load_tensors(tmp_path/'m.safetensors'))
+    save_tensors(tmp_path/'m.safetensors', task.packed(m))
+    again = task.unpacked(load_tensors(tmp_path/'m.safetensors'))
     assert again.compute() == m.compute() and again.bootstrap(20, 0) == m.bootstrap(20, 0)
 
 @pytest.mark.skipif('DYNAD_SLOW' not in os.environ, reason='starts a dask cluster of two processes; set DYNAD_SLOW')

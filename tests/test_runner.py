@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dynad.cli import app
-from dynad import jobs as running, runner
+from dynad import jobs as running, provenance, runner
 from dynad.experiments import EXPERIMENTS, TARGETS, notebook_parameters
 from dynad.jobs import run_job, run_jobs
 from dynad.runner import (
@@ -161,7 +161,7 @@ def test_a_failure_keeps_the_last_good_result(tmp_path):
     assert (Path(job.out)/'one.json').exists()
 
 def test_the_key_follows_the_modules_that_a_notebook_rests_on(tmp_path):
-    assert runner._imported('%matplotlib inline\nimport dynad.store\ndef f():\n    from dynad.config import x\nfrom dynad import show, __version__') == {'store', 'config', 'show', '__version__'}
+    assert provenance._imported('%matplotlib inline\nimport dynad.store\ndef f():\n    from dynad.config import x\nfrom dynad import show, __version__') == {'store', 'config', 'show', '__version__'}
     assert source_hash('import json') == source_hash('x = 1') != source_hash('import dynad.config') != source_hash('from dynad.store import Store') # store rests on config
 
 def test_another_package_on_a_worker_is_refused(tmp_path):
