@@ -24,11 +24,11 @@ __all__ = ['STEP', 'COSTS', 'STYLE', 'DecisionBench']
 STEP = 1/400 # of the slider, as a share of the axis
 COSTS = (.1, .2, .5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) # of a missed defect, in false alarms
 STYLE = '''<style>
-.dynad-decide .dynad-line,.dynad-decide .dynad-line .slider-container{margin:0!important;width:100%!important}
-.dynad-decide .dynad-line{height:16px;overflow:visible}
-.dynad-decide .dynad-line .noUi-handle::after{content:'';display:block;position:absolute;left:50%;top:auto;bottom:50%;
+.dynad-decide .dynad-cut-line,.dynad-decide .dynad-cut-line .slider-container{margin:0!important;width:100%!important}
+.dynad-decide .dynad-cut-line{height:16px;overflow:visible}
+.dynad-decide .dynad-cut-line .noUi-handle::after{content:'';display:block;position:absolute;left:50%;top:auto;bottom:50%;
  width:17px;height:128px;margin-left:-8px;background:transparent;cursor:ew-resize}
-.dynad-decide .dynad-line .noUi-handle::before{content:'';display:block;position:absolute;left:50%;top:auto;bottom:50%;
+.dynad-decide .dynad-cut-line .noUi-handle::before{content:'';display:block;position:absolute;left:50%;top:auto;bottom:50%;
  width:2px;height:128px;margin-left:-1px;background:currentColor;pointer-events:none}
 .dynad-decide .widget-html{margin:0}.dynad-decide svg text{fill:currentColor}
 .dynad-counts{font-size:15px}.dynad-counts b{font-size:18px}
@@ -45,7 +45,7 @@ class DecisionBench:
         self.picture.layout = W.Layout(height='122px', min_height='122px', flex='0 0 auto', width='100%')
         self.line = W.FloatSlider(min=0, max=1, step=STEP, readout=False, layout=W.Layout(width='100%'),
                                   tooltip='threshold for images: drag, or arrow keys')
-        self.line.add_class('dynad-line')
+        self.line.add_class('dynad-cut-line')
         self.value = labelled(W.FloatText, 'threshold', 70, layout=dict(width='170px'), step=.01)
         self.cost = labelled(W.SelectionSlider, 'a missed defect costs', 165, value=10, continuous_update=True,
                              options=[(f'{c:g} false alarms' if c != 1 else '1 false alarm', c) for c in COSTS],
