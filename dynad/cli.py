@@ -6,16 +6,16 @@
 from __future__ import annotations
 
 # each registers its commands
-from . import (cli_fit, cli_predict, cli_reproduce, cli_compare, cli_tools, cli_passport, cli_watch, cli_export,
-                   cli_open)
+from . import (cli_fit, cli_predict, cli_decide, cli_reproduce, cli_compare, cli_tools, cli_passport, cli_watch,
+                   cli_export, cli_open)
 from .commands import app
 
 # %% auto #0
 __all__ = ['ORDER']
 
 # %% ../nbs/20z_cli.ipynb #a2a43949
-ORDER = ('open_page', 'fit', 'evaluate', 'passport', 'predict', 'watch', 'export', 'serve', 'demo', 'reproduce',
-         'download', 'bench', 'speed', 'compare', 'doctor')
+ORDER = ('open_page', 'fit', 'evaluate', 'passport', 'predict', 'watch', 'threshold', 'mark', 'learn', 'export', 'serve',
+         'demo', 'reproduce', 'download', 'bench', 'speed', 'compare', 'doctor')
 
 app.registered_commands = sorted(
     app.registered_commands, key=lambda c: (*ORDER, n := c.name or c.callback.__name__).index(n))

@@ -10,18 +10,23 @@ from pathlib import Path
 from typing import Any, Callable, Sequence
 
 import ipywidgets as W
+import numpy as np
 from fastcore.basics import patch
 
+from .bench import Bench
 from .data import AnomalyDataset
+from .decision import DecisionBench
 from .demo import demo_run
 from .detector import DynAD
+from .learning import Learned, relearn
 from .explorer_model import ExplorerModel, setting_text
 from .explorer_parts import (
     PANELS, Controls, CopyCell, ExplorerPanels, Gallery,
     brightest_html, facts_html, image_html, metrics_html, severity_html)
 from .inspect_tab import InspectTab
 from .map_cache import MapCache, Setting
-from .session import Session
+from .marking import MarkBar, Target
+from .session import Session, fitted_dataset
 from .show import SmallImage
 from .surroundings import Surroundings
 from .symbols import legend_html
@@ -53,6 +58,7 @@ class Explorer(View):
         self._build()
         self.model.changed, self.model.report = self._changed, self.report
         self.worker, self.rest = self.thread(self.model.work, self._work_failed), self.thread(self.model.measure)
+        self.marks, self._tried = self.thread(self._mark_at_rest), 0.  # thumbnails follow the threshold when it rests
         self._restore(setting, image)
         self._wire()
         self.refresh()
@@ -85,6 +91,9 @@ def _build(self: Explorer) -> None:
     self.inspect = InspectTab(self.model)
     self.tabs = W.Tab([self.inspect.ui, row([left, right])], layout=W.Layout(flex='1 1 480px', min_width='300px'))
     for k, name in enumerate(('Inspect', 'Maps and sliders')): self.tabs.set_title(k, name)
+    self.bench, self.marking = DecisionBench(), MarkBar(self._target, self._learn, self._use)
+    self._as_opened, self._marked = self.session.model, None  # the image that the marks in view are about
+    self.add_tab('Decide', W.VBox([self.bench.ui, self.marking.ui]))
     self.assemble([W.HTML(title_html(self.session)), self.recalled, self.message,
                    row([self.gallery.ui, self.tabs], flex_flow='row nowrap'),
                    W.HTML(f'<div class="dynad-legend">{soft("Symbols: ")}{legend_html()}</div>')])
@@ -167,6 +176,7 @@ def observe(self: Explorer, callback: Callable[[Setting], None]) -> None:
 def refresh(self: Explorer) -> None:
     "Draw what the sliders say, and ask for what is missing."
     self.model.select(self.setting, self.i)
+    if self._marked != self.i: self._marked = self.i; self.marking.update()
     self.draw()
     if self.model.measured_version != self.model.version: set_stale(True, self.metrics)
     self.worker.poke(); self.rest.poke()
@@ -194,6 +204,7 @@ def _wire(self: Explorer) -> None:
     self.reset.on_click(safely(lambda _: self.load(self.model.base)))
     self.copy_button.on_click(safely(lambda _: self.copy.toggle()))
     self.copy_format.observe(safely(lambda _: self.copy.update()), 'value')
+    self.bench.moved, self.bench.keep = self._threshold_tried, self.model.keep_choice
 
 # %% ../nbs/18e_explorer.ipynb #67e85e33
 @patch
@@ -211,7 +222,64 @@ def _show_metrics(self: Explorer) -> None:
     self.metrics.value = metrics_html(self.model)
     set_stale(False, self.metrics)
     self.gallery.update()
+    self._show_bench()
     self._save()
+
+# %% ../nbs/18e_explorer.ipynb #16f79891
+@patch
+def _show_bench(self: Explorer) -> None:
+    "The scores measured last; a threshold that is tried at this setting stays."
+    m, cache, known = self.model, self.model.map_cache, self.session.known
+    if cache is None: return
+    s, y, decision = m.measured.scores, m.labels, m.decision_at(cache)
+    learned, old = m.learned_at(cache), self.bench.bench
+    normal, what = s[known & ~y], 'test images'
+    if not len(normal): normal, what = np.array(learned.normal_scores), 'test images and held-out normal images'
+    if self.session.without_test: what = 'held-out normal images'
+    b = Bench(decision, learned, normal, s[known & y], s[~known], what)
+    if m.trial is not None and m.trial[0] == m.trial_key and old is not None:
+        b.threshold, b.how, b.rate = m.trial[1], old.how, old.rate
+    self.bench.show(b)
+
+@patch
+def _target(self: Explorer) -> Target:
+    c = self.session.config.data
+    return Target(Path(self.session.samples[self.i].image), self.session.run, c.image_size, c.max_pixels)
+
+@patch
+def _learn(self: Explorer) -> tuple[DynAD, Learned]:
+    "The method with the images that are marked as normal, and what that changes on the images shown."
+    s = self.session
+    fitted = None if s.model.info is None else fitted_dataset(s.model.info, s.config)
+    with s.lock: return relearn(self._as_opened, s.dataset, fitted=fitted)
+
+@patch
+def _use(self: Explorer, method: DynAD | None) -> None:
+    "Show everything by another method, None: by the one that was opened."
+    m = self.model
+    with m.lock:
+        self.session.use(method or self._as_opened)
+        m.first.clear(); m.neighbours.clear()
+        m.trial = None
+    self.refresh()
+
+@patch
+def _threshold_tried(self: Explorer, threshold: float) -> None:
+    "The line above the panels and the counts now, the thumbnails when the line rests."
+    m = self.model
+    with m.lock:
+        m.try_threshold(threshold if self.bench.bench.tried else None)
+        if (at := m.at_hand) is not None: self.facts.value = facts_html(m, m.blend(*at), m.t_hat)
+        if m.measured_version == m.version: self.metrics.value = metrics_html(m)
+    self._tried = time.perf_counter()
+    self.marks.poke()
+
+@patch
+def _mark_at_rest(self: Explorer) -> bool:
+    "Marks of the thumbnails, once nothing has moved for a moment."
+    if (left := .25 - (time.perf_counter() - self._tried)) > 0: time.sleep(left); return True
+    with self.model.lock: self.gallery.update()
+    return False
 
 # %% ../nbs/18e_explorer.ipynb #f14db74d
 @patch

@@ -221,10 +221,7 @@ def facts_html(model: ExplorerModel, b: Blend, t_hat: int) -> str:
     score = float(b.anomaly.max())
     anomalous = bool(model.labels[model.image]) if model.session.known[model.image] else None
     compared, decision = decision_html(score, b.image_threshold, anomalous, '' if b.exact else '≈ ')
-    parts = [image_html(model), f'score {compared} learned on normal images: {decision}']
-    if b.own_threshold is not None:
-        parts.append('at your threshold: ' + ', '.join(decision_html(score, b.own_threshold, anomalous)))
-    return ' · '.join([*parts, severity_html(model, t_hat)])
+    return ' · '.join([image_html(model), f'score {compared} {b.rule}: {decision}', severity_html(model, t_hat)])
 
 # %% ../nbs/18d_explorer_parts.ipynb #f209a29b
 def brightest_html(b: Blend) -> str:

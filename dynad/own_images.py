@@ -9,15 +9,23 @@ from pathlib import Path
 from typing import Any, Callable
 
 import ipywidgets as W
+import numpy as np
 from fastcore.basics import patch
 
+from .bench import Bench
 from .config import make_config
 from .data import AnomalyDataset, open_folder
+from .decision import DecisionBench
+from .detector import DynAD
 from .guard import aside
 from .store import TrainingStopped
 from .collector import DataError, collect, count, list_images, summary_line
 from .explorer import Explorer
+from .images import read_image
 from .inspection import Inspector, losses_figure, result_sheet, save_uploads, scores_html
+from .learning import Learned, relearn
+from .marking import MarkBar, Target
+from .marks import marks_in_force, pixels_key
 from .paths import expanded, printable
 from .session import Session, fitted_dataset, with_unlabelled
 from .show import figure_png
@@ -141,6 +149,13 @@ def _build(self: OwnImages, normal: str, new: str, preset: str) -> None:
     self.status, self.answer, self.warnings, self.scores = W.HTML(), W.HTML(), W.HTML(), W.HTML()
     self.loss_curve = W.Image(format='png', layout=W.Layout(width='100%', max_width='900px', display='none'))
     self.sheet, self.explorer, self.below = ResultSheet(), None, W.VBox()
+    self.bench, self.marking = DecisionBench(), MarkBar(self._target, self._learn, self._use)
+    self.bench.moved = self._threshold_tried
+    self.bench.keep = lambda chosen: self.model.inspected_by.keep_choice(chosen)
+    self.which = labelled(W.Dropdown, 'image', 60, layout=dict(max_width='560px'))
+    self.which.observe(self.safely(lambda _: self.which.value and self.marking.update()), 'value')
+    self.decide = W.VBox([W.HTML('<h3 style="margin:12px 0 2px">5. Decide, and say what is wrong</h3>'), self.bench.ui,
+                          self.which, self.marking.ui], layout=W.Layout(display='none'))
     self.slots = {k: W.VBox() for k in ('normal', 'fit', 'inspect')}  # the message appears beside what was pressed
     self._at('fit')
     head = lambda n, text: W.HTML(f'<h3 style="margin:12px 0 2px">{n}. {text}</h3>')
@@ -151,7 +166,8 @@ def _build(self: OwnImages, normal: str, new: str, preset: str) -> None:
         self.progress, self.status, self.loss_curve,
         head(3, 'What to trust'), self.warnings,
         head(4, 'Inspect'), self.new.ui, row([self.inspect_button, self.export_button, self.explore_button]),
-        self.slots['inspect'], self.answer, self.scores, self.sheet.ui, self.below])
+        self.slots['inspect'], self.answer, self.scores, self.sheet.ui,
+        self.decide, self.below])
 
 @patch
 def _at(self: OwnImages, step: str) -> None:
@@ -367,6 +383,51 @@ def _inspect(self: OwnImages, files: list[Path]) -> None:
     self._save()
     test = ' (preset smoke: a test, this means nothing)' if m.inspected_by.config.preset == 'smoke' else ''
     self.answer.value = f'{int(m.prediction.anomalous.sum())} of {len(files)} classified as anomalous{test}'
+    self._show_decide()
+
+# %% ../nbs/18j_own_images.ipynb #77b2101e
+@patch
+def _show_decide(self: OwnImages) -> None:
+    m, d, c = self.model, self.model.inspected_by, self.model.inspected_by.config.data
+    s, marks = m.prediction.score.double().numpy(), marks_in_force(m.run)
+    key = lambda f: pixels_key(read_image(f, c.image_size, c.max_pixels))
+    said = np.array([marks[k].what if (k := key(f)) in marks else '' for f in m.files] if marks else ['']*len(m.files))
+    held, of = np.array(d.learned_decision.normal_scores), lambda what: s[said == what]
+    self.bench.show(Bench(d.decision, d.learned_decision, np.r_[held, of('normal')], of('anomalous'), of(''),
+                          'inspected and held-out normal images'))
+    order = m.prediction.score.argsort(descending=True).tolist()
+    self.which.options = [(f'{printable(m.files[i].name)}  ({s[i]:.2f})', i + 1) for i in order] # 0 would be no choice
+    if self.which.value is None: self.which.value = order[0] + 1
+    self.decide.layout.display = None
+    self.marking.update()
+
+@patch
+def _target(self: OwnImages) -> Target:
+    c = self.model.inspected_by.config.data
+    return Target(self.model.files[self.which.value - 1], self.model.run, c.image_size, c.max_pixels)
+
+@patch
+def _threshold_tried(self: OwnImages, threshold: float) -> None:
+    "What is kept decides about the images of the sheet; what is only tried is counted above."
+    if self.bench.bench.tried: return
+    m = self.model
+    m.prediction = m.inspected_by.decision.applied(m.prediction)
+    self.sheet.show(m)
+    self.scores.value = scores_html(m.files, m.prediction, m.inspected_by)
+
+# %% ../nbs/18j_own_images.ipynb #db2f5576
+@patch
+def _learn(self: OwnImages) -> tuple[DynAD, Learned]:
+    "The detector with the images that are marked as normal, and what that changes on the inspected ones."
+    self._as_inspected = self.model.inspected_by
+    fitted = fitted_dataset(self._as_inspected.info, self._as_inspected.config)
+    return relearn(self._as_inspected, with_unlabelled(fitted, self.model.files), fitted=fitted)
+
+@patch
+def _use(self: OwnImages, detector: DynAD | None) -> None:
+    "Inspect the same images by another detector, None: by that of before."
+    self.model.detector = detector or self._as_inspected
+    self._later('inspect', lambda: self._inspect(self.model.files))
 
 # %% ../nbs/18j_own_images.ipynb #f118j002
 @patch

@@ -149,6 +149,12 @@ class Session:
         self.lock = threading.RLock()  # one thread at a time calls the model
         for walk in (self.staged, model.held_out): walk.z0, walk.features, walk.severity  # made now, not under a slider
 
+    def use(self, model: DynAD) -> None:
+        "Show everything by another method on the same images, e.g. one that has learned from marked ones."
+        with self.lock:
+            self.model, self.staged = model, model.cached_walk(self.test_set)
+            self.map_caches.clear()
+
     @cached_property
     def images(self) -> Tensor:
         "[N,3,H,W] uint8, the test images."

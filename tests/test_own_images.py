@@ -1,5 +1,6 @@
 "A person's own images: dropped, fitted, stopped, resumed, inspected, written."
 import copy, csv, io, re, threading
+from pathlib import Path
 from datetime import datetime, timezone
 
 import numpy as np
@@ -191,3 +192,26 @@ def test_a_run_without_test_images_opens(own):
     assert x.session.without_test and 'no test images' in x.session.note and len(x.session) == 5 and x.message.value == ''
     assert 'A_map' in x.captions['A_map'].value and x.model.measured.metrics['i_auroc'] is None
     x.close()
+
+def test_deciding_and_marking_what_was_inspected(own, boards, tmp_path):
+    "The threshold that is kept decides about the sheet; a marked image is learned from and inspected again."
+    own.new.folder.value = str(Path(boards.root)/'test'/'good')
+    own.inspect().wait()
+    b, m = own.bench, own.model
+    assert own.message.value == '' and b.ui.layout.display is None and len(b.bench.unknown) == len(m.files)
+    low = float(m.prediction.score.min()) - .01
+    b.value.value = low
+    assert not m.prediction.anomalous.all() or low > m.inspected_by.decision.image_threshold # only tried
+    b.save.click()
+    assert b.message.value == '' and m.prediction.anomalous.all() and m.inspected_by.decision.chosen.at == pytest.approx(low, rel=1e-3)
+    b.reset.click()
+    own.marking.normal.click()
+    assert own.marking.message.value == '' and '<b>normal</b>' in own.marking.said.value
+    own.marking.try_it.click()
+    assert own.marking.message.value == '' and 'without training' in own.marking.changes.value and 'called anomalous' in own.marking.changes.value
+    own.wait()
+    assert m.inspected_by.joined == (0,) and own.message.value == ''
+    own.marking.undo.click()
+    own.wait()
+    assert m.inspected_by.joined == ()
+    own.marking.withdraw.click()
