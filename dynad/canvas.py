@@ -15,7 +15,7 @@ from .charts import template_text
 from .show import LUT, outline, png_bytes
 
 # %% auto #0
-__all__ = ['Viewer', 'heat_png', 'regions_of', 'Strip']
+__all__ = ['Viewer', 'heat_png', 'coarse_regions', 'Strip']
 
 # %% ../nbs/02e_canvas.ipynb #92f3a1d9
 class Viewer(anywidget.AnyWidget):
@@ -55,13 +55,13 @@ def heat_png(
     return png_bytes(out)
 
 # %% ../nbs/02e_canvas.ipynb #a3ca7a90
-def regions_of(
+def coarse_regions(
     A: np.ndarray,           # [rows,cols] anomaly map
     mask: np.ndarray,        # bool [rows,cols], above the threshold
     size: tuple[int, int],   # width, height of the image in its own pixels
     most: int = 50           # regions
 ) -> list[dict[str, Any]]:
-    "Box [x,y,w,h], peak and area of each connected region, in the image's own pixels."
+    "Box [x,y,w,h], peak and area of connected regions in the image's own pixels, told from the map's: fast for sliders."
     from scipy import ndimage
     labels, n = ndimage.label(mask, np.ones((3, 3)))
     sx, sy, out = size[0]/A.shape[1], size[1]/A.shape[0], []

@@ -12,7 +12,7 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 
-from .canvas import Viewer, heat_png, regions_of
+from .canvas import Viewer, heat_png, coarse_regions
 from .explorer_model import Blend, ExplorerModel
 from .images import DataError, decode
 from .map_cache import MapCache
@@ -82,7 +82,7 @@ def draw(self: InspectTab, b: Blend) -> None:
     "Overlay, regions, numbers and verdict."
     name, mask = self.model.session.samples[self.model.image].name, above(b.anomaly, b.threshold)
     A = b.anomaly.astype('<f4')
-    regions = regions_of(A, mask, tuple(self.viewer.size))
+    regions = coarse_regions(A, mask, tuple(self.viewer.size))
     found = f'{len(regions)} marked regions' if len(regions) != 1 else 'one marked region'
     remark = f'brightest {float(A.max()):.2f}, marked above {b.threshold:.2f}'
     self.viewer.put(overlay=heat_png(shade(b.anomaly, b.anomaly_top), mask), values=A.tobytes(), shape=list(A.shape),
