@@ -30,6 +30,7 @@ setup(
         "heif": cfg["extra_heif"].split(),
         "faiss-cpu": cfg["extra_faiss_cpu"].split(),
         "faiss-gpu": cfg["extra_faiss_gpu"].split(),
+        "open": cfg["extra_open"].split(),
         "baselines": cfg["extra_baselines"].split(),
         "export": cfg["extra_export"].split(),
         "serve": cfg["extra_serve"].split(),

@@ -212,9 +212,16 @@ def _copy_figures(source: Path, own: Path, names: list[str]) -> list[str]:
 
 # %% ../nbs/19e_book.ipynb #d6a7cbac
 def _comparison(result: dict[str, Any]) -> Markup | str:
-    if not result.get('comparison'): return ''
-    df = comparison_table(result['comparison'], result['parameters'].get('preset', ''))
-    return Markup(df.reset_index().drop(columns='hardware, minutes').to_html(index=False, border=0))
+    "The lines with a number of ours; how many have none is said below, rows of dashes tell nothing."
+    lines = result.get('comparison') or []
+    if not lines: return ''
+    ours = [l for l in lines if l['ours'] is not None]
+    df = comparison_table(ours or lines, result['parameters'].get('preset', '')).reset_index()
+    empty = [c for c in df if (df[c] == '—').all()]
+    text = df.drop(columns={'hardware, minutes', *empty} - {'ours'}).to_html(index=False, border=0)
+    left = len(lines) - len(ours) if ours else 0
+    said = f'<p class="meta">{left} more lines of the paper have no number of ours; they are in the JSON.</p>'
+    return Markup(text + said*(left > 0))
 
 def _fine_print(result: dict[str, Any]) -> str:
     keys = ('parameters', 'data', 'versions', 'commit', 'hardware', 'finished')

@@ -15,11 +15,12 @@ from .data import AnomalyDataset, images_key, load_images, split_normal
 from .detector import DynAD
 from .images import DataError, image_size, to_float
 from .latents import psnr
+from .output import unlike
 from .view import soft
 from .walk import decode, encode
 
 # %% auto #0
-__all__ = ['FEW', 'SOME', 'DIM', 'LOST', 'autoencoded', 'held_out_images', 'unlike', 'Caution', 'check_count', 'check_texture',
+__all__ = ['FEW', 'SOME', 'DIM', 'LOST', 'autoencoded', 'held_out_images', 'Caution', 'check_count', 'check_texture',
            'check_spread', 'check_size', 'find_cautions', 'cautions_html']
 
 # %% ../nbs/18h_cautions.ipynb #e545c34d
@@ -44,15 +45,6 @@ def held_out_images(
     if images_key(held, dataset.fingerprint, size) != detector.held_out_set.key:
         raise DataError(f"{dataset.root}: the normal images have changed since the fit; fit again to learn from them")
     return load_images(held, size, max_pixels=c.data.max_pixels)
-
-# %% ../nbs/18h_cautions.ipynb #a382f92d
-def unlike(
-    distance: Tensor,  # [N] mean distance to the K nearest normal images
-    detector: DynAD
-) -> Tensor:           # [N] bool
-    "Images twice as far out as the farthest training image, seen from the median."
-    d = detector.parts.dic.train_distance
-    return distance > d.max() + (d.max() - d.median())
 
 # %% ../nbs/18h_cautions.ipynb #ad98da35
 @dataclass(frozen=True)

@@ -142,6 +142,7 @@ def evaluate(
         from dynad import evaluate as ev
         from dynad.checks import check_data
         from dynad.method import method_named
+        from dynad.verdict import verdict_lines
         for n in filter(None, baselines.split(',')): method_named(n)
         method, dataset = opened(run, data, layout, category, set, strict)
         if strict: check_data(dataset, method.config.data)
@@ -150,6 +151,7 @@ def evaluate(
                         baselines=baselines_of(method, baselines, dataset))
         ev.write_result(e.result, json_file)
         echo(ev.metrics_table(e.result).iloc[:, :3].to_string())
+        for line in verdict_lines(e.result['verdict']): echo(line)
         if note := e.result['protocol']['note']: echo(note)
         if save_maps: ev.save_maps(e, save_maps)
         if table: ev.save_table(e, table)

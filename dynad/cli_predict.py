@@ -43,7 +43,7 @@ def predict(
         check_folder(out, '--out ')
         if roi: checked_file(roi, '--roi ')
         from dynad.collector import check_strict, collect_places, count, summary_line
-        from dynad.output import check_output, open_for_prediction, write_predictions
+        from dynad.output import check_output, open_for_prediction, row_lines, write_predictions
         found = collect_places(images)
         files = list(found.files)
         if strict: check_strict(found.findings, ', '.join(map(str, images)))
@@ -52,6 +52,7 @@ def predict(
         method = open_for_prediction(run, parse_overrides(set or []) | ({'data.roi': str(roi)} if roi else {}))
         echo(summary_line(count(len(files), 'image'), found.findings))
         rows = write_predictions(method, files, out, mm_per_pixel, min_area)
+        for line in row_lines(rows): echo(line)
         echo(f"{sum(r['anomalous'] for r in rows)} of {len(rows)} images above the threshold: {out/'scores.csv'}")
         echo(f"{count(sum(r['regions'] or 0 for r in rows), 'region')} above the threshold for pixels: "
              f"{out/'regions.csv'}")

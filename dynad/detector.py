@@ -18,7 +18,7 @@ from .choosing import chosen, fit_spatial
 from .config import (UNKEYED_DATA_SETTINGS, Config, ConfigError, content_key, dump_config, load_config,
                           with_overrides)
 from .denoiser import make_unet, save_denoiser
-from .dic import t_grid
+from .dic import pooled, t_grid
 from .fusion import Calibration, feature_map, map_range, mean_map, score, upsample
 from .launch import processes
 from .lean import lean_walk, picked
@@ -28,6 +28,7 @@ from .stages import (fit_autoencoder, fit_bank, fit_denoiser, fit_phi, load_auto
                           load_spatial, load_unet, phi_of)
 from .store import REPAIR_HINT, StoreError, atomic_write, load_json, save_tensors, state_hash
 from .tiles import Kept
+from .threshold import forget_choice, save_choice
 from .walk import Parts, WalkOutputs, averaged_t_hat, neighbour_groups, walk
 
 # %% auto #0
@@ -250,6 +251,19 @@ def reconstructions(self: DynAD, images: ImageSet, rows: list[int]) -> Tensor: #
     return self.cached_walk(images).reconstructions(rows=rows)
 
 @patch
+def reconstruction_errors(self: DynAD) -> dict[int, float]: # T̂ -> share, of those whose reconstructions are stored
+    """How far normal images are from their reconstructions, as a share of how far they are from the nearest other one.
+
+    Medians over held-out normal images, both L1 in the latents; from 1 on x̂_0 is as far away as another part."""
+    held, rows = self.held_out, list(range(len(self.held_out)))
+    if len(rows) < 2: return {}
+    z, apart = held.z0.flatten(1), torch.cdist(held.z0.flatten(1), held.z0.flatten(1), p=1).fill_diagonal_(torch.inf)
+    stored = [T for T in possible_t_hat(self).tolist()
+              if not held.cached_latents.missing(rows, torch.full((len(rows),), T))]
+    moved = lambda T: (held.z_hat(torch.full((len(rows),), T)).flatten(1) - z).abs().sum(1)
+    return {T: float(moved(T).median()/apart.amin(1).median()) for T in stored}
+
+@patch
 def bins(self: DynAD) -> tuple[Tensor, Tensor]:
     "The training images' distances among themselves [N], and the edges of the bins."
     return self.parts.dic.train_distance, self.parts.dic.edges
@@ -269,13 +283,27 @@ def with_parts(self: DynAD,
     other = copy.copy(self)
     other.parts = replace(self.parts, **changes)
     other.config = other.parts.config
-    if other.parts.dic is not None and other.config.dic != self.config.dic: fit_bank(other)
-    elif neighbour_groups(other.config) != neighbour_groups(self.config):
-        other.parts = fit_spatial(other.parts, other.training_set)
+    regrouped = neighbour_groups(other.config) != neighbour_groups(self.config)
+    if other.parts.dic is not None and (other.config.dic != self.config.dic or regrouped and self.joined):
+        fit_bank(other)
+        if self.joined: other.absorb(list(self.joined))
+    elif regrouped: other.parts = fit_spatial(other.parts, other.training_set)
+    if self.base is not None and 'config' in changes: other.base = self.base.with_parts(config=changes['config'])
     other._decision = None # learned when it is asked for
     return other
 
 # %% ../nbs/16_detector.ipynb #b83ff4e8
+@patch
+def absorb(self: DynAD, rows: list[int]) -> None:
+    "The marked images join the neighbours of DIC, whose bins stay as they are, and the banks of the neighbour map."
+    p, features = self.parts, {j: f[rows] for j, f in CachedWalk(self.parts, self.normals).features.items()}
+    d, mark = p.config.dic, content_key([self.normals.key, rows])
+    dic = replace(p.dic, bank=torch.cat([p.dic.bank, pooled(features[d.layer], d.pool)]))
+    hashes = p.hashes | {k: content_key([p.hashes[k], mark]) for k in ('bank', 'spatial') if k in p.hashes}
+    self.parts = replace(p, dic=dic, spatial=tuple(b.joined(features) for b in p.spatial), hashes=hashes)
+
+DynAD.absorbs = ('the neighbours of DIC', 'the banks of the neighbour map')
+
 @patch
 def with_settings(self: DynAD,
     overrides: dict[str, Any] # dotted inference settings, e.g. {'reconstruction.omega': .3}
@@ -388,11 +416,13 @@ def save_pretrained(self: DynAD, folder: str | Path) -> Path:
                                                     for n, t in b.state().items()})
     scale = self.fixed_calibration
     if scale is None: scale = self.calibrated(torch.cat([self.held_out.t_hat, possible_t_hat(self)]))
-    decision = asdict(self.decision)
+    decision = asdict(self.learned_decision)
     decision['threshold'] = decision.pop('pixel_threshold') # the name of before
     if self.tiling: decision['kept'] = asdict(self.kept)
     atomic_write(folder/'calibration.json', json.dumps(asdict(scale) | decision, indent=1))
     keep_roi(self.roi, folder)
+    if (chosen := self.decision.chosen) is None: forget_choice(folder)
+    else: save_choice(folder, chosen)
     atomic_write(folder/'config.json', dump_config(self.config))
     return folder
 
@@ -421,6 +451,7 @@ def from_pretrained(cls: DynAD, folder: str | Path) -> DynAD:
     if self.tiling:
         k = load_json(folder/'calibration.json', 'kept.shape', 'kept.area')['kept']
         self.kept = Kept(tuple(k['shape']), k['area'])
+    self.find_choice(folder)
     return self
 
 # %% ../nbs/16_detector.ipynb #a22f290d

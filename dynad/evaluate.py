@@ -5,7 +5,7 @@
 # %% ../nbs/17_evaluate.ipynb #f0febfae
 from __future__ import annotations
 import hashlib, json, platform, time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,21 +21,23 @@ from . import __version__
 from .cache import ImageSet
 from .checks import data_warnings
 from .collector import Finding
-from .conformal import in_words
 from .data import AnomalyDataset, DataError, Sample, load_masks, with_mask_rule
 from .exports import export_to
 from .machine import peak_memory_mb
+from .marks import without_marked
 from .method import Method, Prediction, above, method_named
-from .metrics import Metric, StreamingPixelMetrics, image_metrics, pixel_metrics
+from .metrics import Metric, StreamingPixelMetrics, image_metrics, paired_bootstrap, pixel_metrics
 from .paths import expanded, printable
 from .store import atomic_write, replacing
+from .threshold import outcome, reachable
+from .verdict import verdict
 
 # %% auto #0
-__all__ = ['KEYS', 'NAMES', 'EXACT', 'ORIGIN', 'PRESET_NOTES', 'MASK_RULES', 'MEASURED', 'as_json', 'all_metrics',
-           'MetricAccumulator', 'Scored', 'HeldMaps', 'StreamedMaps', 'as_array', 'decided', 'Evaluation', 'evaluate',
-           'within', 'counting', 'timing', 'versions', 'described', 'threshold_rule', 'protocol', 'image_words',
-           'roi_words', 'pixel_reason', 'explain_pixels', 'fitted_baseline', 'write_result', 'save_maps', 'save_table',
-           'masks_note', 'metrics_table', 'undefined', 'method_title']
+__all__ = ['KEYS', 'NAMES', 'EXACT', 'PAIRED', 'ORIGIN', 'PRESET_NOTES', 'MASK_RULES', 'MEASURED', 'as_json', 'all_metrics',
+           'MetricAccumulator', 'Scored', 'HeldMaps', 'StreamedMaps', 'as_array', 'decided', 'differences',
+           'Evaluation', 'evaluate', 'within', 'counting', 'timing', 'versions', 'described', 'threshold_rule',
+           'protocol', 'image_words', 'roi_words', 'pixel_reason', 'explain_pixels', 'fitted_baseline', 'write_result',
+           'save_maps', 'save_table', 'masks_note', 'metrics_table', 'undefined', 'method_title']
 
 # %% ../nbs/17_evaluate.ipynb #eb662a68
 KEYS = ('i_auroc', 'p_auroc', 'pro', 'i_ap', 'p_ap', 'i_f1_max', 'p_f1_max') # the metrics of every result
@@ -85,6 +87,7 @@ class Scored:
     scores: Tensor                   # [N]
     per_image: dict[str, Tensor]     # further numbers of the method, name -> [N]
     overlap: tuple[int, int]         # pixels predicted and anomalous; pixels predicted plus pixels anomalous
+    pixels: StreamingPixelMetrics | None = None # for paired differences; None: no map, or no interval is wanted
 
 # %% ../nbs/17_evaluate.ipynb #bcb9294d
 @patch
@@ -102,7 +105,7 @@ def __call__(self: MetricAccumulator,
         pixels.add(rows, p.map)
         if threshold is not None: self.count_overlap(overlap, rows, above(p.map, threshold))
     images = image_metrics(scores, self.labels, n_boot=self.n_boot, seed=self.seed)
-    return Scored(as_json(images | pixels.metrics()), scores, per_image, tuple(overlap))
+    return Scored(as_json(images | pixels.metrics()), scores, per_image, tuple(overlap), pixels.streamed())
 
 # %% ../nbs/17_evaluate.ipynb #c78dd1e3
 @patch
@@ -128,7 +131,13 @@ class HeldMaps:
         if self.maps is None: return {}
         return pixel_metrics(self.maps, t.masks, t.has_mask, n_boot=t.n_boot, seed=t.seed, inside=as_array(t.inside))
 
-# %% ../nbs/17_evaluate.ipynb #5a33e6cc
+    def streamed(self) -> StreamingPixelMetrics | None:
+        "The same maps as histograms, which pairs of methods are compared by."
+        t = self.truth
+        if self.maps is None or not t.n_boot: return None
+        return StreamingPixelMetrics(inside=as_array(t.inside)).update(self.maps, t.masks, t.has_mask)
+
+# %% ../nbs/17_evaluate.ipynb #7a256630
 class StreamedMaps:
     "Pixel metrics of maps that are let go, by histograms: fewer bins per image for more images, the same memory."
     def __init__(self, truth: MetricAccumulator):
@@ -143,21 +152,45 @@ class StreamedMaps:
     def metrics(self) -> dict[str, Metric]:
         return self.stream.bootstrap(self.truth.n_boot, self.truth.seed) if self.any else {}
 
-# %% ../nbs/17_evaluate.ipynb #597b9609
+    def streamed(self) -> StreamingPixelMetrics | None:
+        return self.stream if self.any and self.truth.n_boot else None
+
+# %% ../nbs/17_evaluate.ipynb #6bf02678
 def as_array(mask: Tensor | None) -> np.ndarray | None:
     "A mask as the metrics take it."
     return None if mask is None else mask.numpy()
 
 # %% ../nbs/17_evaluate.ipynb #c972f1ed
 def decided(scored: Scored, labels: Tensor, method: Method) -> dict[str, Any]:
-    "Counts and F1 at the method's own thresholds."
-    hit, y, both = above(scored.scores, method.decision.image_threshold), labels.bool(), scored.overlap
-    tp, fp, fn = int((hit & y).sum()), int((hit & ~y).sum()), int((~hit & y).sum())
-    return {'image_threshold': method.decision.image_threshold, 'threshold': method.decision.pixel_threshold,
+    "Counts and F1 at the thresholds in force; `oracle`: the most that is found with no more false alarms."
+    d, y, both = method.decision, labels.bool(), scored.overlap
+    kinds = scored.scores[~y].tolist(), scored.scores[y].tolist()
+    now = outcome(d.image_threshold, *kinds)
+    most = reachable(*kinds, now.false_alarms)
+    tp, fp, fn = now.found, now.false_alarms, now.missed
+    return {'image_threshold': d.image_threshold, 'threshold': d.pixel_threshold,
             'true_positives': tp, 'false_positives': fp, 'false_negatives': fn,
-            'i_f1': 2*tp/max(1, 2*tp + fp + fn), 'p_f1': 2*both[0]/max(1, both[1])}
+            'i_f1': 2*tp/max(1, 2*tp + fp + fn), 'p_f1': 2*both[0]/max(1, both[1]),
+            'learned_threshold': method.learned_decision.image_threshold, 'rule': threshold_rule(method),
+            'learned_rate': method.learned_decision.false_alarms, 'normal_scores': list(d.normal_scores),
+            'chosen': asdict(d.chosen) if d.chosen else None,
+            'oracle': {'threshold': most.threshold, 'true_positives': most.found, 'false_positives': most.false_alarms}}
 
 # %% ../nbs/17_evaluate.ipynb #9e147b20
+PAIRED = KEYS[:3] # the metrics whose differences a verdict rests on
+
+def differences(
+    one: Scored, other: Scored,
+    truth: MetricAccumulator
+) -> dict[str, dict]: # of PAIRED -> one − other: value, low, high
+    "What one set of predictions has over another one, under common resamples of the images."
+    if not truth.n_boot: return {}
+    found = paired_bootstrap(one.scores, other.scores, truth.labels, truth.n_boot, truth.seed)
+    if one.pixels is not None and other.pixels is not None:
+        found |= paired_bootstrap(one.pixels, other.pixels, n_boot=truth.n_boot, seed=truth.seed)
+    return {k: found[k].to_json() for k in PAIRED if k in found and found[k].value is not None}
+
+# %% ../nbs/17_evaluate.ipynb #38c2de72
 @dataclass
 class Evaluation:
     "A result and what it was made of; maps are computed, or read, when they are asked for."
@@ -203,8 +236,12 @@ def evaluate(
     progress: bool = True
 ) -> Evaluation:
     "The data set's test images by a fitted method. Raises DataError when there is none."
-    if not dataset.test: raise DataError(f"{dataset.name}: no test image; put some under test/good and test/<defect>")
-    c = method.config
+    c, marked = method.config, []
+    if method.root is not None:
+        dataset, marked = without_marked(dataset, method.root, c.data.image_size, c.data.max_pixels)
+    if not dataset.test:
+        raise DataError(f"{dataset.name}: no test image{', all are marked in the run' if marked else ''}; "
+                        "put some under test/good and test/<defect>")
     samples, found = with_mask_rule(dataset.test, c.data.mask_rule), data_warnings(dataset, c.data)
     masks, has_mask = load_masks(samples, method.map_shape, c.data.max_pixels)
     masks, has_mask, outside = within(method.inside, masks, has_mask)
@@ -216,15 +253,21 @@ def evaluate(
     scored = truth(method.predictions(images), method.decision.pixel_threshold)
     result = (scored.metrics | timing(stages, time.perf_counter() - start, len(samples))
               | {'decision': decided(scored, truth.labels, method)})
+    rows = {}
     if null_models and not method.tiling:
-        result['null_models'] = {k: truth(counting(method, p)).metrics for k, p in method.null_models(images).items()}
+        rows['null_models'] = {k: truth(counting(method, p)) for k, p in method.null_models(images).items()}
     if baselines:
-        result['baseline'] = {b.name: truth(b.predictions(b.test_images(samples, dataset, progress))).metrics
-                              for b in baselines}
-    result |= {'peak_memory_mb': peak_memory_mb(), 'method': method.name, 'settings': c.model_dump(mode='json'),
+        rows['baseline'] = {b.name: truth(b.predictions(b.test_images(samples, dataset, progress))) for b in baselines}
+    for part, others in rows.items(): result[part] = {k: s.metrics for k, s in others.items()}
+    result['differences'] = {part: {k: differences(scored, s, truth) for k, s in others.items()}
+                             for part, others in rows.items()}
+    result |= {'normal_reconstruction': {str(T): e for T, e in method.reconstruction_errors().items()},
+               'peak_memory_mb': peak_memory_mb(), 'method': method.name, 'settings': c.model_dump(mode='json'),
                'protocol': protocol(method, truth, dataset.remark, found, outside), 'versions': versions(),
                'data': described(dataset)}
+    result['protocol'] |= {'marked': len(marked), 'left_out': marked}
     explain_pixels(result, samples, truth)
+    result['verdict'] = verdict(result)
     return Evaluation(result, samples, scored.scores, scored.per_image, masks, has_mask, method, images)
 
 # %% ../nbs/17_evaluate.ipynb #b71220a4
@@ -239,7 +282,7 @@ def within(
     gone = masks.flatten(1).any(1) & ~cut.flatten(1).any(1)
     return cut, has_mask & ~gone, int(gone.sum())
 
-# %% ../nbs/17_evaluate.ipynb #4f891b65
+# %% ../nbs/17_evaluate.ipynb #2a18df6f
 def counting(method: Method, predictions: Iterable) -> Iterator[tuple[list[int], Prediction]]:
     "Predictions of a null model within the method's region of interest; one without a map stays as it is."
     for rows, p in predictions: yield rows, p if p.map is None else method.within_roi(p)
@@ -251,7 +294,7 @@ def timing(stages: dict[str, float], metrics: float, n: int) -> dict[str, Any]:
     return {'images': n, 'images_per_second': n/inference if inference else None,
             'seconds_by_stage': stages | {'metrics': metrics}}
 
-# %% ../nbs/17_evaluate.ipynb #b6d54c98
+# %% ../nbs/17_evaluate.ipynb #e6db5c0f
 def versions() -> dict[str, str]:
     "Of this package, Python and the libraries that numbers depend on."
     out = {'dynad': __version__, 'python': platform.python_version()}
@@ -260,7 +303,7 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError: pass
     return out
 
-# %% ../nbs/17_evaluate.ipynb #cd3edb0f
+# %% ../nbs/17_evaluate.ipynb #07d86fc0
 def described(dataset: AnomalyDataset) -> dict[str, Any]:
     "The data set in a result."
     return {'name': dataset.name, 'layout': dataset.layout, 'category': dataset.category,
@@ -284,10 +327,9 @@ PRESET_NOTES = {'small': 'small preset: not the scale of the paper',
 
 def threshold_rule(method: Method) -> str:
     "How the threshold for images was learned."
-    if (g := method.decision.guarantee) is not None: return in_words(g)
-    return f"quantile {method.config.fusion.threshold_quantile} of held-out normal training images"
+    return method.decision.in_words(method.config.fusion.threshold_quantile)
 
-# %% ../nbs/17_evaluate.ipynb #568a2714
+# %% ../nbs/17_evaluate.ipynb #a547c472
 MASK_RULES = {'half': 'above half of the range', 'nonzero': 'every value but 0',
               None: "above half of the range, or every value but 0 where the data set's layout paints so"}
 
@@ -318,7 +360,7 @@ def protocol(
             'interval': f"95 % percentile bootstrap over images, {truth.n_boot} resamples, seed {c.seed}",
             'seed': c.seed, **({} if method.roi is None else {'roi': roi_words(method, outside)})}
 
-# %% ../nbs/17_evaluate.ipynb #15f134f7
+# %% ../nbs/17_evaluate.ipynb #2a1e75db
 def image_words(method: Method) -> str:
     "What the method sees of an image."
     if (t := method.tiling) is None: return f"square resize to {method.config.data.image_size}, antialiased"
@@ -327,7 +369,7 @@ def image_words(method: Method) -> str:
             f"their maps blended and evaluated as one of {w}×{h}; no null models"
             + (f"; the map of the whole image, made smaller, with a weight of {t.context:g}" if t.context else ''))
 
-# %% ../nbs/17_evaluate.ipynb #5baca82e
+# %% ../nbs/17_evaluate.ipynb #ed33532e
 def roi_words(method: Method, outside: int) -> str:
     "What a region of interest leaves out."
     text = (f"{method.roi.share:.1%} of the image count (mask {method.roi.key}); pixels outside are left out of "
@@ -351,7 +393,7 @@ def pixel_reason(
         return f"{'the only mask is' if n == 1 else f'all {n} masks are'} empty at {masks.shape[-1]} pixels"
     return 'no normal pixel' if masks[has_mask].all() else None
 
-# %% ../nbs/17_evaluate.ipynb #5c82ea3d
+# %% ../nbs/17_evaluate.ipynb #2b896712
 def explain_pixels(result: dict[str, Any], samples: Sequence[Sample], truth: MetricAccumulator) -> None:
     "Give the pixel metrics without a value, of every row of a result, this reason."
     why = pixel_reason(samples, truth.masks, truth.has_mask)
@@ -394,7 +436,7 @@ def save_maps(
         atomic_write(work/'index.csv', pd.DataFrame(rows).to_csv(index=False))
     return expanded(folder)
 
-# %% ../nbs/17_evaluate.ipynb #5a6f9050
+# %% ../nbs/17_evaluate.ipynb #808df200
 def _saved(e: Evaluation, batch: list[int], p: Prediction, work: Path) -> Iterator[dict[str, Any]]:
     "Save the maps of a batch; their rows of the index."
     for i, a in zip(batch, p.map):
@@ -405,7 +447,7 @@ def _saved(e: Evaluation, batch: list[int], p: Prediction, work: Path) -> Iterat
                **{k: v[i].item() for k, v in e.per_image.items()},
                'mask': printable(s.mask) if s.mask else '', 'map': name}
 
-# %% ../nbs/17_evaluate.ipynb #60a96a92
+# %% ../nbs/17_evaluate.ipynb #9a08ec4f
 def save_table(
     e: Evaluation,
     path: str | Path
@@ -439,7 +481,7 @@ def metrics_table(
     table = pd.DataFrame({NAMES[k]: {n: show(r.get(k)) for n, r in rows.items()} for k in KEYS})
     return table.rename_axis(masks_note(result) or None)
 
-# %% ../nbs/17_evaluate.ipynb #38b46a5f
+# %% ../nbs/17_evaluate.ipynb #a79f943e
 def undefined(m: dict[str, Any] | None) -> str:
     "A dash with the reason in words where a metric of a result has no value; '' where it has one."
     if m is None: return '— (no map)'

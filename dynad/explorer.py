@@ -10,19 +10,26 @@ from pathlib import Path
 from typing import Any, Callable, Sequence
 
 import ipywidgets as W
+import numpy as np
 from fastcore.basics import patch
 
+from .bench import Bench
 from .data import AnomalyDataset
+from .decision import DecisionBench
 from .demo import demo_run
 from .detector import DynAD
+from .learning import Learned, relearn
 from .explorer_model import ExplorerModel, setting_text
 from .explorer_parts import (
     PANELS, Controls, CopyCell, ExplorerPanels, Gallery,
     brightest_html, facts_html, image_html, metrics_html, severity_html)
+from .inspect_tab import InspectTab
 from .map_cache import MapCache, Setting
-from .session import Session
+from .marking import MarkBar, Target
+from .session import Session, fitted_dataset
 from .show import SmallImage
 from .surroundings import Surroundings
+from .symbols import legend_html
 from .view import Quiet, StateFile, View, button, heading, note_html, row, set_stale, soft
 
 # %% auto #0
@@ -51,6 +58,7 @@ class Explorer(View):
         self._build()
         self.model.changed, self.model.report = self._changed, self.report
         self.worker, self.rest = self.thread(self.model.work, self._work_failed), self.thread(self.model.measure)
+        self.marks, self._tried = self.thread(self._mark_at_rest), 0.  # thumbnails follow the threshold when it rests
         self._restore(setting, image)
         self._wire()
         self.refresh()
@@ -76,10 +84,25 @@ def _build(self: Explorer) -> None:
              heading('Severity'), self.histogram,
              heading('Its nearest normal images'), self.neighbours_text, self.neighbours]
     left = W.VBox([*self.controls.sliders, *below],
-                  layout=W.Layout(flex='1 1 300px', min_width='260px', max_width='480px', padding='0 10px 0 0'))
+                  layout=W.Layout(flex='1 1 230px', min_width='226px', max_width='480px', padding='0 10px 0 0'))
     right = W.VBox([self.facts, self.panels.main, heading('What the map is made of'), self.made_of, self.panels.parts],
-                   layout=W.Layout(flex='3 1 480px', min_width='260px'))
-    self.assemble([W.HTML(title_html(self.session)), self.message, self.gallery.ui, row([left, right])])
+                   layout=W.Layout(flex='3 1 300px', min_width='240px'))
+    for side in (left, right): side.add_class('dynad-scroll')  # sliders stay beside what they change
+    self.inspect = InspectTab(self.model)
+    self.tabs = W.Tab([self.inspect.ui, row([left, right])], layout=W.Layout(flex='1 1 480px', min_width='300px'))
+    for k, name in enumerate(('Inspect', 'Maps and sliders')): self.tabs.set_title(k, name)
+    self.bench, self.marking = DecisionBench(), MarkBar(self._target, self._learn, self._use)
+    self._as_opened, self._marked = self.session.model, None  # the image that the marks in view are about
+    self.add_tab('Decide', W.VBox([self.bench.ui, self.marking.ui]))
+    self.assemble([W.HTML(title_html(self.session)), self.recalled, self.message,
+                   row([self.gallery.ui, self.tabs], flex_flow='row nowrap'),
+                   W.HTML(f'<div class="dynad-legend">{soft("Symbols: ")}{legend_html()}</div>')])
+
+@patch
+def add_tab(self: Explorer, name: str, widget: W.Widget) -> None:
+    "A further section beside the two."
+    self.tabs.children = (*self.tabs.children, widget)
+    self.tabs.set_title(len(self.tabs.children) - 1, name)
 
 # %% ../nbs/18e_explorer.ipynb #d82bedbc
 def title_html(session: Session) -> str:
@@ -129,6 +152,7 @@ def _restore(self: Explorer, setting: Setting | dict | str | None, image: str | 
     kept, problem = self.state_file.read(lambda raw: raw | {'setting': m.resolve(dict(raw['setting']))[0]})
     if problem: self.say(f'{problem}; the run’s own setting is shown')
     s, i = m.resolve(kept.get('setting', m.base) if setting is None else setting, image)
+    if 'setting' in kept and setting is None and s != m.base: self.recall(self.state_file)
     largest = int(self.session.masks.flatten(1).sum(1).argmax())  # the largest defect
     if i is None: i = names.index(kept['image']) if kept.get('image') in names else largest
     self._place(s, i)
@@ -152,6 +176,7 @@ def observe(self: Explorer, callback: Callable[[Setting], None]) -> None:
 def refresh(self: Explorer) -> None:
     "Draw what the sliders say, and ask for what is missing."
     self.model.select(self.setting, self.i)
+    if self._marked != self.i: self._marked = self.i; self.marking.update()
     self.draw()
     if self.model.measured_version != self.model.version: set_stale(True, self.metrics)
     self.worker.poke(); self.rest.poke()
@@ -163,6 +188,7 @@ def _moved(self: Explorer, change):
     if self.quiet.on: return
     start = time.perf_counter()
     self.say('')
+    self.recalled.value = ''
     self.refresh()
     self.latencies = [*self.latencies[-199:], time.perf_counter() - start]
 
@@ -173,13 +199,12 @@ def _wire(self: Explorer) -> None:
     for w in (*c.sliders, g.image):
         if w is not c.threshold: w.observe(safely(self._moved), 'value')
     c.threshold.observe(safely(lambda change: c.threshold_moved(change['new']) and self._moved(change)), 'value')
-    for w in (g.kind, g.order): w.observe(safely(g.first_page), 'value')
-    g.earlier.on_click(safely(lambda _: g.turn(-1)))
-    g.later.on_click(safely(lambda _: g.turn(1)))
-    for k, t in enumerate(g.thumbs): t.on_click(safely(lambda _, k=k: g.pick(k)))
+    for w in (g.kind, g.order): w.observe(safely(g.update), 'value')
+    g.strip.observe(safely(lambda change: self.quiet.on or g.pick(change['new'])), 'selected')
     self.reset.on_click(safely(lambda _: self.load(self.model.base)))
     self.copy_button.on_click(safely(lambda _: self.copy.toggle()))
     self.copy_format.observe(safely(lambda _: self.copy.update()), 'value')
+    self.bench.moved, self.bench.keep = self._threshold_tried, self.model.keep_choice
 
 # %% ../nbs/18e_explorer.ipynb #67e85e33
 @patch
@@ -197,7 +222,64 @@ def _show_metrics(self: Explorer) -> None:
     self.metrics.value = metrics_html(self.model)
     set_stale(False, self.metrics)
     self.gallery.update()
+    self._show_bench()
     self._save()
+
+# %% ../nbs/18e_explorer.ipynb #16f79891
+@patch
+def _show_bench(self: Explorer) -> None:
+    "The scores measured last; a threshold that is tried at this setting stays."
+    m, cache, known = self.model, self.model.map_cache, self.session.known
+    if cache is None: return
+    s, y, decision = m.measured.scores, m.labels, m.decision_at(cache)
+    learned, old = m.learned_at(cache), self.bench.bench
+    normal, what = s[known & ~y], 'test images'
+    if not len(normal): normal, what = np.array(learned.normal_scores), 'test images and held-out normal images'
+    if self.session.without_test: what = 'held-out normal images'
+    b = Bench(decision, learned, normal, s[known & y], s[~known], what)
+    if m.trial is not None and m.trial[0] == m.trial_key and old is not None:
+        b.threshold, b.how, b.rate = m.trial[1], old.how, old.rate
+    self.bench.show(b)
+
+@patch
+def _target(self: Explorer) -> Target:
+    c = self.session.config.data
+    return Target(Path(self.session.samples[self.i].image), self.session.run, c.image_size, c.max_pixels)
+
+@patch
+def _learn(self: Explorer) -> tuple[DynAD, Learned]:
+    "The method with the images that are marked as normal, and what that changes on the images shown."
+    s = self.session
+    fitted = None if s.model.info is None else fitted_dataset(s.model.info, s.config)
+    with s.lock: return relearn(self._as_opened, s.dataset, fitted=fitted)
+
+@patch
+def _use(self: Explorer, method: DynAD | None) -> None:
+    "Show everything by another method, None: by the one that was opened."
+    m = self.model
+    with m.lock:
+        self.session.use(method or self._as_opened)
+        m.first.clear(); m.neighbours.clear()
+        m.trial = None
+    self.refresh()
+
+@patch
+def _threshold_tried(self: Explorer, threshold: float) -> None:
+    "The line above the panels and the counts now, the thumbnails when the line rests."
+    m = self.model
+    with m.lock:
+        m.try_threshold(threshold if self.bench.bench.tried else None)
+        if (at := m.at_hand) is not None: self.facts.value = facts_html(m, m.blend(*at), m.t_hat)
+        if m.measured_version == m.version: self.metrics.value = metrics_html(m)
+    self._tried = time.perf_counter()
+    self.marks.poke()
+
+@patch
+def _mark_at_rest(self: Explorer) -> bool:
+    "Marks of the thumbnails, once nothing has moved for a moment."
+    if (left := .25 - (time.perf_counter() - self._tried)) > 0: time.sleep(left); return True
+    with self.model.lock: self.gallery.update()
+    return False
 
 # %% ../nbs/18e_explorer.ipynb #f14db74d
 @patch
@@ -212,11 +294,11 @@ def _work_failed(self: Explorer, e: Exception) -> None:
 def draw(self: Explorer) -> None:
     "Show the selected image at the selected setting, as far as it is known."
     with self.model.lock:
-        m, cache = self.model, self.model.map_cache
-        set_stale(cache is None, self.panels.main, self.panels.parts, self.facts, self.made_of)
-        self.panels.draw_known()
+        m, at_hand = self.model, self.model.at_hand
+        set_stale(at_hand is None, self.panels.main, self.panels.parts, self.facts, self.made_of)
+        self.panels.draw_known(); self.inspect.draw_known()
         self.surroundings.draw(m, m.t_hat, self.eta.max)
-        self._draw_maps(cache) if cache is not None else self._draw_pending()
+        self._draw_maps(*at_hand) if at_hand else self._draw_pending()
         self.gallery.mark()
         self.copy.update()
 
@@ -225,16 +307,30 @@ def draw(self: Explorer) -> None:
 def _draw_pending(self: Explorer) -> None:
     self.facts.value = f'{image_html(self.model)} · {severity_html(self.model, self.model.t_hat)}: being reconstructed'
     self.panels.draw_pending(self.model.t_hat)
+    self.inspect.draw_pending(f'being reconstructed at T̂ = {self.model.t_hat}')
 
 # %% ../nbs/18e_explorer.ipynb #33a9962c
 @patch
-def _draw_maps(self: Explorer, cache: MapCache) -> None:
-    b, t_hat = self.model.blend(cache), self.model.t_hat
+def _draw_maps(self: Explorer, cache: MapCache, row: int) -> None:
+    b, t_hat = self.model.blend(cache, row), self.model.t_hat
     if b.own_threshold is None: self.controls.follow(b.threshold)
-    self.panels.draw_maps(b, t_hat)
+    self.panels.draw_maps(b, t_hat); self.inspect.draw(b)
     self.panels.draw_reconstruction(t_hat)
-    self.panels.draw_features(cache.maps[1:], cache.top[1])
+    self.panels.draw_features(cache, row)
     self.facts.value, self.made_of.value = facts_html(self.model, b, t_hat), brightest_html(b)
+
+# %% ../nbs/18e_explorer.ipynb #f118e001
+@patch(as_prop=True)
+def ready(self: Explorer) -> bool:
+    "Whether the selected image is shown at the selected setting with its metrics; more may be made ahead."
+    m = self.model
+    return (m.map_cache is not None and m.reconstruction(m.t_hat) is not None and m.measured_version == m.version
+            and (m.image in m.neighbours or bool(m.no_neighbours)))
+
+@patch
+def picture(self: Explorer) -> SmallImage:
+    "For a page without widgets: the panels."
+    return self.snapshot()
 
 # %% ../nbs/18e_explorer.ipynb #3954fb88
 @patch

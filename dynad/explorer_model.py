@@ -16,11 +16,13 @@ from torch import Tensor
 
 from .config import Config, ConfigError
 from .images import DataError, read_image
+from .learning import normal_marks
 from .live import error_text
 from .map_cache import MapCache, Setting
-from .method import above
+from .method import Decision, above
 from .session import Session
 from .show import png_bytes
+from .threshold import Chosen, ThresholdError
 from .view import Jobs
 
 # %% auto #0
@@ -105,6 +107,7 @@ class Blend:
     own_threshold: float | None     # set by hand
     near: np.ndarray | None = None  # calibrated n_map, smoothed; None: it has no weight
     neighbour: float = 0.           # λ_n
+    rule: str = 'learned on normal images' # where the threshold for images comes from
 
     def __post_init__(self):
         self.anomaly = self.lam*self.latent + (1 - self.lam)*self.feature
@@ -176,9 +179,11 @@ class ExplorerModel:
         self.measured = Measured.unknown(self.labels)
         self.jobs, self.lock = Jobs(), threading.RLock()  # the lock: one thread at a time shows and changes results
         self.neighbours: dict[int, bytes] = {}            # image -> PNG of its nearest training images
+        self.first: OrderedDict[tuple, MapCache | None] = OrderedDict()  # (maps_key, image) -> the maps of it alone
         self.no_neighbours = ''                           # why they cannot be shown
+        self.trial: tuple[Any, float] | None = None       # setting and threshold for images that is being tried at it
         self._reconstructions: OrderedDict[tuple, np.ndarray] = OrderedDict()
-        self._pair: tuple[Any, Any] = None, None          # key and value of the maps used last
+        self._pair: tuple = None, None, None              # key and value of the maps used last, and their cache
         self.changed: Callable[[str], None] = lambda what: None
         self.report: Callable[..., None] = lambda text, done=0, total=1: None
 
@@ -195,18 +200,26 @@ def select(self: ExplorerModel, setting: Setting, image: int) -> None:
 @patch(as_prop=True)
 def wrong(self: ExplorerModel) -> np.ndarray:
     "[N] bool, the images that are wrongly classified."
-    return self.measured.anomalous != self.labels
+    return (self.measured.anomalous != self.labels) & self.session.known
 
 # %% ../nbs/18c_explorer_model.ipynb #afcf15f9
 @patch
 def ranked(self: ExplorerModel, kind: str = 'all', order: str = 'high') -> list[int]:
     "The images of one kind in the order of the gallery; see the function `rank`."
-    return rank(self.measured, self.labels, [s.defect for s in self.session.samples], kind, order)
+    labels = np.where(self.session.known, self.labels, self.measured.anomalous)  # who knows no label is never wrong
+    return rank(self.measured, labels, [s.defect for s in self.session.samples], kind, order)
 
 @patch(as_prop=True)
 def map_cache(self: ExplorerModel) -> MapCache | None:
     "The maps of the selected setting, None as long as they are not there."
     return self.session.map_caches.get(self.setting.maps_key)
+
+@patch(as_prop=True)
+def at_hand(self: ExplorerModel) -> tuple[MapCache, int] | None:
+    "The maps of the selected image and its row in them: with those of all images, or alone; None: not there yet."
+    if (cache := self.map_cache) is not None: return cache, self.image
+    first = self.first.get((self.setting.maps_key, self.image))
+    return first and (first, 0)
 
 # %% ../nbs/18c_explorer_model.ipynb #a66902ba
 @patch
@@ -237,16 +250,77 @@ def t_hat(self: ExplorerModel) -> int:
     cache = self.map_cache
     return int((self.session.t_hat(self.setting) if cache is None else cache.t_hat)[self.image])
 
+# %% ../nbs/18c_explorer_model.ipynb #3eed69a2
+@patch
+def at_own_setting(self: ExplorerModel) -> bool:
+    "Whether the sliders stand where the run's scores are those of `predict`."
+    own = replace(self.setting, threshold=None) == self.base
+    return own and self.session.config.fusion.calibration != 'test'
+
+@patch
+def learned_at(self: ExplorerModel, cache: MapCache) -> Decision:
+    "What the held-out normal images imply at the selected setting."
+    s = self.setting
+    model = self.session.model
+    if self.at_own_setting() and (model.choice is not None or model.joined): return model.learned_decision
+    pixel, image, _ = cache.estimate(s.lam, s.sigma)
+    return Decision(image, pixel, tuple(cache.normal_scores(s.lam, s.sigma).tolist()), cache.false_alarms)
+
+@patch
+def decision_at(self: ExplorerModel, cache: MapCache) -> Decision:
+    "The decision in force at the selected setting."
+    return self.learned_at(cache).under(self.session.model.choice)
+
+# %% ../nbs/18c_explorer_model.ipynb #2be59c9d
+@patch(as_prop=True)
+def trial_key(self: ExplorerModel) -> tuple:
+    "The setting that a threshold for images belongs to."
+    return self.setting.maps_key, self.setting.lam, self.setting.sigma
+
+@patch
+def image_threshold(self: ExplorerModel, cache: MapCache) -> float:
+    "Above it an image counts as anomalous."
+    if self.trial is not None and self.trial[0] == self.trial_key: return self.trial[1]
+    return self.decision_at(cache).image_threshold
+
+@patch
+def rule(self: ExplorerModel, cache: MapCache) -> str:
+    "Where that threshold comes from."
+    if self.trial is not None and self.trial[0] == self.trial_key: return 'being tried below'
+    return 'chosen in this run' if self.decision_at(cache).chosen else 'learned on normal images'
+
+@patch
+def try_threshold(self: ExplorerModel, value: float | None) -> None:
+    "Decide by this value as long as the setting stays, None: by the one in force again."
+    self.trial = None if value is None else (self.trial_key, value)
+    cache, m = self.map_cache, self.measured
+    if cache is None or self.measured_version != self.version: return
+    at = self.image_threshold(cache)
+    self.measured = replace(m, anomalous=above(m.scores, at), threshold=at)
+
+@patch
+def keep_choice(self: ExplorerModel, chosen: Chosen | None) -> Decision:
+    "Keep it in the run. Raises ThresholdError for a value where the sliders are elsewhere."
+    if chosen is not None and chosen.at is not None and not self.at_own_setting():
+        raise ThresholdError(f"threshold = {chosen.at:.4g} belongs to scores of these sliders, and predict uses the "
+                             "run's own setting; put the sliders back, or keep a rate of false alarms")
+    self.session.model.keep_choice(chosen)
+    self.trial = None
+    return self.decision_at(self.map_cache)
+
 # %% ../nbs/18c_explorer_model.ipynb #1886678d
 @patch
-def blend(self: ExplorerModel, cache: MapCache) -> Blend:
+def blend(self: ExplorerModel, cache: MapCache, row: int | None = None) -> Blend: # row: None: of all images
     "The maps of the selected image; those that λ does not change are kept."
-    s, key = self.setting, (self.image, self.setting.maps_key, self.setting.sigma)
+    row = self.image if row is None else row
+    s, key = self.setting, (id(cache), row, self.setting.sigma)
     if self._pair[0] != key:
-        maps = *cache.pair([self.image], s.sigma), cache.neighbour_map([self.image], s.sigma)
-        self._pair = key, [None if x is None else x[0].numpy() for x in maps]
+        maps = *cache.pair([row], s.sigma), cache.neighbour_map([row], s.sigma)
+        self._pair = key, [None if x is None else x[0].numpy() for x in maps], cache  # kept, so that its id is its own
     l, f, n = self._pair[1]
-    return Blend(l, f, s.lam, *cache.estimate(s.lam, s.sigma), cache.top, s.threshold, n, cache.neighbour)
+    pixel, _, exact = cache.estimate(s.lam, s.sigma)
+    return Blend(l, f, s.lam, pixel, self.image_threshold(cache), exact, cache.top, s.threshold, n, cache.neighbour,
+                 self.rule(cache))
 
 # %% ../nbs/18c_explorer_model.ipynb #4b68eace
 @patch
@@ -262,7 +336,7 @@ def reconstruction(self: ExplorerModel,
 def work(self: ExplorerModel) -> bool:
     "One step of what is missing; False when nothing is."
     s, i, self.jobs.current = self.setting, self.image, None
-    if self._missing(s): return self._advance(s, 'reconstructing')
+    if self._missing(s): return self._make_first(s, i) or self._advance(s, 'reconstructing')
     caches, cache = self.session.map_caches, self.session.map_caches.get(s.maps_key)
     if cache is not None and self._reconstruct(i, s, [int(cache.t_hat[i]), 0]): return True
     if self._find_neighbours(i): return True
@@ -296,6 +370,21 @@ def _advance(self: ExplorerModel, s: Setting, what: str) -> bool:
     elif s.maps_key == self.setting.maps_key: self.changed('maps')
     return True
 
+# %% ../nbs/18c_explorer_model.ipynb #f118c002
+@patch
+def _make_first(self: ExplorerModel, s: Setting, i: int) -> bool:
+    "The maps and the reconstruction of the selected image alone; whether there was anything to do."
+    key = s.maps_key, i
+    if key not in self.first:
+        if len(self.session) < 4: return False
+        self.report(f'reconstructing {self.session.samples[i].name} first')
+        self.first[key] = self.session.first_maps(s, i)
+        while len(self.first) > 200: self.first.popitem(last=False)
+        self.changed('first')
+        return True
+    first = self.first[key]
+    return first is not None and self._reconstruct(i, s, [int(first.t_hat[0]), 0])
+
 # %% ../nbs/18c_explorer_model.ipynb #37c12959
 @patch
 def _reconstruct(self: ExplorerModel, i: int, s: Setting, t_hats: list[int]) -> bool:
@@ -316,8 +405,10 @@ def _find_neighbours(self: ExplorerModel, i: int) -> bool:
     except DataError as e: self.no_neighbours = error_text(e)
     else:
         nearest = self.session.severity['neighbours'][i].tolist()
-        most = self.session.model.config.data.max_pixels
-        self.neighbours[i] = contact_sheet([read_image(samples[k].image, 56, most) for k in nearest])
+        most, root = self.session.model.config.data.max_pixels, self.session.run
+        files = [s.image for s in samples]  # behind them those that a person has marked as normal and it has learned
+        if self.session.model.joined: files += [root/m.kept for m in normal_marks(root)]
+        self.neighbours[i] = contact_sheet([read_image(files[k], 56, most) for k in nearest])
     self.changed('neighbours')
     return True
 
@@ -350,7 +441,7 @@ def measure(self: ExplorerModel) -> bool:
             if alive(): self.changed('thresholds')
     got = self.session.metrics(s, alive)
     with self.lock:
-        if got is not None and alive(): self._measured(version, *got, cache.estimate(s.lam, s.sigma)[1])
+        if got is not None and alive(): self._measured(version, *got, self.image_threshold(cache))
     return True
 
 # %% ../nbs/18c_explorer_model.ipynb #18da1eb3

@@ -4,7 +4,7 @@
 
 # %% ../nbs/18d_explorer_parts.ipynb #e1f22ebc
 from __future__ import annotations
-import base64, html, io
+import html, io
 from typing import Any, Callable
 
 import ipywidgets as W
@@ -12,35 +12,35 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 
+from .canvas import Strip
 from .charts import color_bar
 from .explorer_model import Blend, ExplorerModel
-from .map_cache import Setting
+from .map_cache import MapCache, Setting
 from .method import above
+from .symbols import symbol_html, tooltip
 from .show import BLUE, MARK, paint_heat, paint_mask, png_bytes, shade
 from .view import ImagePanels, Quiet, button, labelled, row, severity_buttons, soft
 
 # %% auto #0
-__all__ = ['PANELS', 'PARTS', 'UNIT', 'PER_PAGE', 'COPY', 'Controls', 'slider', 'ExplorerPanels', 'sum_text', 'map_captions',
-           'image_html', 'severity_html', 'decision_html', 'facts_html', 'brightest_html', 'metrics_html', 'Gallery',
-           'CopyCell']
+__all__ = ['PANELS', 'PARTS', 'UNIT', 'COPY', 'Controls', 'slider', 'ExplorerPanels', 'sum_text', 'map_captions', 'image_html',
+           'severity_html', 'decision_html', 'facts_html', 'brightest_html', 'metrics_html', 'Gallery', 'CopyCell']
 
 # %% ../nbs/18d_explorer_parts.ipynb #c704f792
 class Controls:
     "The sliders."
     def __init__(self, model: ExplorerModel, quiet: Quiet, css_id: str):
         self.quiet, self.learned_value = quiet, 0.
-        number = lambda text, top, step, form, tooltip, **k: slider(
-            W.FloatSlider, text, tooltip, min=0, max=top, step=step, readout_format=form, **k)
-        tooltip = 'largest number of diffusion steps; T̂ per image follows from it'
-        self.t_max = slider(W.SelectionSlider, 'T_max', tooltip, options=model.t_maxes)
+        number = lambda text, top, step, form, tip, **k: slider(
+            W.FloatSlider, text, tip, min=0, max=top, step=step, readout_format=form, **k)
+        self.t_max = slider(W.SelectionSlider, 'T_max', tooltip('T_max'), options=model.t_maxes)
         self.severity = severity_buttons()
-        self.lam = number('λ', 1, .01, '.2f', 'weight of l_map; 0 … 1')
-        self.sigma = number('σ', 12, .25, '.2f', 'Gaussian filter; pixels at 256²')
-        self.threshold = number('threshold', 8, .01, '.2f', 'on A_map; above it a pixel is marked')
+        self.lam = number('λ', 1, .01, '.2f', tooltip('λ'))
+        self.sigma = number('σ', 12, .25, '.2f', tooltip('σ'))
+        self.threshold = number('threshold', 8, .01, '.2f', tooltip('threshold'))
         self.learned = W.Checkbox(value=True, indent=False, description='learned on held-out normal images',
                                   layout=W.Layout(width='auto'))
-        self.omega = number('ω', 1, .05, '.2f', 'fraction of the noise; acts on release', continuous_update=False)
-        self.eta = number('η', 12, .5, '.1f', 'guidance temperature; acts on release', continuous_update=False)
+        self.omega = number('ω', 1, .05, '.2f', tooltip('ω') + '; acts on release', continuous_update=False)
+        self.eta = number('η', 12, .5, '.1f', tooltip('η') + '; acts on release', continuous_update=False)
         self.eta.add_class(f'{css_id}-eta')
         self.sliders = [self.t_max, self.severity, self.lam, self.sigma,
                         self.threshold, self.learned, self.omega, self.eta]
@@ -135,7 +135,8 @@ def draw_pending(self: ExplorerPanels, t_hat: int) -> None:
 def draw_maps(self: ExplorerPanels, b: Blend, t_hat: int) -> None:
     "The maps of the selected image, the mask and the overlay."
     s, i = self.model.setting, self.model.image
-    at, heat, mask = (i, s.maps_key, s.sigma), shade(b.anomaly, b.anomaly_top), above(b.anomaly, b.threshold)
+    at, heat = (i, s.maps_key, s.sigma, b.top), shade(b.anomaly, b.anomaly_top)
+    mask = above(b.anomaly, b.threshold)
     drawn = *at, s.lam, b.threshold
     self.put('l_map', at, lambda: png_bytes(shade(b.latent, b.top[0])))
     self.put('f_map', at, lambda: png_bytes(shade(b.feature, b.top[1])))
@@ -152,10 +153,11 @@ def sum_text(b: Blend) -> str:
 def map_captions(b: Blend, s: Setting, t_hat: int, mask: np.ndarray) -> dict[str, str]:
     "The captions of the maps, HTML: what is shown, and its colour bar."
     about = '≈ ' if s.threshold is None and not b.exact else ''
+    idle = ' ' + soft('n_map has all the weight: λ changes nothing') if b.weights[2] > .995 else ''
     return {
-        'l_map': f'<b>l_map</b> change of the latent, T̂ = {t_hat}{color_bar(b.top[0], UNIT)}',
-        'f_map': f'<b>f_map</b> change of the features φ, T̂ = {t_hat}{color_bar(b.top[1], UNIT)}',
-        'A_map': f'<b>A_map</b> = {sum_text(b)}, σ = {s.sigma:g}{color_bar(b.anomaly_top, UNIT)}',
+        'l_map': f'<b>{symbol_html("l_map")}</b> change of the latent, T̂ = {t_hat}{color_bar(b.top[0], UNIT)}',
+        'f_map': f'<b>{symbol_html("f_map")}</b> change of the features φ, T̂ = {t_hat}{color_bar(b.top[1], UNIT)}',
+        'A_map': f'<b>A_map</b> = {sum_text(b)}, σ = {s.sigma:g}{idle}{color_bar(b.anomaly_top, UNIT)}',
         'mask': '<b>predicted mask</b> (truth: blue line) '
                 f'A_map &gt; {about}{b.threshold:.2f}, {mask.mean():.1%} of the pixels',
         'overlay': f'<b>overlay</b> white contour: predicted mask{color_bar(b.anomaly_top, "A_map", "inferno")}'}
@@ -177,11 +179,12 @@ def draw_reconstruction(self: ExplorerPanels, t_hat: int) -> None:
 
 # %% ../nbs/18d_explorer_parts.ipynb #24bd2c78
 @patch
-def draw_features(self: ExplorerPanels, maps: list, top: float) -> None:
+def draw_features(self: ExplorerPanels, cache: MapCache, row: int) -> None:
     "The layers of f_map [N,h_j,w_j], each from its lowest place."
-    i, layers = self.model.image, self.model.session.config.fusion.layers
-    for k, m, j in zip(('f_2', 'f_3'), maps, layers):
-        self.put(k, (i, self.model.setting.maps_key), lambda: png_bytes(shade((m[i] - m[i].min()).numpy(), top)))
+    i, layers, top = self.model.image, self.model.session.config.fusion.layers, cache.top[1]
+    for k, m, j in zip(('f_2', 'f_3'), cache.maps[1:], layers):
+        self.put(k, (i, self.model.setting.maps_key, top),
+                 lambda: png_bytes(shade((m[row] - m[row].min()).numpy(), top)))
         text = f'<b>feature difference</b>, layer {j} of φ ({m.shape[1]} × {m.shape[2]}), from its lowest place'
         self.caption(k, text + color_bar(top, 'as f_map'))
 
@@ -190,36 +193,35 @@ def image_html(model: ExplorerModel) -> str:
     "Name and kind of the selected image."
     x = model.session.samples[model.image]
     kind = f'defect: {html.escape(x.defect)}' if x.label else 'normal'
+    if not model.session.known[model.image]: kind = 'nobody has labelled it'
     return f'<span class="dynad-big"><b>{html.escape(x.name)}</b></span> {kind}'
 
 def severity_html(model: ExplorerModel, t_hat: int) -> str:
     "T̂ of the selected image and where it comes from."
     v, i = model.session.severity, model.image
-    return (f'T̂ = {t_hat} (bin {int(v["bin"][i])} of {model.session.config.dic.bins}, '
+    return (f'{symbol_html("T̂")} = {t_hat} (bin {int(v["bin"][i])} of {model.session.config.dic.bins}, '
             f'distance {float(v["distance"][i]):.4g})')
 
 # %% ../nbs/18d_explorer_parts.ipynb #bd67ce6a
 def decision_html(
     score: float,
     threshold: float,
-    anomalous: bool,     # the truth
+    anomalous: bool | None,  # the truth; None: unknown
     about: str = ''      # before the threshold
 ) -> tuple[str, str]:   # the comparison; the decision
     "Score, threshold, and whether the decision is right."
     called = above(score, threshold)
-    right = '✓ right' if called == anomalous else '<b>✗ wrong</b>'
+    right = '' if anomalous is None else ', ✓ right' if called == anomalous else ', <b>✗ wrong</b>'
     word = 'anomalous' if called else 'normal'
-    return f'{score:.2f} {"&gt;" if called else "≤"} {about}{threshold:.2f}', f'classified as <b>{word}</b>, {right}'
+    return f'{score:.2f} {"&gt;" if called else "≤"} {about}{threshold:.2f}', f'classified as <b>{word}</b>{right}'
 
 # %% ../nbs/18d_explorer_parts.ipynb #812dcf0a
 def facts_html(model: ExplorerModel, b: Blend, t_hat: int) -> str:
     "The line above the panels."
-    score, anomalous = float(b.anomaly.max()), bool(model.labels[model.image])
+    score = float(b.anomaly.max())
+    anomalous = bool(model.labels[model.image]) if model.session.known[model.image] else None
     compared, decision = decision_html(score, b.image_threshold, anomalous, '' if b.exact else '≈ ')
-    parts = [image_html(model), f'score {compared} learned on normal images: {decision}']
-    if b.own_threshold is not None:
-        parts.append('at your threshold: ' + ', '.join(decision_html(score, b.own_threshold, anomalous)))
-    return ' · '.join([*parts, severity_html(model, t_hat)])
+    return ' · '.join([image_html(model), f'score {compared} {b.rule}: {decision}', severity_html(model, t_hat)])
 
 # %% ../nbs/18d_explorer_parts.ipynb #f209a29b
 def brightest_html(b: Blend) -> str:
@@ -233,7 +235,11 @@ def brightest_html(b: Blend) -> str:
 # %% ../nbs/18d_explorer_parts.ipynb #ffc39b61
 def metrics_html(model: ExplorerModel) -> str:
     "The metrics measured last, and the decisions that they stand for."
-    m, y = model.measured, model.labels
+    m, known = model.measured, model.session.known
+    if not known.all():
+        return soft(f'{int(m.anomalous.sum())} of {len(known)} images classified as anomalous; without labels there is '
+                    'nothing to measure them by')
+    y = model.labels
     value = lambda k: '—' if m.metrics[k] is None else f'{m.metrics[k]:.3f}'
     figures = f'I-AUROC <b>{value("i_auroc")}</b>P-AUROC <b>{value("p_auroc")}</b>PRO <b>{value("pro")}</b>'
     found, false = int((m.anomalous & y).sum()), int((m.anomalous & ~y).sum())
@@ -243,103 +249,63 @@ def metrics_html(model: ExplorerModel) -> str:
     return f'<span class="dynad-big">{figures}</span><br>{soft(text)}'
 
 # %% ../nbs/18d_explorer_parts.ipynb #3f3412fa
-PER_PAGE = 24
-
 class Gallery:
-    "The thumbnails and the menu of images."
+    "The thumbnails and the menus that choose and sort them; `image` is the position of the selected one."
     def __init__(self, model: ExplorerModel, quiet: Quiet, css_id: str):
         self.model, self.quiet, self.css_id = model, quiet, css_id
-        self.rows, self.page, self._thumbnails = list(range(len(model.session))), 0, {}
+        self.rows, self._thumbnails = list(range(len(model.session))), {}
         samples = model.session.samples
         kinds = [('all images', 'all'), ('wrongly classified', 'wrong')]
         kinds += [(k, k) for k in sorted({s.defect for s in samples})]
         orders = [('highest score first', 'high'), ('lowest score first', 'low'), ('wrongly classified first', 'wrong')]
-        narrow = dict(width='210px')
-        self.kind = labelled(W.Dropdown, 'show', 40, options=kinds, layout=narrow)
-        self.order = labelled(W.Dropdown, 'sort', 34, options=orders, layout=narrow)
-        self.earlier, self.later = button('◀', 'earlier images'), button('▶', 'later images')
-        self.image = labelled(W.Dropdown, 'image', 72, options=[(s.name, k) for k, s in enumerate(samples)])
-        self.thumbs = [W.Button(layout=W.Layout(width='60px', height='60px')) for _ in range(PER_PAGE)]
-        for k, t in enumerate(self.thumbs): t.add_class('dynad-thumb'); t.add_class(f'{css_id}-{k}')
-        self._images_css, self._mark_css = W.HTML(), W.HTML()
-        head = row([self.kind, self.order, self.earlier, self.later])
-        self.ui = W.VBox([self._images_css, self._mark_css, head, row(self.thumbs), self.image])
-
-    @property
-    def on_page(self) -> list[int]:
-        "The images whose thumbnails are shown."
-        return self.rows[self.page*PER_PAGE:(self.page + 1)*PER_PAGE]
+        self.kind = labelled(W.Dropdown, 'show', 46, options=kinds)
+        self.order = labelled(W.Dropdown, 'sort', 46, options=orders)
+        self.image = labelled(W.Dropdown, 'image', 46, options=[(s.name, k) for k, s in enumerate(samples)])
+        self.text, self.strip = W.HTML(), Strip(self.thumbnail)
+        self.ui = W.VBox([self.kind, self.order, self.image, self.text, self.strip],
+                         layout=W.Layout(flex='0 0 226px', width='226px', padding='0 8px 0 0'))
+        self.show()
 
 # %% ../nbs/18d_explorer_parts.ipynb #6a662935
 @patch
-def update(self: Gallery) -> None:
-    "Sort by the scores measured last."
-    m, samples = self.model, self.model.session.samples
-    rows = m.ranked(self.kind.value, self.order.value)
-    if set(rows) != set(self.rows): self.page = 0
-    self.rows = rows
-    mark, s = m.wrong, m.measured.scores
-    options = [(f'{"✗ " if mark[k] else ""}{samples[k].name}  ({s[k]:.2f})', k) for k in rows]
-    now = self.image.value or 0
-    if now not in rows: options.append((f'{samples[now].name}  (not in this list)', now))
-    if list(self.image.options) != options:
-        with self.quiet(): self.image.options = options; self.image.value = now
-    self._show_page()
-
-# %% ../nbs/18d_explorer_parts.ipynb #50e15e27
-@patch
-def first_page(self: Gallery, change: Any = None) -> None:
-    "Sort again, and show the first page."
-    self.page = 0
-    self.update()
+def update(self: Gallery, change: Any = None) -> None:
+    "Choose and sort by the scores measured last."
+    self.rows = self.model.ranked(self.kind.value, self.order.value)
+    self.show()
 
 @patch
-def turn(self: Gallery, by: int) -> None:
-    "Go on or back by pages."
-    self.page = max(0, min(self.page + by, (len(self.rows) - 1)//PER_PAGE))
-    self._show_page()
-
-# %% ../nbs/18d_explorer_parts.ipynb #541977d3
-@patch
-def pick(self: Gallery, k: int) -> None:
-    "Select the image of the k-th thumbnail."
-    if k < len(self.on_page): self.image.value = self.on_page[k]
+def pick(self: Gallery, image: int) -> None:
+    "Select an image."
+    if image != self.image.value: self.image.value = image
 
 # %% ../nbs/18d_explorer_parts.ipynb #1260e974
 @patch
-def thumbnail(self: Gallery, k: int) -> str:
-    "An image as a small JPEG in base64."
+def thumbnail(self: Gallery, k: int) -> bytes:
+    "An image as a small JPEG."
     if k not in self._thumbnails:
         out, image = io.BytesIO(), Image.fromarray(self.model.session.image(k))
         image.resize((72, 72), Image.Resampling.BILINEAR).save(out, 'JPEG', quality=82)
-        self._thumbnails[k] = base64.b64encode(out.getvalue()).decode()
+        self._thumbnails[k] = out.getvalue()
     return self._thumbnails[k]
 
 # %% ../nbs/18d_explorer_parts.ipynb #cf589331
 @patch
-def _show_page(self: Gallery) -> None:
-    wrong, scores, shown = self.model.wrong, self.model.measured.scores, self.on_page
-    url = lambda k: f'url(data:image/jpeg;base64,{self.thumbnail(k)})'
-    rules = [f'.{self.css_id}-{j}{{background-image:{url(k)}!important}}' for j, k in enumerate(shown)]
-    css = f'<style>{"".join(rules)}</style>'
-    if self._images_css.value != css: self._images_css.value = css
-    for j, t in enumerate(self.thumbs):
-        t.layout.display = None if j < len(shown) else 'none'
-        if j >= len(shown): continue
-        k = shown[j]
-        t.description = '✗' if wrong[k] else ''
-        name, note = self.model.session.samples[k].name, ', wrongly classified' if wrong[k] else ''
-        t.tooltip = f'{name}: score {scores[k]:.2f}{note}'
-    self.earlier.disabled, self.later.disabled = self.page == 0, (self.page + 1)*PER_PAGE >= len(self.rows)
+def show(self: Gallery) -> None:
+    "Hand the list to the browser, which draws what is in view."
+    m, wrong, scores = self.model, self.model.wrong, self.model.measured.scores
+    known = m.measured_version >= 0
+    items = [[k, m.session.samples[k].name, round(float(scores[k]), 4) if known else None, bool(wrong[k])]
+             for k in self.rows]
+    if self.strip.items != items: self.strip.items = items
+    n = int(sum(it[3] for it in items))
+    self.text.value = soft(f'{len(items)} images' + (f', {n} wrongly classified ✗' if n else ''))
     self.mark()
 
 # %% ../nbs/18d_explorer_parts.ipynb #a2729056
 @patch
 def mark(self: Gallery) -> None:
     "Frame the thumbnail of the selected image."
-    here, frame = self.model.image, 'border-color:#E69F00!important;box-shadow:0 0 0 2px #E69F00'
-    css = f'<style>.{self.css_id}-{self.on_page.index(here)}{{{frame}}}</style>' if here in self.on_page else ''
-    if self._mark_css.value != css: self._mark_css.value = css
+    with self.quiet(): self.strip.selected = self.model.image
 
 # %% ../nbs/18d_explorer_parts.ipynb #074e0a85
 COPY = ('<button class="jupyter-button widget-button" style="width:auto" title="put the text on the clipboard" '

@@ -4,7 +4,7 @@
 
 # %% ../nbs/18i_inspection.ipynb #21a3dce3
 from __future__ import annotations
-import html
+import base64, html, io
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Callable
@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
 
-from .cautions import cautions_html, find_cautions, held_out_images, unlike
+from .cautions import cautions_html, find_cautions, held_out_images
 from .config import Config, ConfigError, make_config
 from .data import AnomalyDataset, open_folder, split_normal
 from .exports import export_to
@@ -22,16 +22,17 @@ from .detector import DynAD, DynADPrediction
 from .collector import EXTENSIONS, DataError
 from .guard import Aside
 from .images import read_image
-from .output import result_stems, rows_csv
+from .output import prediction_rows, result_stems, rows_csv, unlike
 from .paths import expanded, file_name, name_key, numbered, printable
 from .method import fitted_dataset
-from .show import Figure, colorize, overlay, png_bytes, save_png, smoothed, to_uint8
+from .show import Figure, colorize, overlay, save_png, smoothed, to_uint8
 from .store import StoreError, atomic_write, load_tensors, replacing
 from .view import soft
 
 # %% auto #0
-__all__ = ['STAGES', 'LOSSES', 'save_uploads', 'upload_name', 'full_scale', 'heat_overlay', 'result_sheet', 'scores_html',
-           'write_results', 'FitProgress', 'losses_figure', 'Inspector']
+__all__ = ['SHEET', 'STAGES', 'LOSSES', 'save_uploads', 'upload_name', 'full_scale', 'heat_overlay', 'inline_image',
+           'result_sheet', 'verdict_cell', 'scores_html', 'test_note', 'write_results', 'FitProgress', 'losses_figure',
+           'Inspector']
 
 # %% ../nbs/18i_inspection.ipynb #54928739
 def save_uploads(
@@ -90,43 +91,61 @@ def heat_overlay(
     "Heat and contour over an image."
     return overlay(x, map=(p.map[i]/full_scale(p, i, detector)).clamp(0, 1), mask=p.mask[i])
 
-# %% ../nbs/18i_inspection.ipynb #fe262f03
+# %% ../nbs/18i_inspection.ipynb #f118i001
+def inline_image(
+    x: np.ndarray,      # [H,W,3] uint8
+    alt: str,           # what it shows, for who does not see it
+    size: int = 150     # longest side in pixels
+) -> str:
+    "An image as HTML that needs no file."
+    im, out = Image.fromarray(x), io.BytesIO()
+    im.thumbnail((size, size), Image.Resampling.BILINEAR)
+    im.save(out, 'JPEG', quality=85)
+    data = base64.b64encode(out.getvalue()).decode()
+    return f'<img alt="{html.escape(alt)}" title="{html.escape(alt)}" src="data:image/jpeg;base64,{data}">'
+
+# %% ../nbs/18i_inspection.ipynb #f118i002
+SHEET = ('image', 'overlay', 'A_map', 'reconstruction') # columns
+
 def result_sheet(
-    files: list[Path],
-    p: DynADPrediction,
-    detector: DynAD,
+    files: list[Path], p: DynADPrediction, detector: DynAD,
     rows: list[int],    # which images, in this order
     size: int = 150     # of one panel in pixels
-) -> bytes:             # PNG
-    "One row per image: the image, the overlay, the map, the reconstruction."
-    def panel(x: Tensor) -> np.ndarray:
-        small = Image.fromarray(to_uint8(x)).resize((size, size), Image.Resampling.BILINEAR)
-        return np.pad(np.asarray(small), ((0, 6), (0, 6), (0, 0)), constant_values=255)
-    def row(i: int) -> np.ndarray:
-        x = read_image(files[i], detector.config.data.image_size, detector.config.data.max_pixels)
+) -> str:
+    "One row per image, as HTML: its name and verdict, then the image, the overlay, the map and the reconstruction."
+    c, facts = detector.config.data, prediction_rows(detector, p, files)
+    def line(i: int) -> str:
+        x, r = read_image(files[i], c.image_size, c.max_pixels), facts[i]
         heat = colorize(p.map[i], 0, full_scale(p, i, detector))
-        return np.hstack([panel(v) for v in (x, heat_overlay(x, p, i, detector), heat, p.reconstruction[i])])
-    return png_bytes(np.vstack([row(i) for i in rows]))
+        shown = x, heat_overlay(x, p, i, detector), heat, p.reconstruction[i]
+        name = printable(files[i].name)
+        images = (f'<td>{inline_image(to_uint8(v), f"{k} of {name}", size)}</td>' for k, v in zip(SHEET, shown))
+        return f'<tr>{verdict_cell(r, name)}{"".join(images)}</tr>'
+    head = ''.join(f'<th scope="col">{k}</th>' for k in ('verdict', *SHEET))
+    return f'<table class="dynad-sheet"><thead><tr>{head}</tr></thead><tbody>{"".join(map(line, rows))}</tbody></table>'
+
+def verdict_cell(r: dict[str, Any], name: str) -> str: # r: of `prediction_rows`
+    "Name, verdict, score and doubt of one image."
+    word = '<b class="dynad-bad">anomalous</b>' if r['anomalous'] else 'normal'
+    doubt = f'<br><span class="dynad-note">{html.escape(r["doubt"])}</span>' if r['doubt'] else ''
+    sign = '&gt;' if r['anomalous'] else '≤'
+    return (f'<th scope="row"><code>{html.escape(name)}</code><br>{word}<br>score {r["score"]:.2f} {sign} '
+            f'{r["threshold"]:.2f}, T̂ = {r["t_hat"]}{doubt}</th>')
 
 # %% ../nbs/18i_inspection.ipynb #b69df8fc
-def scores_html(
-    files: list[Path], p: DynADPrediction, detector: DynAD,
-    shown: int          # rows of the sheet below
-) -> str:
-    "The scores, highest first, with a warning for images that are unlike the training images."
-    strange, order = unlike(p.distance, detector), p.score.argsort(descending=True).tolist()
-    def line(k: int, i: int) -> str:
-        decision = '<b>anomalous</b>' if p.anomalous[i] else 'normal'
-        note = '⚠ unlike the training images' if strange[i] else ''
-        cells = k + 1, html.escape(printable(files[i].name)), f'{p.score[i]:.2f}', decision, int(p.t_hat[i]), note
-        return f'<tr>{"".join(f"<td>{c}</td>" for c in cells)}</tr>'
-    columns = '', 'image', 'score', f'above {detector.decision.image_threshold:.2f}', 'T̂', ''
-    head = ''.join(f'<th>{c}</th>' for c in columns)
-    rows = ''.join(line(k, i) for k, i in enumerate(order[:200]))
-    first = f' (the first {shown})' if len(order) > shown else ''
-    text = (f'Below, highest score first{first}: image, overlay (contour: above the threshold for pixels), '
-            'map (bright from twice that threshold), reconstruction.')
-    return f'{_unlike_html(strange)}<table style="border-spacing:14px 0"><tr>{head}</tr>{rows}</table>{soft(text)}'
+def scores_html(files: list[Path], p: DynADPrediction, detector: DynAD) -> str:
+    "What stands above the sheet: how many are anomalous, what makes the verdicts doubtful, what the columns show."
+    n, found = len(p), int(p.anomalous.sum())
+    text = ('Highest score first. Overlay: the contour is above the threshold for pixels; A_map: bright from twice that '
+            'threshold. Pixels and images have thresholds of their own.')
+    return (f'{test_note(detector)}{_unlike_html(unlike(p.distance, detector))}'
+            f'<p><b>{found} of {n}</b> images are classified as anomalous.</p>{soft(text)}')
+
+def test_note(detector: DynAD) -> str:
+    "Said beside every verdict of a preset that is a test of the machinery; '' for the others."
+    if detector.config.preset != 'smoke': return ''
+    return ('<p><span class="dynad-note">preset smoke: a test of the machinery</span><br>Its model has hardly learned '
+            'anything: these verdicts mean nothing. Fit with the preset small before you judge a part.</p>')
 
 # %% ../nbs/18i_inspection.ipynb #1ef88cfa
 def _unlike_html(strange: Tensor) -> str:
@@ -141,14 +160,10 @@ def write_results(
     p: DynADPrediction, files: list[Path], folder: str | Path, detector: DynAD
 ) -> Path:  # scores.csv
     "Per image the raw map (.npy, float32), the map and the overlay as PNG; and scores.csv."
-    strange, stems = unlike(p.distance, detector), result_stems(files)
+    stems = result_stems(files)
     with export_to(folder) as work:
         for i, stem in enumerate(stems): _write_maps(p, i, files[i], work/stem, detector)
-        rows = [{'image': printable(f), 'score': float(p.score[i]), 'threshold': detector.decision.image_threshold,
-                 'anomalous': bool(p.anomalous[i]), 't_hat': int(p.t_hat[i]), 'distance': float(p.distance[i]),
-                 'unlike_training': bool(strange[i]), 'marked_pixels': int(p.mask[i].sum()), 'files': stems[i]}
-                for i, f in enumerate(files)]
-        atomic_write(work/'scores.csv', rows_csv(rows))
+        atomic_write(work/'scores.csv', rows_csv(prediction_rows(detector, p, files, stems)))
     return expanded(folder)/'scores.csv'
 
 # %% ../nbs/18i_inspection.ipynb #b9625b01
@@ -249,7 +264,8 @@ class Inspector:
         "What the detector was fitted on."
         d = self.detector
         n, others = len(d.training_set), len(d.held_out_set)
-        return f'fitted on {n} images, threshold from {others} others; preset {d.config.preset}'
+        test = ': a test, its verdicts mean nothing' if d.config.preset == 'smoke' else ''
+        return f'fitted on {n} images, threshold from {others} others; preset {d.config.preset}{test}'
 
 # %% ../nbs/18i_inspection.ipynb #48a3324d
 @patch

@@ -130,6 +130,7 @@ class MapCache:
     top: tuple[float, float] = (1., 1.)  # l_map and f_map that are shown in the brightest colour
     _exact: dict = field(default_factory=dict, init=False, repr=False)   # (λ, σ) -> thresholds
     _coarse: dict = field(default_factory=dict, init=False, repr=False)  # σ -> l_map, f_map on the grid; the last one
+    _normal: dict = field(default_factory=dict, init=False, repr=False)  # (λ, σ) -> scores of the held-out images
 
     def __post_init__(self): self.top = _brightest(self.maps[:1]), _brightest(self.maps[1:])
 
@@ -210,6 +211,7 @@ def thresholds(self: MapCache,
     scores = self.scores(A)
     if self.inside is not None: A = A[:, self.inside.numpy()]
     if len(self._exact) > 999: self._exact.clear()
+    self._normal[lam, sigma] = scores
     self._exact[lam, sigma] = (quantile(A, self.quantile, overwrite_input=True),
                                image_threshold(scores, self.quantile, self.false_alarms))
     return self._exact[lam, sigma]
@@ -248,6 +250,13 @@ def estimate(self: MapCache,
         inside = self.inside[self.step//2::self.step, self.step//2::self.step]
         if not inside.any(): return *self.thresholds(lam, sigma), True # narrower than the grid
         A = A[:, inside]
-    A = A.numpy()
-    image = image_threshold(score(torch.from_numpy(A), self.score).double().numpy(), self.quantile, self.false_alarms)
+    if len(self._normal) > 999: self._normal.clear()
+    self._normal[lam, sigma] = scores = score(A, self.score).double().numpy()
+    A, image = A.numpy(), image_threshold(scores, self.quantile, self.false_alarms)
     return quantile(A, self.quantile, overwrite_input=True), image, False
+
+@patch
+def normal_scores(self: MapCache, lam: float, sigma: float) -> np.ndarray: # [N]
+    "Scores of the held-out normal images: exact where the thresholds are, otherwise from the grid."
+    if (lam, sigma) not in self._normal: self.estimate(lam, sigma)
+    return self._normal[lam, sigma]

@@ -4,7 +4,7 @@
 
 # %% ../nbs/15_method.ipynb #f166ab04
 from __future__ import annotations
-import copy, importlib, json
+import copy, importlib, json, warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -25,23 +25,26 @@ from .checks import data_warnings
 from .config import (UNKEYED_DATA_SETTINGS, Config, ConfigError, DynadError, Settings, content_key, did_you_mean,
                           dump_config, load_config, make_config, with_overrides)
 from .data import AnomalyDataset, open_dataset, open_folder, read_image, split_normal, to_float
-from .conformal import Guarantee, image_threshold, p_values
+from .conformal import Guarantee, image_threshold, in_words, p_values
 from .dic import ROUNDING
 from .fusion import quantile
 from .guard import aside
 from .images import Notes, image_size, read_whole
 from .launch import check_trackers, processes
 from .machine import keep_freed_memory
+from .marks import Mark, marked_images, marks_in_force, pixels_key
 from .paths import check_space, expanded
 from .regions import ROI, OwnPixels, own_pixels, read_roi, save_roi
 from .tiles import (Kept, Tiling, WholeImages, common_kept, kept, tile_set, tiles_of, whole_images,
                          whole_map)
 from .store import REPAIR_HINT, Store, StoreError, atomic_write, check_run, load_json
+from .threshold import (Chosen, above, choice_in_words, forget_choice, load_choice, same_scale, save_choice,
+                             share_between)
 
 # %% auto #0
-__all__ = ['METHODS', 'KEPT_ROI', 'FORMAT', 'Prediction', 'above', 'Decision', 'register', 'method_named', 'import_methods',
-           'Hooks', 'NoOptions', 'Method', 'checked_options', 'given_roi', 'checked_roi', 'kept_roi', 'keep_roi',
-           'regions_of', 'trained_settings', 'run_info', 'load_info', 'images_not_at_hand', 'open_run',
+__all__ = ['METHODS', 'FOLDS', 'LEARNED', 'KEPT_ROI', 'FORMAT', 'Prediction', 'Decision', 'register', 'method_named',
+           'import_methods', 'Hooks', 'NoOptions', 'Method', 'checked_options', 'given_roi', 'checked_roi', 'kept_roi',
+           'keep_roi', 'regions_of', 'trained_settings', 'run_info', 'load_info', 'images_not_at_hand', 'open_run',
            'fitted_dataset', 'checked_images', 'checked_range', 'ImageError', 'NotFittedError', 'tiles_info',
            'open_tiles']
 
@@ -65,19 +68,16 @@ class Prediction:
         return type(first)(**{f.name: joined(f.name) for f in fields(first)})
 
 # %% ../nbs/15_method.ipynb #90be6ef4
+@patch
+def rows(self: Prediction, at: list[int]) -> Prediction:
+    "The answer for some of the images."
+    return replace(self, **{f.name: v[at] for f in fields(self) if (v := getattr(self, f.name)) is not None})
+
 @patch(as_prop=True)
 def per_image(self: Prediction) -> dict[str, Tensor]: # name -> [B]
     "The further numbers that the method has for each image, e.g. T̂."
     named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ('score', 'anomalous')}
     return {k: v for k, v in named.items() if v is not None and v.ndim == 1}
-
-# %% ../nbs/15_method.ipynb #5d6941f7
-def above(
-    values: Any,      # scores or a map: tensor, array or number
-    threshold: float
-) -> Any:             # bool, of the same shape
-    "Whether values exceed a threshold by more than rounding (1e-5, and 1e-5 of a threshold beyond 1)."
-    return values > threshold + ROUNDING*max(1., abs(threshold))
 
 # %% ../nbs/15_method.ipynb #4a7d82b7
 @dataclass(frozen=True)
@@ -87,6 +87,8 @@ class Decision:
     pixel_threshold: float | None  # on the map; None: the method gives no map
     normal_scores: tuple[float, ...] = ()  # of the held-out normal images, for p-values
     false_alarms: float | None = None      # share of normal images that was asked for; None: by a quantile
+    chosen: Chosen | None = None           # by a person, in the place of what was learned
+    marked: int = 0                        # of `normal_scores`: of images that a person has marked as normal
 
     @classmethod
     def learned(cls,
@@ -112,6 +114,34 @@ class Decision:
         p_value = p_values(p.score, self.normal_scores) if self.normal_scores else None
         return replace(p, mask=mask, anomalous=above(p.score, self.image_threshold), p_value=p_value)
 
+# %% ../nbs/15_method.ipynb #bce1ef73
+@patch
+def under(self: Decision, chosen: Chosen | None) -> Decision:
+    "With the threshold for images that a person has chosen; as it is where that was chosen on another scale of scores."
+    if chosen is None: return self
+    if chosen.at is not None:
+        if not same_scale(self.normal_scores, chosen.scale): return self
+        return replace(self, image_threshold=chosen.at, false_alarms=None, chosen=chosen)
+    if not self.normal_scores: return self
+    at = image_threshold(torch.tensor(self.normal_scores, dtype=torch.float64), 1., chosen.false_alarms)
+    return replace(self, image_threshold=at, false_alarms=chosen.false_alarms, chosen=chosen)
+
+# %% ../nbs/15_method.ipynb #b56a6aab
+@patch
+def in_words(self: Decision, q: float) -> str: # q: the quantile that it was learned by, if it was
+    "Where the threshold for images comes from, and what it promises."
+    n, c = len(self.normal_scores), self.chosen
+    said = [choice_in_words(c)] if c else []
+    if self.marked: said.append(
+        f'{self.marked} of the {n} normal images were marked by a person, picked because they had been called anomalous: '
+        'no random sample, so that what is said of others is approximate')
+    if self.guarantee is not None: return '; '.join([*said, in_words(self.guarantee)])
+    if c is None: return '; '.join([f'quantile {q} of held-out normal training images', *said])
+    if not n: return '; '.join(said)
+    m = int(above(torch.tensor(self.normal_scores, dtype=torch.float64), self.image_threshold).sum())
+    low, high = share_between(m, n)
+    return '; '.join([*said, f'{m} of {n} held-out normal images lie above it, which speaks for {low:.0%} to {high:.0%} of all'])
+
 # %% ../nbs/15_method.ipynb #fe8eb8ca
 METHODS: dict[str, type[Method]] = {} # name -> class
 
@@ -120,7 +150,7 @@ def register(cls: type[Method]) -> type[Method]:
     METHODS[cls.name] = cls
     return cls
 
-# %% ../nbs/15_method.ipynb #b8b68084
+# %% ../nbs/15_method.ipynb #db215d9c
 def method_named(name: str) -> type[Method]:
     "The class of a method. Raises ConfigError that lists the methods there are."
     if name not in METHODS: import_methods()
@@ -152,7 +182,7 @@ class Hooks:
 class NoOptions(Settings):
     "Of a method without settings of its own."
 
-# %% ../nbs/15_method.ipynb #37cc5b6a
+# %% ../nbs/15_method.ipynb #4b4e7a63
 class Method(ABC):
     "A method of anomaly detection that learns from normal images."
     name: ClassVar[str]                                  # in settings, run directories and tables
@@ -171,7 +201,12 @@ class Method(ABC):
         self.training_set: ImageSet | None = None
         self.held_out_set: ImageSet | None = None
         self.stages: dict[str, Path] = {}
-        self._decision: Decision | None = None
+        self._decision: Decision | None = None           # as it was learned
+        self.choice: Chosen | None = None                # of a person, kept in `root`
+        self.root: Path | None = None                    # run directory, or folder of a saved method
+        self.normals: ImageSet | None = None             # marked as normal by a person
+        self.joined: tuple[int, ...] = ()                # those of `normals` that it has learned from
+        self.base: Method | None = None                  # the same before it has
         self.info: dict[str, Any] | None = None          # run.json
         self.roi: ROI | None = None                      # what counts; None: all
         self.tiling = Tiling.of(self.config.data)        # None: images are not cut into tiles
@@ -193,17 +228,122 @@ class Method(ABC):
 
 # %% ../nbs/15_method.ipynb #fd9b7bcc
 @patch(as_prop=True)
-def decision(self: Method) -> Decision | None:
-    "The thresholds in force, learned when they are first asked for; None: the method is not fitted."
+def learned_decision(self: Method) -> Decision | None:
+    "The thresholds that held-out normal images imply, learned when first asked for; None: the method is not fitted."
     if self._decision is None and self.stages: self.learn_decision()
     return self._decision
 
-# %% ../nbs/15_method.ipynb #9032fb52
+# %% ../nbs/15_method.ipynb #264dab81
+@patch(as_prop=True)
+def decision(self: Method) -> Decision | None:
+    "The thresholds in force: as learned, or as a person has chosen; None: the method is not fitted."
+    learned = self.learned_decision
+    return learned if learned is None else learned.under(self.choice)
+
+# %% ../nbs/15_method.ipynb #0ef1d90e
 @patch
 def learn_decision(self: Method) -> None:
     "Thresholds from the held-out normal images."
-    f = self.config.fusion
-    self._decision = Decision.learned(self.held_out_prediction(), f.threshold_quantile, f.false_alarms, self.inside)
+    f, held = self.config.fusion, self.held_out_prediction()
+    if self.joined: held = type(held).concatenated([held, self.normals_prediction()])
+    d = replace(Decision.learned(held, f.threshold_quantile, f.false_alarms, self.inside), marked=len(self.joined))
+    if d.marked and f.false_alarms is None: # a quantile promises nothing, and a person has said that these are normal
+        d = replace(d, image_threshold=max(d.image_threshold, *d.normal_scores[-d.marked:]))
+    self._decision = d
+
+# %% ../nbs/15_method.ipynb #6ae4e414
+@patch
+def keep_choice(self: Method, chosen: Chosen | None) -> Decision:
+    "Put a threshold in force and keep it beside the method; None: the learned one again. Raises NotFittedError."
+    if self.learned_decision is None or self.root is None:
+        raise NotFittedError(f"this {type(self).__name__} is kept nowhere; fit, open or save it first")
+    if chosen is not None and chosen.at is not None and self.config.fusion.calibration == 'test':
+        raise ConfigError("fusion.calibration = 'test' scales scores by the images beside them, so that no value of a "
+                          "threshold can be kept; choose a share of false alarms")
+    if chosen is not None and chosen.at is not None:
+        chosen = replace(chosen, scale=self.learned_decision.normal_scores)
+    if chosen is None: forget_choice(self.root)
+    else: save_choice(self.root, chosen)
+    self.choice = chosen
+    return self.decision
+
+# %% ../nbs/15_method.ipynb #3bdef8c2
+@patch
+def find_choice(self: Method, root: Path) -> None:
+    "Take over what a person has chosen in this folder; a warning where it belongs to other scores."
+    self.root, self.choice = root, load_choice(root)
+    if self.choice is not None and self.decision is not None and self.decision.chosen is None:
+        warnings.warn(f"{root}: its threshold {self.choice.at:.4g} was chosen for other scores (other settings, or "
+                      f"other normal images) and is not used; the learned {self.decision.image_threshold:.4g} is. "
+                      f"Choose again with `dynad threshold`", stacklevel=3)
+
+# %% ../nbs/15_method.ipynb #c3326fc6
+FOLDS = 5
+LEARNED = 'learned.json' # in a run directory: which of its marked images the method has learned from
+Method.absorbs = ()      # what marked normal images join, beside the threshold, in words
+
+@patch
+def absorb(self: Method, rows: list[int]) -> None:
+    "Take these of `normals` into the bank, in place; nothing to do for a method without one."
+
+# %% ../nbs/15_method.ipynb #7d143b98
+@patch
+def join_normals(self: Method,
+    images: Tensor # [M,3,size,size] uint8
+) -> Method:
+    "Learn from these normal images too, in place of those learned before; no training."
+    if not len(images): return self
+    if self.tiling: raise ConfigError(f"data.tile = {self.config.data.tile}: a method on tiles learns from no marked images; "
+                                      "fit with them (`dynad learn --fit`)")
+    self.base = self.base or copy.copy(self)
+    key = content_key(['marked', [pixels_key(x) for x in images], self.config.data.image_size])
+    self.normals = ImageSet(self.training_set.store, key, len(images), lambda: images)
+    self.joined, self._decision = tuple(range(len(images))), None
+    self.absorb(list(self.joined))
+    return self
+
+# %% ../nbs/15_method.ipynb #0eee3158
+@patch
+def with_normals(self: Method, images: Tensor) -> Method:
+    "Another object that has learned from these normal images; this one stays as it is."
+    other = copy.copy(self.base or self)
+    other.choice, other.root = self.choice, self.root
+    return other.join_normals(images)
+
+# %% ../nbs/15_method.ipynb #6ba44f00
+@patch
+def normals_prediction(self: Method) -> Prediction:
+    "Of the marked normal images, each by a bank without its group, and of two scores the larger: as it is scored now."
+    n, found = len(self.joined), {}
+    for k in range(min(FOLDS, n)):
+        fold, rest = list(range(k, n, FOLDS)), [r for r in range(n) if r % FOLDS != k]
+        other = copy.copy(self.base)
+        other.normals, other.joined = self.normals, tuple(rest)
+        if rest: other.absorb(rest)
+        p = self.prediction_class.concatenated([p for _, p in other.predictions(self.normals, fold)])
+        found |= {r: p.rows([i]) for i, r in enumerate(fold)}
+    apart = self.prediction_class.concatenated([found[r] for r in range(n)])
+    own = torch.cat([p.score for _, p in self.predictions(self.normals)])
+    return replace(apart, score=torch.maximum(apart.score, own.to(apart.score)))
+
+# %% ../nbs/15_method.ipynb #de92639e
+@patch
+def keep_normals(self: Method, marks: Sequence[Mark]) -> None:
+    "From now on an `open` of this run learns from these marked images; none: from none."
+    if self.root is None: raise NotFittedError(f"this {type(self).__name__} is kept nowhere; fit or open a run first")
+    atomic_write(self.root/LEARNED, json.dumps({'normals': [m.pixels for m in marks]}, indent=1))
+
+# %% ../nbs/15_method.ipynb #afa56725
+@patch
+def find_normals(self: Method, root: Path) -> None:
+    "Learn from the marked images that the run names; where one of these marks was taken back, from none."
+    if not (root/LEARNED).exists(): return
+    named, c = load_json(root/LEARNED, 'normals')['normals'], self.config.data
+    marks = [m for k, m in marks_in_force(root).items() if k in named and m.what == 'normal']
+    if len(marks) < len(named):
+        warnings.warn(f'{root}: {len(named) - len(marks)} of the {len(named)} marks that it has learned from were taken '
+                      'back; it decides as it was fitted until `dynad learn` has learned from the others', stacklevel=3)
+    else: self.join_normals(marked_images(root, marks, c.image_size, c.max_pixels))
 
 # %% ../nbs/15_method.ipynb #96434a9b
 def checked_options(options: type[Settings], given: dict[str, Any]) -> Settings:
@@ -222,9 +362,10 @@ def prediction_key(self: Method) -> dict[str, Any]:
     unkeyed = {**dict.fromkeys(('batch', 'device', 'trackers', 'preset', 'speed'), True),
                'data': set(UNKEYED_DATA_SETTINGS)}
     settings = self.config.model_dump(mode='json', exclude=unkeyed)
-    return dict(method=self.name, stages={k: p.name for k, p in self.stages.items()}, settings=settings)
+    more = {'normals': [self.normals.key, list(self.joined)]} if self.joined else {}
+    return dict(method=self.name, stages={k: p.name for k, p in self.stages.items()}, settings=settings, **more)
 
-# %% ../nbs/15_method.ipynb #9785a99f
+# %% ../nbs/15_method.ipynb #25a1fb88
 @patch
 def predict_set(self: Method,
     images: ImageSet,
@@ -244,17 +385,7 @@ def predict_set(self: Method,
 Method.prediction_class = Prediction         # what `predict_batch` returns
 Method.disk_space = lambda self, n: 4*n*self.config.data.image_size**2 # bytes, about, that a fit on n images writes
 Method.reconstructs = False                  # whether there is a `reconstructions(images, rows)`, for reports
-
-@patch(cls_method=True)
-def at_speed(cls: Method,
-    config: Config, root: Path, info: dict[str, Any], # of a run
-    overrides: dict[str, Any]                         # that were asked for, and win
-) -> Config:
-    "The settings that `config.speed` stands for. Raises ConfigError for a method without such."
-    if config.speed in ('full', 'exact'): return config
-    raise ConfigError(f"speed = {config.speed!r}: {cls.name} has one speed; leave the setting out")
-
-# %% ../nbs/15_method.ipynb #81cf99b8
+Method.reconstruction_errors = lambda self: {} # T̂ -> how far a normal image is moved, of a method that reconstructs
 Method.bins = lambda self: None              # distances of the training images and bin edges, of a method that has them
 Method.null_models = lambda self, images: {} # name -> predictions of a set that tell what parts of the method add
 
@@ -263,12 +394,22 @@ def for_test_set(self: Method, images: ImageSet) -> Method:
     "The method as it decides about this set; another object only for settings that look at the test set (named so)."
     return self
 
-# %% ../nbs/15_method.ipynb #cffa6591
+# %% ../nbs/15_method.ipynb #71a4f612
 @patch
 def seconds(self: Method, images: ImageSet) -> dict[str, float]: # stage -> s
     "What the predictions of a set cost when they were made."
     cached = images.shards('predictions', self.prediction_key, hold=False)
     return {'predict': cached.seconds(list(range(len(images))))}
+
+# %% ../nbs/15_method.ipynb #719527cc
+@patch(cls_method=True)
+def at_speed(cls: Method,
+    config: Config, root: Path, info: dict[str, Any], # of a run
+    overrides: dict[str, Any]                         # that were asked for, and win
+) -> Config:
+    "The settings that `config.speed` stands for. Raises ConfigError for a method without such."
+    if config.speed in ('full', 'exact'): return config
+    raise ConfigError(f"speed = {config.speed!r}: {cls.name} has one speed; leave the setting out")
 
 # %% ../nbs/15_method.ipynb #a1dea84d
 Method.map_score = lambda self, values, area=None: values.flatten(1).amax(1) # [B,1,n] pixels -> [B]
@@ -279,7 +420,7 @@ def inside(self: Method) -> Tensor | None: # [H,W] bool
     "The pixels of a map that count; None: all."
     return None if self.roi is None else self.roi.at(*self.map_shape)
 
-# %% ../nbs/15_method.ipynb #9c96affd
+# %% ../nbs/15_method.ipynb #38335866
 @patch(as_prop=True)
 def map_shape(self: Method) -> tuple[int, int]: # height, width
     "The shape of a map."
@@ -290,7 +431,7 @@ def inside_square(self: Method) -> Tensor | None: # [H,W] bool
     "The pixels that count of the square that the method sees; None: all, as of tiles, which lie anywhere."
     return None if self.tiling else self.inside
 
-# %% ../nbs/15_method.ipynb #423cb142
+# %% ../nbs/15_method.ipynb #dc06f09d
 @patch
 def within_roi(self: Method, p: Prediction) -> Prediction: # without `mask` and `anomalous`
     "A prediction as if there were nothing outside the region of interest."
@@ -312,7 +453,7 @@ def predictions(self: Method,
     each = self.predict_whole if isinstance(images, WholeImages) else self.predict_set
     for r, p in each(images, rows): yield r, self.within_roi(p)
 
-# %% ../nbs/15_method.ipynb #94de103c
+# %% ../nbs/15_method.ipynb #816ab7e2
 @patch
 def decided(self: Method, p: Prediction) -> Prediction:
     "The prediction with `mask`, `anomalous` and `p_value`."
@@ -332,7 +473,7 @@ def checked_roi(roi: ROI, config: Config) -> ROI:
     roi.at(config.data.image_size, config.data.image_size)
     return roi
 
-# %% ../nbs/15_method.ipynb #4fb1ada7
+# %% ../nbs/15_method.ipynb #0ba053a5
 def kept_roi(config: Config, root: Path) -> ROI | None:
     "The region of interest of a run or of a saved model. Raises StoreError when its file is gone."
     if config.data.roi is None: return None
@@ -341,7 +482,7 @@ def kept_roi(config: Config, root: Path) -> ROI | None:
                          "name it with --set data.roi=FILE (null: without)")
     return read_roi(root/KEPT_ROI)
 
-# %% ../nbs/15_method.ipynb #bba67f00
+# %% ../nbs/15_method.ipynb #97ab210c
 def keep_roi(roi: ROI | None, root: Path) -> None:
     "The region of interest beside the settings."
     if roi is None: (root/KEPT_ROI).unlink(missing_ok=True)
@@ -372,7 +513,7 @@ def own_pixels(self: Method,
     t, scale = self.decision.pixel_threshold, mm_per_pixel or self.config.data.mm_per_pixel
     return own_pixels(p.map[i], size, t + ROUNDING*max(1., abs(t)), self.roi, scale, smallest)
 
-# %% ../nbs/15_method.ipynb #9a1ed553
+# %% ../nbs/15_method.ipynb #415364ca
 def regions_of(
     method: Method,                       # fitted
     p: Prediction,                        # of `method.predict(files)`
@@ -412,7 +553,10 @@ def fit(self: Method,
     if new:
         self.training_set.images, self.held_out_set.images # an image that cannot be read is named before any training
     self.stages = self.train(hooks)
-    with state.main_process_first(): self.learn_decision() # the others find what the first has made
+    with state.main_process_first(): # the others find what the first has made
+        self.find_normals(store.root)
+        self.learn_decision()
+    self.find_choice(store.root)
     self.info = run_info(self, dataset, training, held_out)
     if state.is_main_process:
         keep_roi(self.roi, store.root)
@@ -432,7 +576,7 @@ def trained_settings(method: Method | type[Method], config: Config) -> dict[str,
     raw = config.model_dump(mode='json', exclude={'denoiser': {'compile'}, 'data': set(UNKEYED_DATA_SETTINGS)})
     return {k: raw[k] for k in method.trains_on}
 
-# %% ../nbs/15_method.ipynb #75055360
+# %% ../nbs/15_method.ipynb #355e6fef
 def run_info(method: Method, dataset: AnomalyDataset, training: list, held_out: list) -> dict[str, Any]:
     "What run.json holds."
     root = method.training_set.store.root
@@ -496,7 +640,9 @@ def open(cls: Method,
     if self.tiling: open_tiles(self, store, load, progress)
     self.stages = {k: root/str(p) for k, p in info['stages'].items()}
     self.load(self.stages)
+    self.find_normals(root)
     self.learn_decision()
+    self.find_choice(root)
     return self
 
 # %% ../nbs/15_method.ipynb #5440b12e
@@ -508,7 +654,7 @@ def images_not_at_hand(root: Path, overrides: dict[str, Any] | None) -> Callable
                          f"run `dynad fit` with the same --out{asked and ' and'}{asked} again")
     return load
 
-# %% ../nbs/15_method.ipynb #7180c36c
+# %% ../nbs/15_method.ipynb #1efc035c
 def open_run(run_dir: str | Path, overrides: dict[str, Any] | None = None, progress: bool = True) -> Method:
     "A finished run of whatever method; as `Method.open`."
     return Method.open(run_dir, overrides, progress)
@@ -552,7 +698,7 @@ def checked_images(
         raise ImageError(f"images of shape {tuple(images.shape)}: expected [B,3,{size},{size}] as fitted")
     return (checked_range(images)*255).round()/255
 
-# %% ../nbs/15_method.ipynb #f8a3ce1b
+# %% ../nbs/15_method.ipynb #e80df2ae
 def checked_range(images: Tensor) -> Tensor:
     "The same images. Raises ValueError for values outside of [0,1]."
     if not torch.isfinite(images).all() or images.min() < -1e-4 or images.max() > 1.0001:
@@ -563,7 +709,7 @@ def checked_range(images: Tensor) -> Tensor:
 class ImageError(DynadError, ValueError):
     "Images that a method was not fitted for."
 
-# %% ../nbs/15_method.ipynb #f9739c0a
+# %% ../nbs/15_method.ipynb #a5d71e03
 class NotFittedError(DynadError, RuntimeError):
     "A method that is asked before it has learned."
 
@@ -602,14 +748,14 @@ def make_sets(self: Method,
     if not self.tiling: self.held_out_images = self.held_out_set
     return training, held_out
 
-# %% ../nbs/15_method.ipynb #209a2d98
+# %% ../nbs/15_method.ipynb #63f1d0c5
 def tiles_info(method: Method) -> dict[str, Any]:
     "What run.json holds of tiles."
     if not method.tiling: return {}
     whole, kept = method.held_out_images, method.kept
     return {'tiles': {'shape': list(kept.shape), 'area': kept.area, 'held_out': len(whole), 'key': whole.key}}
 
-# %% ../nbs/15_method.ipynb #ec35a146
+# %% ../nbs/15_method.ipynb #663c5b12
 def open_tiles(method: Method, store: Store, load: Callable, progress: bool) -> None:
     "The sets of an opened run that was fitted on tiles. Raises StoreError where run.json does not know them."
     t = load_json(store.root/'run.json', 'tiles.shape', 'tiles.area', 'tiles.held_out', 'tiles.key')['tiles']
@@ -631,7 +777,7 @@ def map_of_any_size(self: Method,
     predict = lambda x: self.predict_batch(x, list(range(len(x)))).map
     return kept(whole_map(im, predict, self.tiling, c.data.image_size, c.batch, counts), self.kept.shape)[None]
 
-# %% ../nbs/15_method.ipynb #84291a6c
+# %% ../nbs/15_method.ipynb #bdf0c3e7
 @patch
 def predict_whole(self: Method,
     images: WholeImages,
@@ -659,7 +805,7 @@ def predict_any_size(self: Method,
     maps = torch.cat([self.map_of_any_size(im, look=True) for im in opened])
     return self.decided(self.within_roi(Prediction(self.score_of(maps.flatten(2)), maps)))
 
-# %% ../nbs/15_method.ipynb #477de4a5
+# %% ../nbs/15_method.ipynb #cbaf4f02
 @patch
 def stage_seconds(self: Method, images: ImageSet) -> dict[str, float]: # stage -> s
     "What the predictions of a set cost when they were made, whatever the method."

@@ -11,6 +11,7 @@ from typing import Any, Iterator, Sequence
 import numpy as np
 from PIL import Image
 
+from torch import Tensor
 
 from .collector import collect_places
 from .config import ConfigError
@@ -27,7 +28,8 @@ from .store import atomic_write, replacing
 
 # %% auto #0
 __all__ = ['KINDS', 'TABLES', 'images_of', 'open_for_prediction', 'result_stems', 'check_output', 'write_predictions',
-           'write_tables', 'rows_csv', 'drawn', 'save_array', 'row_of', 'write_one', 'as_bytes']
+           'write_tables', 'rows_csv', 'unlike', 'doubts', 'row_of', 'prediction_rows', 'row_lines', 'drawn',
+           'save_array', 'write_one', 'as_bytes']
 
 # %% ../nbs/17c_output.ipynb #6fe695ff
 def images_of(
@@ -116,6 +118,60 @@ def rows_csv(rows: list[dict[str, Any]]) -> str:
     w = csv.DictWriter(text, rows[0].keys()); w.writeheader(); w.writerows(rows)
     return text.getvalue()
 
+# %% ../nbs/17c_output.ipynb #f117c002
+def unlike(
+    distance: Tensor,  # [N] mean distance to the K nearest normal images
+    detector: DynAD
+) -> Tensor:           # [N] bool
+    "Images twice as far out as the farthest training image, seen from the median."
+    d = detector.parts.dic.train_distance
+    return distance > d.max() + (d.max() - d.median())
+
+def doubts(method: Method, p: Prediction) -> list[str]: # [B] '' where there is none
+    "Why the answer for an image should not be trusted."
+    if not isinstance(method, DynAD) or getattr(p, 'distance', None) is None: return ['']*len(p)
+    return ['unlike the training images' if far else '' for far in unlike(p.distance, method).tolist()]
+
+# %% ../nbs/17c_output.ipynb #f117c003
+def row_of(
+    method: Method, p: Prediction, i: int, file: Path,
+    stem: str | None = None,             # what the names of its files begin with; None: it has none
+    doubt: str | None = None,            # None: found here
+    size: tuple[int, int] | None = None, # width and height of the image; None: read from the file
+    own: OwnPixels | None = None         # of `method.own_pixels`; None: made here, where the method gives a map
+) -> dict[str, Any]:
+    "What is said of one image in a table: numbers and text; pixels are those of the image."
+    size, doubt = size or image_size(file), doubts(method, p)[i] if doubt is None else doubt
+    if own is None and p.map is not None: own = method.own_pixels(p, i, size)
+    return {'image': printable(file), 'score': float(p.score[i]), 'threshold': method.decision.image_threshold,
+            'anomalous': bool(p.anomalous[i]), 'doubt': doubt, **{k: v[i].item() for k, v in p.per_image.items()},
+            'anomalous_pixels': int(own.mask.sum()) if own else '', 'regions': len(own.regions) if own else '',
+            'width': size[0], 'height': size[1], **({} if stem is None else {'files': stem})}
+
+# %% ../nbs/17c_output.ipynb #eba9837b
+def prediction_rows(
+    method: Method, p: Prediction,
+    files: Sequence[Path],
+    stems: Sequence[str] = () # what the files of each image begin with
+) -> list[dict[str, Any]]:
+    "A prediction as rows: one schema for console, CSV, widget and programs."
+    return [row_of(method, p, i, files[i], stems[i] if stems else None, d) for i, d in enumerate(doubts(method, p))]
+
+# %% ../nbs/17c_output.ipynb #f117c004
+def row_lines(
+    rows: list[dict[str, Any]], # of `prediction_rows`
+    most: int = 40              # the highest scores only
+) -> list[str]:
+    "Rows for a console, the highest score first."
+    order = sorted(rows, key=lambda r: -r['score'])
+    word = lambda r: 'anomalous' if r['anomalous'] else 'normal'
+    lines = [f"{r['score']:9.3f}  {word(r):<9}  {Path(r['image']).name}{'  ⚠ ' + r['doubt'] if r['doubt'] else ''}"
+             for r in order[:most]]
+    limit = rows[0]['threshold']
+    head = f"    score  verdict    image (threshold {'none' if limit is None else f'{limit:.3f}'})"
+    more = [f'… and {len(rows) - most} with lower scores'] if len(rows) > most else []
+    return [head, *lines, *more]
+
 # %% ../nbs/17c_output.ipynb #d37efb32
 def drawn(
     image: np.ndarray,       # [H,W,3] uint8
@@ -133,18 +189,6 @@ def save_array(a: np.ndarray, path: Path) -> None: # [H,W,3] or [H,W] uint8
     "A PNG of large images, in a second for 12 megapixels: lightly compressed."
     with replacing(path) as tmp: Image.fromarray(a).save(tmp, format='PNG', compress_level=1)
 
-# %% ../nbs/17c_output.ipynb #3460f706
-def row_of(
-    method: Method, p: Prediction, i: int, file: Path, stem: str,
-    size: tuple[int, int],   # width and height of the image
-    own: OwnPixels | None    # None: the method gives no map
-) -> dict[str, Any]:
-    "What is said of one image in a table: numbers and text."
-    return {'image': printable(file), 'score': float(p.score[i]), 'anomalous': bool(p.anomalous[i]),
-            'threshold': method.decision.image_threshold, **{k: v[i].item() for k, v in p.per_image.items()},
-            'anomalous_pixels': int(own.mask.sum()) if own else '', 'regions': len(own.regions) if own else '',
-            'width': size[0], 'height': size[1], 'files': stem}
-
 # %% ../nbs/17c_output.ipynb #95677a7b
 def write_one(
     method: Method, p: Prediction, i: int, file: Path,
@@ -160,7 +204,7 @@ def write_one(
         for kind, image in drawn(as_bytes(whole), own, d.pixel_threshold): save(kind, image)
     if getattr(p, 'reconstruction', None) is not None:
         save('reconstruction', np.asarray(Image.fromarray(to_uint8(p.reconstruction[i])).resize(whole.size)))
-    row = row_of(method, p, i, file, stem.name, whole.size, own)
+    row = row_of(method, p, i, file, stem.name, size=whole.size, own=own)
     return row, ImageRegions(name, whole.size, row['score'], row['anomalous'], d.image_threshold,
                              d.pixel_threshold, own.regions if own else [])
 

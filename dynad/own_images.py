@@ -9,20 +9,30 @@ from pathlib import Path
 from typing import Any, Callable
 
 import ipywidgets as W
+import numpy as np
 from fastcore.basics import patch
 
+from .bench import Bench
 from .config import make_config
 from .data import AnomalyDataset, open_folder
+from .decision import DecisionBench
+from .detector import DynAD
 from .guard import aside
 from .store import TrainingStopped
 from .collector import DataError, collect, count, list_images, summary_line
+from .explorer import Explorer
+from .images import read_image
 from .inspection import Inspector, losses_figure, result_sheet, save_uploads, scores_html
+from .learning import Learned, relearn
+from .marking import MarkBar, Target
+from .marks import marks_in_force, pixels_key
 from .paths import expanded, printable
+from .session import Session, fitted_dataset, with_unlabelled
 from .show import figure_png
 from .view import StateFile, View, button, labelled, row, soft
 
 # %% auto #0
-__all__ = ['STATE', 'PRESETS', 'SHOWN', 'ImageSource', 'OwnImages']
+__all__ = ['STATE', 'PRESETS', 'SHOWN', 'ImageSource', 'ResultSheet', 'OwnImages']
 
 # %% ../nbs/18j_own_images.ipynb #5dc70093
 class ImageSource:
@@ -58,7 +68,34 @@ def _uploads_note(uploads: Any, files: list[Path]) -> str:
 # %% ../nbs/18j_own_images.ipynb #01c34608
 STATE = 'own_images.json'  # in the folder
 PRESETS = {'small': 'small (minutes)', 'smoke': 'smoke (a test)', 'paper': 'paper (a GPU and hours)'}
-SHOWN = 24                 # rows of the sheet
+SHOWN = 24                 # rows on a page of the sheet
+
+class ResultSheet:
+    "All inspected images, page by page."
+    def __init__(self):
+        self.html, self.text = W.HTML(), W.HTML()
+        self.earlier, self.later = button('◀ earlier'), button('later ▶')
+        self.bar = row([self.earlier, self.later, self.text])
+        self.ui, self.page, self.model = W.VBox([self.bar, self.html]), 0, None
+        self.earlier.on_click(lambda _: self.turn(-1)); self.later.on_click(lambda _: self.turn(1))
+        self.show(None)
+
+    def show(self, model: Inspector | None) -> None:
+        "The first page of what was inspected; None: nothing."
+        self.model, self.page = model, 0
+        self.order = model.prediction.score.argsort(descending=True).tolist() if model else []
+        self.turn(0)
+
+    def turn(self, by: int) -> None:
+        "Go on or back by pages."
+        last, m = max(0, (len(self.order) - 1)//SHOWN), self.model
+        self.page = max(0, min(self.page + by, last))
+        self.ui.layout.display = None if m else 'none'
+        self.bar.layout.display = None if last else 'none'
+        a, self.earlier.disabled, self.later.disabled = self.page*SHOWN, self.page == 0, self.page == last
+        self.text.value = soft(f'{a + 1} – {min(a + SHOWN, len(self.order))} of {len(self.order)} images')
+        rows = self.order[a:a + SHOWN]
+        self.html.value = result_sheet(m.files, m.prediction, m.inspected_by, rows) if m else ''
 
 class OwnImages(View):
     "Drop normal images, fit, inspect, export. Named widgets; `.ui` is the whole."
@@ -78,6 +115,7 @@ class OwnImages(View):
         self.tasks: list[tuple[str, Callable[[], None]]] = []  # name and job; the first is being done
         self.dropped: list[Path] = []                          # images to inspect
         self._drawn = 0.                                       # time of the last curve
+        self.opened: Callable[[Explorer], None] = lambda explorer: setattr(self.below, 'children', [explorer.ui])
         self._build(str(normal or ''), str(new or ''), preset if preset in PRESETS else 'small')
         self.worker = self.thread(self._next_task)
         self._wire()
@@ -107,18 +145,35 @@ def _build(self: OwnImages, normal: str, new: str, preset: str) -> None:
     self.inspect_button = button('inspect', icon='search', disabled=True)
     self.export_button = button('export', icon='save', disabled=True)
     self.progress.layout.visibility = 'visible'
-    self.status, self.warnings, self.scores = W.HTML(), W.HTML(), W.HTML()
-    image = lambda width: W.Image(format='png', layout=W.Layout(width='100%', max_width=width, display='none'))
-    self.loss_curve, self.sheet = image('900px'), image('1000px')
+    self.explore_button = button('open in the Explorer', 'what was inspected, at the sliders', 'sliders', disabled=True)
+    self.status, self.answer, self.warnings, self.scores = W.HTML(), W.HTML(), W.HTML(), W.HTML()
+    self.loss_curve = W.Image(format='png', layout=W.Layout(width='100%', max_width='900px', display='none'))
+    self.sheet, self.explorer, self.below = ResultSheet(), None, W.VBox()
+    self.bench, self.marking = DecisionBench(), MarkBar(self._target, self._learn, self._use)
+    self.bench.moved = self._threshold_tried
+    self.bench.keep = lambda chosen: self.model.inspected_by.keep_choice(chosen)
+    self.which = labelled(W.Dropdown, 'image', 60, layout=dict(max_width='560px'))
+    self.which.observe(self.safely(lambda _: self.which.value and self.marking.update()), 'value')
+    self.decide = W.VBox([W.HTML('<h3 style="margin:12px 0 2px">5. Decide, and say what is wrong</h3>'), self.bench.ui,
+                          self.which, self.marking.ui], layout=W.Layout(display='none'))
+    self.slots = {k: W.VBox() for k in ('normal', 'fit', 'inspect')}  # the message appears beside what was pressed
+    self._at('fit')
     head = lambda n, text: W.HTML(f'<h3 style="margin:12px 0 2px">{n}. {text}</h3>')
     self.assemble([
-        self.message,
-        head(1, 'Normal images'), self.normal.ui, row([self.look_button, self.look_status]), self.data_page,
-        head(2, 'Fit'), self.preset, W.HBox([self.fit_button, self.stop_button]),
+        head(1, 'Normal images'), self.normal.ui, row([self.look_button, self.look_status]), self.slots['normal'],
+        self.data_page,
+        head(2, 'Fit'), self.preset, W.HBox([self.fit_button, self.stop_button]), self.slots['fit'],
         self.progress, self.status, self.loss_curve,
         head(3, 'What to trust'), self.warnings,
-        head(4, 'Inspect'), self.new.ui, W.HBox([self.inspect_button, self.export_button]),
-        self.scores, self.sheet])
+        head(4, 'Inspect'), self.new.ui, row([self.inspect_button, self.export_button, self.explore_button]),
+        self.slots['inspect'], self.answer, self.scores, self.sheet.ui,
+        self.decide, self.below])
+
+@patch
+def _at(self: OwnImages, step: str) -> None:
+    "Put the message beside this step, and empty it."
+    self.say('')
+    for k, slot in self.slots.items(): slot.children = [self.message] if k == step else []
 
 # %% ../nbs/18j_own_images.ipynb #81859288
 @patch
@@ -132,6 +187,7 @@ def _wire(self: OwnImages) -> None:
     self.stop_button.on_click(safely(lambda _: self.stop()))
     self.inspect_button.on_click(safely(lambda _: self.inspect()))
     self.export_button.on_click(lambda _: self.export())
+    self.explore_button.on_click(safely(lambda _: self.explore()))
 
 # %% ../nbs/18j_own_images.ipynb #946c108f
 @patch
@@ -145,7 +201,7 @@ def _later(self: OwnImages, name: str, job: Callable[[], None]) -> None:
 def _next_task(self: OwnImages) -> bool:
     if not self.tasks: return False
     try: self.tasks[0][1]()
-    except Exception as e: self.status.value = ''; self.failed(e)
+    except Exception as e: self._task_failed(self.tasks[0][0], e)
     finally:
         self.tasks.pop(0)
         self._set_buttons()
@@ -157,6 +213,16 @@ def busy(self: OwnImages, name: str) -> bool:
     "Whether the task 'open', 'fit' or 'inspect' is being done or waits."
     return any(k == name for k, _ in list(self.tasks))
 
+# %% ../nbs/18j_own_images.ipynb #f118j001
+@patch
+def _task_failed(self: OwnImages, name: str, e: Exception) -> None:
+    "Say it where the task was begun."
+    step = {'inspect': 'inspect', 'explore': 'inspect', 'look': 'normal'}.get(name, 'fit')
+    said = {'inspect': self.answer, 'fit': self.status}.get(step)
+    if said: said.value = ''
+    self._at(step)
+    self.failed(e)
+
 # %% ../nbs/18j_own_images.ipynb #a7bf8ebc
 @patch
 def _set_buttons(self: OwnImages) -> None:
@@ -165,6 +231,7 @@ def _set_buttons(self: OwnImages) -> None:
     self.fit_button.disabled, self.stop_button.disabled = fitting, not fitting or m.stopped
     self.inspect_button.disabled = m.detector is None or fitting or self.busy('inspect')
     self.export_button.disabled = m.prediction is None
+    self.explore_button.disabled = m.prediction is None or self.busy('explore')
 
 # %% ../nbs/18j_own_images.ipynb #840a43e3
 @patch
@@ -179,7 +246,7 @@ def _count(self: OwnImages) -> None:
 @patch
 def _normal_dropped(self: OwnImages, change: dict) -> None:
     if not change['new']: return
-    self.say('')
+    self._at('normal')
     self.normal.keep(change['new'], self.model.folder/'good', self.model.max_pixels)
     self._count()
 
@@ -187,7 +254,7 @@ def _normal_dropped(self: OwnImages, change: dict) -> None:
 @patch
 def _new_dropped(self: OwnImages, change: dict) -> None:
     if not change['new']: return
-    self.say('')
+    self._at('inspect')
     self.dropped = self.new.keep(change['new'], self.model.folder/'new', self.model.max_pixels)
     names = ', '.join(printable(p.name) for p in self.dropped[:6]) + (' …' if len(self.dropped) > 6 else '')
     self.new.text.value = soft(f'{len(self.dropped)} images dropped{self.new.note}: {html.escape(names)}')
@@ -197,7 +264,7 @@ def _new_dropped(self: OwnImages, change: dict) -> None:
 @patch
 def look(self: OwnImages) -> OwnImages:
     "Look for what is wrong with the normal images, before a fit."
-    self.say('')
+    self._at('normal')
     self.look_status.value = soft('looking at the images')
     self._later('look', self._look)
     return self
@@ -219,7 +286,7 @@ def fit(self: OwnImages) -> OwnImages:
     "Fit on the normal images, or go on where it was stopped."
     if self.busy('fit'): return self
     self.model.stopped = False
-    self.say('')
+    self._at('fit')
     self.status.value = 'reading the images'
     self._later('fit', self._fit)
     return self
@@ -242,7 +309,8 @@ def _fit(self: OwnImages) -> None:
         self.status.value = self.model.progress.stopped_text
         return
     if had_results:  # they are of another detector
-        self.sheet.layout.display = 'none'
+        self.sheet.show(None)
+        self.answer.value = ''
         self.scores.value = soft('Fitted anew: press inspect to see the images by the new detector.')
     self._show_fitted()
     self._save()
@@ -283,8 +351,8 @@ def _show_fitted(self: OwnImages) -> None:
 @patch
 def inspect(self: OwnImages) -> OwnImages:
     "Inspect the dropped images, or the folder."
-    self.say('')
-    if not self.busy('fit'): self.status.value = 'inspecting'
+    self._at('inspect')
+    self.answer.value = 'inspecting' if not self.busy('fit') else 'waits for the fit'
     self._later('inspect', lambda: self._inspect(self._to_inspect()))
     return self
 
@@ -307,22 +375,86 @@ def _to_inspect(self: OwnImages) -> list[Path]:
 # %% ../nbs/18j_own_images.ipynb #33e80142
 @patch
 def _inspect(self: OwnImages, files: list[Path]) -> None:
-    self.status.value = 'inspecting'
+    self.answer.value = 'inspecting'
     self.model.inspect(files)
     m = self.model
-    order = m.prediction.score.argsort(descending=True).tolist()[:SHOWN]
-    self.sheet.value, self.sheet.layout.display = result_sheet(m.files, m.prediction, m.inspected_by, order), None
-    self.scores.value = scores_html(m.files, m.prediction, m.inspected_by, SHOWN)
+    self.sheet.show(m)
+    self.scores.value = scores_html(m.files, m.prediction, m.inspected_by)
     self._save()
-    self.status.value = f'{int(m.prediction.anomalous.sum())} of {len(files)} classified as anomalous'
+    test = ' (preset smoke: a test, this means nothing)' if m.inspected_by.config.preset == 'smoke' else ''
+    self.answer.value = f'{int(m.prediction.anomalous.sum())} of {len(files)} classified as anomalous{test}'
+    self._show_decide()
+
+# %% ../nbs/18j_own_images.ipynb #77b2101e
+@patch
+def _show_decide(self: OwnImages) -> None:
+    m, d, c = self.model, self.model.inspected_by, self.model.inspected_by.config.data
+    s, marks = m.prediction.score.double().numpy(), marks_in_force(m.run)
+    key = lambda f: pixels_key(read_image(f, c.image_size, c.max_pixels))
+    said = np.array([marks[k].what if (k := key(f)) in marks else '' for f in m.files] if marks else ['']*len(m.files))
+    held, of = np.array(d.learned_decision.normal_scores), lambda what: s[said == what]
+    self.bench.show(Bench(d.decision, d.learned_decision, np.r_[held, of('normal')], of('anomalous'), of(''),
+                          'inspected and held-out normal images'))
+    order = m.prediction.score.argsort(descending=True).tolist()
+    self.which.options = [(f'{printable(m.files[i].name)}  ({s[i]:.2f})', i + 1) for i in order] # 0 would be no choice
+    if self.which.value is None: self.which.value = order[0] + 1
+    self.decide.layout.display = None
+    self.marking.update()
+
+@patch
+def _target(self: OwnImages) -> Target:
+    c = self.model.inspected_by.config.data
+    return Target(self.model.files[self.which.value - 1], self.model.run, c.image_size, c.max_pixels)
+
+@patch
+def _threshold_tried(self: OwnImages, threshold: float) -> None:
+    "What is kept decides about the images of the sheet; what is only tried is counted above."
+    if self.bench.bench.tried: return
+    m = self.model
+    m.prediction = m.inspected_by.decision.applied(m.prediction)
+    self.sheet.show(m)
+    self.scores.value = scores_html(m.files, m.prediction, m.inspected_by)
+
+# %% ../nbs/18j_own_images.ipynb #db2f5576
+@patch
+def _learn(self: OwnImages) -> tuple[DynAD, Learned]:
+    "The detector with the images that are marked as normal, and what that changes on the inspected ones."
+    self._as_inspected = self.model.inspected_by
+    fitted = fitted_dataset(self._as_inspected.info, self._as_inspected.config)
+    return relearn(self._as_inspected, with_unlabelled(fitted, self.model.files), fitted=fitted)
+
+@patch
+def _use(self: OwnImages, detector: DynAD | None) -> None:
+    "Inspect the same images by another detector, None: by that of before."
+    self.model.detector = detector or self._as_inspected
+    self._later('inspect', lambda: self._inspect(self.model.files))
+
+# %% ../nbs/18j_own_images.ipynb #f118j002
+@patch
+def explore(self: OwnImages) -> OwnImages:
+    "Open the inspected images in the Explorer, below, or where `opened` puts it."
+    self._at('inspect')
+    self.answer.value = 'opening the Explorer'
+    self._later('explore', self._explore)
+    return self
+
+@patch
+def _explore(self: OwnImages) -> None:
+    m = self.model
+    normal = fitted_dataset(m.inspected_by.info, m.inspected_by.config)
+    if self.explorer: self.explorer.close()
+    self.explorer = Explorer(Session(m.inspected_by, with_unlabelled(normal, m.files)))
+    self.opened(self.explorer)
+    self.answer.value = ''
 
 # %% ../nbs/18j_own_images.ipynb #34288669
 @patch
 def export(self: OwnImages) -> Path | None:
     "Write maps, overlays and scores below the folder."
+    self._at('inspect')
     try: path = self.model.export()
     except Exception as e: return self.failed(e)
-    self.status.value = f'written: {html.escape(printable(path.parent))}'
+    self.answer.value = f'written: {html.escape(printable(path.parent))}'
     return path
 
 # %% ../nbs/18j_own_images.ipynb #7dfdf27f
@@ -330,6 +462,7 @@ def export(self: OwnImages) -> Path | None:
 def close(self: OwnImages) -> None:
     "Stop the fit, end the thread and the widgets."
     self.model.stopped = True
+    if self.explorer: self.explorer.close()
     View.close(self)
 
 # %% ../nbs/18j_own_images.ipynb #4066138b

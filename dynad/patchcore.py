@@ -4,6 +4,7 @@
 
 # %% ../nbs/16a_patchcore.ipynb #d3373939
 from __future__ import annotations
+import copy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -22,7 +23,7 @@ from .dic import ROUNDING
 from .features import load_features
 from .fusion import smooth
 from .method import Method, Prediction, register
-from .spatial_dic import patch_features
+from .spatial_dic import novel_rows, patch_features
 from .store import REPAIR_HINT, StoreError, load_tensors
 
 # %% auto #0
@@ -187,6 +188,16 @@ class PatchCore(Method):
     def predict_batch(self, images, rows):
         maps, scores = self.bank.score(self.phi(images.to(self.device)), tuple(images.shape[-2:]))
         return Prediction(scores.cpu(), maps.cpu())
+
+    absorbs = ('the bank of patches',)
+
+    @torch.no_grad()
+    def absorb(self, rows):
+        x = patch_features(self.phi(to_float(self.normals.images[rows]).to(self.device)), self.options.layers)
+        x = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+        old = self.bank.bank.to(x)
+        self.bank = copy.copy(self.bank)
+        self.bank.bank = torch.cat([old, novel_rows(x, old)]).to(self.bank.bank)
 
 # %% ../nbs/16a_patchcore.ipynb #7a5b9216
 def fit_patches(method: PatchCore, progress: bool = True) -> Path:

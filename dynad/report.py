@@ -14,21 +14,24 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from .charts import css, gradient, histogram, render, score_chart, t_hat_chart
+from .bench import Bench, bench_html
+from .charts import Svg, css, gradient, histogram, render, score_chart, t_hat_chart
 from .config import DynadError
 from .data import Sample
 from .evaluate import KEYS, method_title, undefined, write_result
-from .method import above
+from .method import Decision, above
 from .paths import check_folder, move, printable
 from .show import MARKED, TRUTH, colorize, marked, save_png
 from .store import atomic_write
+from .verdict import headline
 
 if TYPE_CHECKING: from dynad.evaluate import Evaluation
 
 # %% auto #0
 __all__ = ['HEADS', 'NOTES', 'DECISIONS', 'TITLES', 'OURS', 'ReportData', 'report_data', 'choose', 'scale_of_maps', 'scales_of',
-           'images_of', 'charts_of', 'metric_cell', 'metric_rows', 'tiles_of', 'chips_of', 'walk_text', 'value_text',
-           'sections_of', 'write_gallery', 'ReportError', 'is_report', 'check_report', 'page_html', 'write_report']
+           'images_of', 'charts_of', 'bench_of', 'metric_cell', 'metric_rows', 'tiles_of', 'chips_of', 'walk_text',
+           'value_text', 'sections_of', 'write_gallery', 'ReportError', 'is_report', 'check_report', 'page_html',
+           'write_report']
 
 # %% ../nbs/17a_report.ipynb #0e3241ae
 @dataclass(frozen=True)
@@ -144,6 +147,14 @@ def charts_of(d: ReportData) -> list[dict[str, Any]]: # title, note and svg
     return [*out, dict(title='Scores', note=note, svg=score_chart(d.scores, d.labels, threshold))]
 
 # %% ../nbs/17a_report.ipynb #28ed12ce
+def bench_of(d: ReportData) -> Bench:
+    "The scores and the threshold in force, to be drawn; of a result of before there are no scores of held-out images."
+    r, y, s = d.result['decision'], d.labels.bool(), d.scores.double()
+    held, at = tuple(r.get('normal_scores', ())), r['image_threshold']
+    learned = Decision(r.get('learned_threshold', at), r['threshold'], held, r.get('learned_rate'))
+    rate = (r.get('chosen') or {}).get('false_alarms') if r.get('chosen') else learned.false_alarms
+    return Bench(Decision(at, r['threshold'], held, rate), learned, s[~y].numpy(), s[y].numpy())
+
 HEADS = ('I-AUROC', 'P-AUROC', 'PRO', 'I-AP', 'P-AP', 'I-F1-max', 'P-F1-max') # of `KEYS`
 NOTES = {'t_hat_0': ('T̂ = 0', 'autoencoder alone, no diffusion'),
          'untrained_denoiser': ('untrained denoiser', 'the same method with random weights'),
@@ -182,7 +193,8 @@ def tiles_of(result: dict[str, Any]) -> list[dict[str, str]]: # name, value, not
         note = f"95 %: {m['low']} – {m['high']}" if m else f"not defined{f': {why}' if why else ' for these images'}"
         out.append(dict(name=head, value=m['value'] if m else '—', note=note))
     c, p = result['decision'], result['protocol']
-    return [*out, dict(name='decided by the learned threshold', value=f"{c['true_positives']} of {p['test_defective']}",
+    who = 'chosen' if c.get('chosen') else 'learned'
+    return [*out, dict(name=f'decided by the {who} threshold', value=f"{c['true_positives']} of {p['test_defective']}",
                        note=f"found; {c['false_positives']} of {p['test_good']} normal images called anomalous")]
 
 # %% ../nbs/17a_report.ipynb #3d753cec
@@ -234,7 +246,8 @@ def sections_of(r: dict[str, Any]) -> list[dict[str, Any]]: # title, groups of n
     cost = {f'{k} (s)': v for k, v in r['seconds_by_stage'].items()}
     cost |= {'images per second': r['images_per_second'], 'peak memory (MB)': r['peak_memory_mb']}
     shown = {k: v for k, v in r['protocol'].items() if k != 'warnings'}
-    about = [_group('protocol', shown), *(_group(k, r[k]) for k in ('data', 'decision'))]
+    decision = {k: v for k, v in r['decision'].items() if k != 'normal_scores'}
+    about = [_group('protocol', shown), _group('data', r['data']), _group('decision', decision)]
     measured = [_group('test images', cost), _group('versions', r['versions'])]
     settings = [_group('run', s), *(_group(k, v) for k, v in s.items() if isinstance(v, dict))]
     return [dict(title='Protocol and data', groups=about), dict(title='Settings', groups=settings),
@@ -253,7 +266,9 @@ def _figures(images: dict[str, Tensor | None], i: int, folder: Path) -> list[dic
     for column, x in images.items():
         src = None if x is None else f'images/{i:05d}_{column}.png'
         if src: save_png(x, folder/src)
-        out.append(dict(name=column, src=src))
+        out.append(dict(name=column, src=src, id=f'large-{i}-{column}'))
+    known = [f for f in out if f['src']]
+    for k, f in enumerate(known): f['before'], f['after'] = known[k - 1]['id'], known[(k + 1) % len(known)]['id']
     return out
 
 # %% ../nbs/17a_report.ipynb #e063dbc3
@@ -270,8 +285,9 @@ def write_gallery(
     def entry(i):
         hit, label = bool(above(d.scores[i], threshold)), int(y[i])
         s, t_hat = d.samples[i], None if d.t_hat is None else int(d.t_hat[i])
-        return dict(name=printable(s.name), label=label, kind=s.defect if label else 'normal', wrong=hit != label,
-                    t_hat=t_hat, score=f'{float(d.scores[i]):.3f}', decision=DECISIONS[hit, bool(label)],
+        return dict(id=f'image-{i}', name=printable(s.name), label=label,
+                    kind=s.defect if label else 'normal', wrong=hit != label, t_hat=t_hat,
+                    score=f'{float(d.scores[i]):.3f}', decision=DECISIONS[hit, bool(label)],
                     figures=_figures(shown[i], i, folder))
     return [dict(title=TITLES[k], images=[entry(i) for i in rows]) for k, rows in chosen.items() if rows]
 
@@ -331,7 +347,9 @@ def page_html(
                   tiles=tiles_of(r), walk=walk_text(r['settings']), n_normal=p['test_good'],
                   n_anomalous=p['test_defective'], charts=charts_of(d), gallery=gallery, ramp=gradient(),
                   ends=', '.join(f'{v:.2g} ({k})' for k, v in ends.items()), sections=sections_of(r),
-                  findings=p.get('warnings', []), extra=extra, **chips_of(r))
+                  findings=p.get('warnings', []), verdict=r.get('verdict', []), headline=headline(r.get('verdict', [])),
+                  decision=Svg(bench_html(bench_of(d))), extra=extra, **chips_of(r),
+                  rule=r['decision']['rule'] if r['decision'].get('chosen') else '')
 
 # %% ../nbs/17a_report.ipynb #76eccf70
 def write_report(

@@ -8,7 +8,7 @@ import threading
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -24,12 +24,13 @@ from .fusion import Calibration
 from .images import DataError
 from .map_cache import MapCache, Setting, calibrated_parts, neighbour_parts
 from .method import fitted_dataset
+from .paths import name_key, numbered
 from .quick_metrics import QuickMetrics
 from .reconstruction import pull, timesteps
 from .walk import averaged_t_hat, decode, sampler_settings
 
 # %% auto #0
-__all__ = ['MethodAt', 'decode_images', 'Session']
+__all__ = ['UNLABELLED', 'MethodAt', 'decode_images', 'Session', 'with_unlabelled']
 
 # %% ../nbs/18_session.ipynb #2707d4af
 @dataclass(frozen=True)
@@ -73,13 +74,29 @@ def calibration(self: MethodAt) -> Calibration:
 @patch
 def map_cache(self: MethodAt) -> MapCache:
     "The calibrated raw maps of every test image and every held-out image."
-    f, cal, maps, near = self.model.config.fusion, self.calibration(), [], []
-    for walk in (self.test, self.held_out):
-        each = [calibrated_parts(r.latent, r.features, t, cal) for r, t in walk.averaged_maps()]
+    return self._map_cache(self.calibration(), self.test.t_hat, (self.test, None, None), (self.held_out, None, None))
+
+@patch
+def _map_cache(self: MethodAt, cal: Calibration, t_hat: Tensor, *sets: tuple) -> MapCache: # sets: walk, T̂, rows
+    f, maps, near = self.model.config.fusion, [], []
+    for walk, given, rows in sets:
+        each = [calibrated_parts(r.latent, r.features, t, cal) for r, t in walk.averaged_maps(given, rows)]
         maps.append([sum(m)/len(each) for m in zip(*each)])
-        near.append(neighbour_parts(walk.neighbour_maps(), cal))
-    return MapCache(self.test.t_hat, *maps, self.model.config.data.image_size, f.threshold_quantile, *near,
+        near.append(neighbour_parts(walk.neighbour_maps(rows), cal))
+    return MapCache(t_hat, *maps, self.model.config.data.image_size, f.threshold_quantile, *near,
                     f.neighbour, f.score, f.false_alarms, self.model.inside)
+
+# %% ../nbs/18_session.ipynb #f1157a02
+@patch
+def first_maps(self: MethodAt,
+    i: int # a test image
+) -> MapCache | None: # its only row is that image; None: the scales of the maps need every test image
+    "The maps of one image before those of the others; its thresholds are estimates from the held-out images at its T̂."
+    if self.by_test: return None
+    several, t = averaged_t_hat(self.model.config), self.test.t_hat[[i]]
+    same = None if several else torch.full((len(self.held_out),), int(t))
+    cal = self.model.calibrated(torch.tensor(several) if several else t)
+    return self._map_cache(cal, t, (self.test, None, [i]), (self.held_out, same, None))
 
 # %% ../nbs/18_session.ipynb #0707b397
 def decode_images(
@@ -115,11 +132,12 @@ class Session:
         self.dataset = _opened(data, model)
         c = model.config.data
         self.samples, self.size = with_mask_rule(self.dataset.test, c.mask_rule), c.image_size
-        if not self.samples:
-            raise ValueError(f"{self.dataset.name}: no test image; put some under test/good and test/<defect>")
+        self.without_test = not self.samples  # the held-out normal images stand in for test images
+        if self.without_test: self.samples = _held_out(self.dataset, model)
         self.test_set = model.test_images(self.samples, self.dataset)
         self.staged = model.cached_walk(self.test_set)  # under the run's own settings
         self.labels = torch.tensor([s.label for s in self.samples])
+        self.known = np.array([s.defect != UNLABELLED for s in self.samples])  # [N] whether the label is known
         self.masks, self.has_mask = load_masks(self.samples, self.size, model.config.data.max_pixels)
         inside = model.inside
         if inside is not None:
@@ -131,6 +149,12 @@ class Session:
         self.lock = threading.RLock()  # one thread at a time calls the model
         for walk in (self.staged, model.held_out): walk.z0, walk.features, walk.severity  # made now, not under a slider
 
+    def use(self, model: DynAD) -> None:
+        "Show everything by another method on the same images, e.g. one that has learned from marked ones."
+        with self.lock:
+            self.model, self.staged = model, model.cached_walk(self.test_set)
+            self.map_caches.clear()
+
     @cached_property
     def images(self) -> Tensor:
         "[N,3,H,W] uint8, the test images."
@@ -140,6 +164,25 @@ class Session:
 
     def __repr__(self):
         return f'Session({self.dataset.name!r}, {len(self)} images at {self.size}², {len(self.map_caches)} map caches)'
+
+# %% ../nbs/18_session.ipynb #f1157a04
+UNLABELLED = 'unlabelled' # the kind of an image of which nobody has said whether it is normal
+
+def with_unlabelled(
+    dataset: AnomalyDataset, # its normal images stay
+    files: Sequence[Path]    # the test images, of unknown label
+) -> AnomalyDataset:
+    "A data set whose test images are these files."
+    taken: dict[str, Path] = {}
+    def sample(f: Path) -> Sample:
+        name = numbered(f.name, taken)
+        taken[name_key(Path(name).stem)] = f
+        return Sample(f'{UNLABELLED}/{name}', Path(f), 0, UNLABELLED, 'test')
+    return AnomalyDataset(dataset.name, dataset.root, dataset.layout, dataset.category,
+                          (*dataset.train, *map(sample, files)))
+
+def _held_out(dataset: AnomalyDataset, model: DynAD) -> list[Sample]:
+    return split_normal(dataset, model.config.data, model.config.seed)[1]
 
 # %% ../nbs/18_session.ipynb #8eeb055d
 def _opened(data: AnomalyDataset | str | Path | None, model: DynAD) -> AnomalyDataset:
@@ -157,9 +200,13 @@ def config(self: Session) -> Config:
 
 @patch(as_prop=True)
 def note(self: Session) -> str:
-    "What the run directory says about itself in note.txt."
-    path = self.run/NOTE
-    return path.read_text(encoding='utf-8').strip() if path.is_file() else ''
+    "What the run directory says about itself in note.txt, and what its images and its preset cannot show."
+    path, said = self.run/NOTE, []
+    if path.is_file(): said.append(path.read_text(encoding='utf-8').strip())
+    elif self.config.preset == 'smoke': said.append('preset smoke: a test of the machinery, its verdicts mean nothing')
+    if self.without_test: said.append('no test images: the held-out normal images are shown, which set the threshold')
+    if not self.known.all(): said.append(f'{int((~self.known).sum())} images without a label: no figure counts them')
+    return '; '.join(said)
 
 # %% ../nbs/18_session.ipynb #a3ec0c91
 @patch(as_prop=True)
@@ -234,6 +281,12 @@ def missing(self: Session, setting: Setting) -> int:
     "How many reconstructions the store lacks for the maps of this setting."
     if setting.maps_key in self.map_caches: return 0
     return sum(len(walk.missing(t)) for walk, t in self.at(setting).needed())
+
+# %% ../nbs/18_session.ipynb #f1157a05
+@patch
+def first_maps(self: Session, setting: Setting, i: int) -> MapCache | None:
+    "The maps of one image, made now and before those of the others; see `MethodAt.first_maps`."
+    with self.lock: return self.at(setting).first_maps(i)
 
 # %% ../nbs/18_session.ipynb #8811243e
 @patch

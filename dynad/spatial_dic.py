@@ -16,7 +16,7 @@ from .config import DynadError
 
 # %% auto #0
 __all__ = ['SpatialDICError', 'patch_features', 'neighbourhoods', 'k_centre', 'spread_out', 'nearest_distance', 'random_rows',
-           'SpatialDIC']
+           'novel_rows', 'SpatialDIC']
 
 # %% ../nbs/10a_spatial_dic.ipynb #b5e4aa55
 class SpatialDICError(DynadError, ValueError):
@@ -94,6 +94,14 @@ def random_rows(
     return torch.cat(kept)
 
 # %% ../nbs/10a_spatial_dic.ipynb #0f51bd79
+def novel_rows(
+    x: Tensor,         # [n,d]
+    bank: Tensor,      # [m,d]
+    share: float = .25 # of x
+) -> Tensor:           # [max(1, share·n),d]
+    "The rows that are farthest from the bank: what it does not know yet, and no more, so that a search stays as fast."
+    return x[nearest_distance(x, bank).topk(max(1, int(share*len(x)))).indices.sort().values]
+
 @dataclass
 class SpatialDIC:
     "Patches of normal images, and the distance of new patches to them."
@@ -124,6 +132,13 @@ class SpatialDIC:
             raise SpatialDICError(f"patches have {p.shape[-1]} channels, the bank has {self.bank.shape[1]}: "
                                   "use the φ and the layers of the bank")
         return nearest_distance(p.flatten(0, 2), self.bank).view(p.shape[:-1])[:, None]
+
+    def joined(self,
+        features: dict[int, Tensor] # φ of more normal images
+    ) -> SpatialDIC:
+        "With the patches of these images that are least like those of the bank."
+        x = neighbourhoods(features, self.layers).flatten(0, 2)
+        return SpatialDIC(torch.cat([self.bank, novel_rows(x, self.bank)]), self.layers)
 
     def state(self) -> dict[str, Tensor]: # to save
         return {'bank': self.bank, 'layers': torch.tensor(self.layers)}

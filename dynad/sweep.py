@@ -204,7 +204,7 @@ def _build(self: Sweep) -> None:
     self.heat_maps = HeatMaps(m, self.safely(self.pick))
     self.cells = self.heat_maps.cells
     below = [self.explorer.ui] if self.explorer else []
-    self.assemble([W.HTML(sweep_title(m)), self.message, row([self.severity, self.run, self.start, self.stop]),
+    self.assemble([W.HTML(sweep_title(m)), self.recalled, self.message, row([self.severity, self.run, self.start, self.stop]),
                    self.progress, self.progress_text, self.heat_maps.ui, self.picked, self.best,
                    self.lam, self.curves, *below])
 
@@ -254,6 +254,7 @@ def _changed(self: Sweep, what: str) -> None:
 def _moved(self: Sweep, change: dict) -> None:
     self.model.severity = self.severity.value
     if change['owner'] is self.severity: self.worker.poke()
+    self.recalled.value = ''
     self.paint()
     self.draw_curves()
     self._save()
@@ -278,6 +279,12 @@ def draw_curves(self: Sweep) -> None:
         if t.empty: return
         self.curves.value = figure_png(curves_figure(t, self.lam.value, self.model.base.t_max), colors=None)
         self.curves.remove_class('dynad-wait')
+
+# %% ../nbs/18f_sweep.ipynb #f118f001
+@patch
+def picture(self: Sweep) -> pd.DataFrame:
+    "For a page without widgets: the table."
+    return self.table
 
 # %% ../nbs/18f_sweep.ipynb #8d717130
 @patch
@@ -306,6 +313,7 @@ def _restore(self: Sweep) -> None:
     for k, w in (('severity', self.severity), ('run', self.run), ('lam', self.lam)):
         if kept.get(k) in values(w): w.value = kept[k]
     self.model.severity, cell = self.severity.value, kept.get('chosen')
+    if kept: self.recall(self.state_file)
     if not (isinstance(cell, list) and len(cell) == 3): return
     if ('pro', *cell[:2]) in self.cells and cell[2] in values(self.severity): self._choose(*cell)
 

@@ -191,6 +191,7 @@ class Trajectory(View):
         self.worker = self.thread(self.model.work, self._work_failed)
         self._wire()
         self._selected()
+        if kept and (image is None or t_hat is None): self.recall(self.state_file)
 
     @classmethod
     def demo(cls, root: str | Path | None = None, **kwargs) -> Trajectory:
@@ -256,7 +257,7 @@ def _build(self: Trajectory) -> None:
     self.images, self.captions = self.panels.images, self.panels.captions
     self.back_panels, self.out_panels = self.panels.grid(back), self.panels.grid(out)
     for box in (self.back_panels, self.out_panels): box.layout.max_width = '1100px'
-    self.assemble([W.HTML(note_html(self.session)), self.message, self.image, self.t_hat, self.own, self.eta,
+    self.assemble([W.HTML(note_html(self.session)), self.recalled, self.message, self.image, self.t_hat, self.own, self.eta,
                    heading('Reconstruction'), row([self.play, self.step]), self.curve, self.back_panels,
                    heading('Diffusion (Eq. 3 and 12)'), self.out, self.out_panels])
 
@@ -289,6 +290,7 @@ def _selected(self: Trajectory, change: Any = None) -> None:
     self.model.jobs.retry()
     set_stale(True, self.back_panels, self.out_panels)
     self.say('')
+    self.recalled.value = ''
     self.worker.poke()
 
 # %% ../nbs/18g_trajectory.ipynb #36eff9bf
@@ -351,6 +353,17 @@ def _show_diffused(self: Trajectory, w: float) -> None:
     left = float(self.session.model.parts.schedule.abar[t].sqrt())
     self.panels.put(('out', w), (m.ready, t), lambda: png_bytes(m.diffused[w][m.ts.index(t)]))
     self.panels.caption(('out', w), f'<b>z_t decoded</b>, t = {t + 1}, √ᾱ = {left:.3f}<br>{PAIRS[w]}')
+
+# %% ../nbs/18g_trajectory.ipynb #f118f002
+@patch(as_prop=True)
+def ready(self: Trajectory) -> bool:
+    "Whether the steps of the selection are there."
+    return self.model.ready == self.model.selected and bool(self.model.steps)
+
+@patch
+def picture(self: Trajectory) -> SmallImage:
+    "For a page without widgets: all steps."
+    return film(self.model.steps)
 
 # %% ../nbs/18g_trajectory.ipynb #0f106c93
 def film(

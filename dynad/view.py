@@ -4,13 +4,14 @@
 
 # %% ../nbs/18b_view.ipynb #55853cd0
 from __future__ import annotations
-import html, io, json, threading, time
+import html, io, json, os, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Hashable, Iterable, Iterator, Sequence
 
 import ipywidgets as W
 from fastcore.basics import patch
+from IPython.display import HTML
 from PIL import Image, ImageDraw
 
 from .charts import error_html
@@ -22,7 +23,7 @@ from .store import atomic_write
 
 # %% auto #0
 __all__ = ['StateFile', 'Jobs', 'Quiet', 'labelled', 'button', 'severity_buttons', 'row', 'heading', 'soft', 'set_stale',
-           'note_html', 'ImagePanels', 'image_row', 'View']
+           'note_html', 'ImagePanels', 'image_row', 'View', 'is_live']
 
 # %% ../nbs/18b_view.ipynb #e588e148
 class StateFile:
@@ -40,6 +41,11 @@ class StateFile:
             return parse(raw), ''
         except (OSError, ValueError, TypeError, KeyError) as e:
             return {}, f'{self.path}: cannot be used ({error_text(e)})'
+
+    @property
+    def when(self) -> str:
+        "When the file was written last, e.g. '27 Nov 06:41'."
+        return time.strftime('%d %b %H:%M', time.localtime(self.path.stat().st_mtime)) if self.path.exists() else ''
 
     def write(self, state: dict[str, Any]) -> None:
         "Replace the file; a warning where it cannot be written."
@@ -192,9 +198,11 @@ class View:
     "What every view has; a subclass starts its threads with `thread` and builds `.ui` with `assemble`."
     def __init__(self):
         self.message, self.progress_text = W.HTML(), W.HTML()
+        self.recalled = W.HTML()  # that what is shown was left so, here or elsewhere
         layout = W.Layout(width='100%', max_width='560px', height='14px', visibility='hidden')
         self.progress = W.FloatProgress(min=0, max=1, layout=layout)
         self.threads: list[Background] = []
+        self.doing = ''  # what the progress bar says
 
     def thread(self,
         step: Callable[[], bool],                          # one step of the work; False when nothing is left
@@ -226,6 +234,12 @@ def failed(self: View, e: Exception) -> None:
     "Show an error in the view."
     self.say(error_text(e))
 
+# %% ../nbs/18b_view.ipynb #f118b006
+@patch
+def recall(self: View, state_file: StateFile) -> None:
+    "Say where the setting comes from."
+    self.recalled.value = soft(f'As it was left on {state_file.when}, here or in another window of this run.')
+
 # %% ../nbs/18b_view.ipynb #6ba22e92
 @patch
 def safely(self: View, f: Callable) -> Callable:
@@ -240,7 +254,7 @@ def safely(self: View, f: Callable) -> Callable:
 def report(self: View, text: str, done: int = 0, total: int = 1) -> None:
     "Show progress; without a text the bar is hidden."
     self.progress.value, self.progress.layout.visibility = done/total, 'visible' if text else 'hidden'
-    self.progress_text.value = soft(text) if text else ''
+    self.progress_text.value, self.doing = soft(text) if text else '', text
 
 # %% ../nbs/18b_view.ipynb #9195d418
 @patch
@@ -249,9 +263,36 @@ def wait(self: View, timeout: float = 300) -> View:
     end = time.monotonic() + timeout
     for t in self.threads*3:  # one thread may have given work to the other
         if t.wait(max(0., end - time.monotonic())): continue
-        name, doing = type(self).__name__, self.progress_text.value
-        raise TimeoutError(f"{name} was still busy after {timeout} s: {doing}")
+        raise TimeoutError(f"{type(self).__name__} was still busy after {timeout} s: {self.doing}")
     return self
+
+# %% ../nbs/18b_view.ipynb #f118b002
+def is_live() -> bool:
+    "Whether JupyterLab or Voila has started this kernel, so that somebody may be at the sliders."
+    return bool(os.environ.get('JPY_SESSION_NAME')) or os.environ.get('SERVER_SOFTWARE', '').startswith('voila')
+
+@patch(as_prop=True)
+def ready(self: View) -> bool:
+    "Whether all that is shown is there; a view that works ahead says so earlier."
+    return all(t.wait(0) for t in self.threads)
+
+# %% ../nbs/18b_view.ipynb #f118b003
+@patch
+def shown(self: View, timeout: float = 300) -> View:
+    "Until `ready`, or nothing is left to do: for a notebook that runs by itself. Raises TimeoutError."
+    end = time.monotonic() + timeout
+    while not (self.ready or all(t.wait(0) for t in self.threads)):
+        if time.monotonic() > end: return self.wait(0)  # says what is being done
+        time.sleep(.05)
+    return self
+
+# %% ../nbs/18b_view.ipynb #f118b004
+@patch
+def still(self: View, timeout: float = 300) -> Any:
+    "What is shown as a picture or a table, for a page without widgets; a live notebook is not held up for it."
+    if not is_live(): self.shown(timeout)
+    if self.ready: return self.picture()
+    return HTML(soft('Still being computed in the background; run this cell again for a picture of it.'))
 
 # %% ../nbs/18b_view.ipynb #d0338386
 @patch

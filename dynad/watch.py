@@ -20,7 +20,6 @@ from .collector import DataError, collect, count, summary_line
 from .config import DynadError, content_key
 from .drift import DriftMonitor, DriftWarning
 from .guard import aside, tqdm
-from .images import image_size
 from .method import Method, Prediction
 from .output import row_of, write_one
 from .paths import PathError, check_folder, echo, expanded, file_name, printable
@@ -299,10 +298,7 @@ def scored(self: Watch, a: Arrived, p: Prediction, i: int) -> dict[str, Any] | N
     drawn = self.pictures == 'all' or self.pictures == 'anomalous' and bool(p.anomalous[i])
     try:
         if drawn: row, _ = write_one(self.method, p, i, a.path, self.out/'pictures'/a.stem)
-        else:
-            size = image_size(a.path)
-            row = row_of(self.method, p, i, a.path, '', size,
-                         self.method.own_pixels(p, i, size) if p.map is not None else None)
+        else: row = row_of(self.method, p, i, a.path, '')
     except DataError: return None
     return row | a.note if Look.at(a.path) == a.look else None
 

@@ -181,6 +181,8 @@ def test_browser_book(tmp_path):
         assert page.evaluate('document.documentElement.scrollWidth <= innerWidth')      # wide tables scroll in themselves
         page.click('#smoke-table1 a')
         assert page.url.endswith('/smoke/table1.html') and len(found := drawn()) and all(found)
+        assert page.locator('img.first').bounding_box()['y'] < 900 and 'DIC above static' in page.locator('main').inner_text() and not page.locator('math').first.is_visible()
+        page.click('summary:has-text("the notebook")')
         assert page.locator('math').count() == 2 and page.locator('math mfrac').count() == page.locator('math msqrt').count() == 1 and not page.locator('code.tex').count()
         assert page.locator('math[display=block]').bounding_box()['height'] > 10 and page.locator('math').first.evaluate('m => m.namespaceURI').endswith('MathML')
         assert page.evaluate('document.documentElement.scrollWidth <= innerWidth')

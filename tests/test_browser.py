@@ -54,6 +54,8 @@ def drag(view, name, by):
     view.page.mouse.up()
 
 def ready(view, timeout=WAIT):
+    tab = view.page.locator('.lm-TabBar-tab', has_text='Maps and sliders').first # the engineer's view is in front
+    tab.wait_for(timeout=timeout*1000); tab.click()
     view.page.wait_for_selector('.dynad-panel img', timeout=timeout*1000)
     view.until(lambda: 'A_map =' in view.page.locator('.dynad-x').first.inner_text() and not view.page.locator('.dynad-panel img.dynad-stale, .dynad-stale .dynad-panel').count(), timeout, 'the image')
 
@@ -161,6 +163,72 @@ def test_browser_upload(view, lab, folder, boards):
     bad.write_bytes(b'not an image')
     drop([bad])
     view.until(lambda: 'notes.png: not an image that can be read' in view.page.locator('.dynad-x').inner_text(), WAIT, 'the error')
+    assert view.unexpected() == []
+
+def test_browser_open(view, tmp_path, monkeypatch):
+    "The front door: a token, three tabs, the overlay without scrolling, keys, a clean console, and nothing left behind."
+    pytest.importorskip('voila', reason='voila is not installed')
+    from dynad.server import place_of, server as front_server
+    monkeypatch.setenv('DYNAD_CACHE', str(tmp_path))
+    monkeypatch.setenv('TMPDIR', str(tmp_path))
+    (tmp_path/'demo').symlink_to(demo().parent)
+    page = view.page
+    page.set_viewport_size(dict(width=1280, height=800))
+    with front_server(place_of(None), tmp_path/'keep') as (url, process):
+        assert '/login' in page.request.get(url.split('?')[0]).url and url.startswith('http://127.0.0.1:')
+        page.goto(url, timeout=WAIT*1000)
+        view.until(lambda: 'times the' in page.locator('.dynad-x').first.inner_text(), WAIT, 'the verdict')
+        assert [t.inner_text() for t in page.locator('.lm-TabBar-tab').all()[:3]] == ['Your images', 'Explorer', 'Report']
+        frame, top = page.locator('.dynad-frame').first, page.locator('.dynad-top').first
+        view.until(lambda: top.evaluate('(i) => i.naturalWidth') == 128, 30, 'the overlay')
+        for width, height in ((1920, 1080), (1280, 800)):
+            page.set_viewport_size(dict(width=width, height=height))
+            page.wait_for_timeout(300)
+            box = frame.bounding_box()
+            assert box['y'] + box['height'] <= height and box['height'] > .5*height
+            page.screenshot(path=Path(SHOTS or tmp_path)/f'open_{width}.png')
+        page.mouse.move(box['x'] + box['width']/2, box['y'] + box['height']/2)
+        assert 'A_map ' in page.locator('.dynad-readout').first.inner_text()
+        scale = lambda: page.locator('.dynad-stage').first.evaluate('(e) => e.style.transform')
+        frame.focus()
+        before = scale(); page.keyboard.press('+'); assert scale() != before
+        page.keyboard.press('0'); assert scale() == before
+        page.keyboard.press('i')
+        view.until(lambda: top.evaluate('(i) => i.style.visibility') == 'hidden', 10, 'the input alone')
+        page.keyboard.press('w')
+        view.until(lambda: top.evaluate('(i) => i.style.clipPath').startswith('inset'), 10, 'the wipe')
+        name = frame.get_attribute('aria-label')
+        page.locator('.dynad-strip-box').first.focus(); page.keyboard.press('ArrowDown')
+        view.until(lambda: frame.get_attribute('aria-label') != name, 30, 'another image by key')
+        page.locator('.dynad-symbol').last.hover()
+        assert page.locator('.dynad-card').last.is_visible() and 'blob/main/nbs/05_features.ipynb' in page.locator('.dynad-card a').last.get_attribute('href')
+        page.locator('.lm-TabBar-tab', has_text='Your images').click()
+        assert page.locator('button', has_text='fit').first.is_visible()
+        assert view.unexpected() == []
+    assert process.poll() is not None and not list(tmp_path.glob('dynad-open-*'))
+
+def test_browser_strip_of_two_thousand(view):
+    "Only what is in view exists; a scroll through all of it never holds the page."
+    from dynad.charts import template_text
+    page = view.page
+    page.set_content(f'<style>{template_text("canvas.css")}</style><div id=a style="width:220px"></div>')
+    script = template_text('strip.js').replace('export default', 'window.strip =')
+    page.add_script_tag(content=script, type='module')
+    view.until(lambda: page.evaluate('!!window.strip'), 10, 'the script')
+    page.evaluate("""() => { const state = {items: [...Array(2000).keys()].map((k) => [k, `${k}.png`, k/2000, k % 7 === 0]), selected: 0}, hear = {};
+      window.asked = [];
+      window.model = {get: (k) => state[k], set: (k, v) => { state[k] = v; (hear['change:' + k] || []).forEach((f) => f()); }, save_changes() {},
+        on: (k, f) => (hear[k] = hear[k] || []).push(f), off() {}, send: (m) => window.asked.push(...m.want)};
+      window.strip.render({model: window.model, el: document.getElementById('a')}); }""")
+    drawn = page.locator('.dynad-thumb')
+    view.until(lambda: drawn.count() > 5, 10, 'thumbnails')
+    longest = page.evaluate("""async () => { const box = document.querySelector('.dynad-strip-box'); let last = performance.now(), worst = 0;
+      for (let y = 0; y < box.scrollHeight; y += 900) { box.scrollTop = y; await new Promise(requestAnimationFrame); const now = performance.now(); worst = Math.max(worst, now - last); last = now; }
+      return worst; }""")
+    assert drawn.count() < 120 and len(page.evaluate('window.asked')) == len(set(page.evaluate('window.asked'))) > 300
+    assert longest < 400 # milliseconds of one frame, on a machine that does other work
+    page.locator('.dynad-strip-box').focus(); page.keyboard.press('End')
+    assert page.evaluate("window.model.get('selected')") == 1999 and page.locator('[aria-selected=true]').get_attribute('aria-label') == '1999.png: score 1.00'
     assert view.unexpected() == []
 
 @pytest.mark.parametrize('name', sorted(p.stem for p in APPS.glob('*.ipynb')))

@@ -258,12 +258,47 @@ def test_gallery(explorer):
     assert scores == sorted(scores, reverse=True)
     explorer.kind.value = 'good'
     assert {explorer.session.samples[k].label for k in explorer.gallery.rows} == {0}
-    explorer.gallery.pick(1)
+    explorer.strip.selected = explorer.gallery.rows[1] # as a click in the browser does
     assert explorer.i == explorer.gallery.rows[1]
     explorer.kind.value = 'all'; explorer.order.value = 'wrong'
-    wrong = explorer.model.wrong
-    assert [bool(wrong[k]) for k in explorer.gallery.rows] == sorted((bool(v) for v in wrong), reverse=True)
-    assert sum(t.layout.display != 'none' for t in explorer.gallery.thumbs) == min(len(explorer.session), len(explorer.gallery.thumbs))
+    wrong, items = explorer.model.wrong, explorer.strip.items
+    assert [it[3] for it in items] == sorted((bool(v) for v in wrong), reverse=True) and [it[0] for it in items] == explorer.gallery.rows
+    explorer.threshold.value, explorer.lam.value = 0., .6
+    explorer.wait()
+    assert {it[0] for it in explorer.strip.items if it[3]} == set(np.flatnonzero(explorer.model.wrong)) # no mark stays
+
+def test_the_engineers_view(explorer):
+    v, b = explorer.inspect.viewer, explorer.model.blend(explorer.model.map_cache)
+    assert np.array_equal(np.frombuffer(v.values, '<f4').reshape(v.shape), b.anomaly) and v.threshold == pytest.approx(b.threshold)
+    assert v.size == list(size(v.image)) and size(v.overlay) == (128, 128) and explorer.session.samples[explorer.i].name in v.alt
+    assert (above := b.anomaly > b.threshold).any() and len(v.regions) > 0 and sum(r['area'] for r in v.regions) == pytest.approx(above.sum(), abs=3)
+    assert v.regions[0]['peak'] == pytest.approx(float(b.anomaly.max())) and 'times the' in explorer.inspect.verdict.value
+    before = v.overlay
+    explorer.threshold.value = float(b.anomaly.max()) + 1
+    assert v.regions == [] and v.overlay != before
+    explorer.omega.value = .35 # nothing is known at it yet
+    assert v.stale or explorer.model.map_cache is not None
+
+def test_one_image_is_shown_before_the_others(session):
+    x = Explorer(session, t_maxes=GRID, setting={'t_max': 80, 'eta': 5.}, prefetch=False) # at which nothing is stored
+    seen = []
+    x.inspect.viewer.observe(lambda change: seen.append(x.model.map_cache is None), 'values')
+    x.wait(300)
+    alone = x.model.first[x.setting.maps_key, x.i]
+    whole = x.model.map_cache
+    assert seen and True in seen and len(alone.t_hat) == 1
+    torch.testing.assert_close(alone.pair([0], 4.)[0], whole.pair([x.i], 4.)[0], atol=1e-4, rtol=1e-3)
+    x.close()
+
+def test_a_cell_holds_no_slider(session, monkeypatch):
+    x = Explorer(session, t_maxes=GRID, setting={'t_max': 160, 'eta': 3.}, prefetch=True)
+    monkeypatch.setenv('JPY_SESSION_NAME', 'explore.ipynb')
+    start = time.perf_counter()
+    x.still()
+    assert time.perf_counter() - start < 1
+    monkeypatch.delenv('JPY_SESSION_NAME')
+    assert not x.model.session.missing(x.shown(200).setting) and hasattr(x.still(), 'save')
+    x.close()
 
 def test_the_setting_as_text(explorer):
     explorer.load({'t_max': 80, 'lam': .3, 'threshold': .7}, 4)
@@ -310,10 +345,10 @@ def test_what_is_known_before_anything_is_reconstructed(explorer):
 
 def test_the_decision_at_a_threshold_by_hand(explorer):
     explorer.image.value = next(k for k, y in enumerate(explorer.session.labels) if y)
-    assert 'at your threshold' not in explorer.facts.value
+    decided = explorer.facts.value
     explorer.threshold.value = explorer.threshold.max
     assert '0.0% of the pixels' in explorer.captions['mask'].value
-    assert f'at your threshold: {explorer.session.anomaly_maps(explorer.setting)[explorer.i].max():.2f} ≤ {explorer.threshold.max:.2f}, classified as <b>normal</b>, <b>✗ wrong</b>' in explorer.facts.value
+    assert explorer.facts.value == decided  # the threshold for pixels decides about no image
 
 def test_neighbours_are_the_images_learned_from(session, tmp_path):
     "Also where another data set is shown; and where those images are gone, that is said."

@@ -1,5 +1,6 @@
 "A person's own images: dropped, fitted, stopped, resumed, inspected, written."
-import copy, csv, io, threading
+import copy, csv, io, re, threading
+from pathlib import Path
 from datetime import datetime, timezone
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from dynad.detector import DynAD
 from dynad.method import Decision
 from dynad.cautions import cautions_html, find_cautions, held_out_images, unlike
+from dynad.explorer import Explorer
 from dynad.inspection import FitProgress, save_uploads
 from dynad.own_images import OwnImages
 from dynad.data import open_folder
@@ -87,8 +89,10 @@ def test_inspected_and_exported(own, boards):
     bad = [s for s in boards.test if s.label]
     own.new.upload.value = tuple(upload(s.image, f'{k}.png') for k, s in enumerate(bad))
     own.wait()
-    assert own.message.value == '' and f'of {len(bad)} classified as anomalous' in own.status.value
-    assert Image.open(io.BytesIO(own.sheet.value)).size == (4*156, len(bad)*156)
+    assert own.message.value == '' and f'of {len(bad)} classified as anomalous (preset smoke: a test' in own.answer.value and 'verdicts mean nothing' in own.scores.value
+    sheet = own.sheet.html.value
+    assert sheet.count('<img alt="') == 4*len(bad) and all(f'overlay of {k}.png' in sheet and f'<code>{k}.png</code>' in sheet for k in range(len(bad)))
+    assert sheet.count('>anomalous</b>') == int(own.model.prediction.anomalous.sum()) and '<th scope="col">reconstruction</th>' in sheet
     path = own.export()
     rows = list(csv.DictReader(path.open()))
     assert len(rows) == len(bad) and float(rows[0]['score']) == pytest.approx(float(own.model.prediction.score[0]))
@@ -98,8 +102,8 @@ def test_inspected_and_exported(own, boards):
 def test_the_same_view_after_a_restart(own, tmp_path):
     again = OwnImages(own.model.folder).wait(120)
     assert again.message.value == '' and again.model.detector is not None and again.preset.value == 'smoke' and again.normal.folder.value == ''
-    assert (again.scores.value, again.warnings.value, again.status.value, again.model.progress.losses) == (own.scores.value, own.warnings.value, f'{int(own.model.prediction.anomalous.sum())} of {len(own.model.files)} classified as anomalous', own.model.progress.losses)
-    assert again.sheet.value == own.sheet.value and again.loss_curve.value == own.loss_curve.value and not again.export_button.disabled
+    assert (again.scores.value, again.warnings.value, again.status.value, again.model.progress.losses) == (own.scores.value, own.warnings.value, own.status.value, own.model.progress.losses)
+    assert again.sheet.html.value == own.sheet.html.value and again.answer.value.startswith(f'{int(own.model.prediction.anomalous.sum())} of {len(own.model.files)} classified as anomalous') and again.loss_curve.value == own.loss_curve.value and not again.export_button.disabled
     again.close()
     other = OwnImages(own.model.folder, normal=tmp_path).wait(120) # other images than the run's: nothing of it is shown as theirs
     assert other.model.detector is None and 'learned from' in other.status.value
@@ -122,7 +126,7 @@ def test_fit_is_pressed_while_images_are_inspected(own, monkeypatch):
     assert 'notes.txt' in own.message.value and own.fit_button.disabled and not own.stop_button.disabled
     go2.set()
     own.wait()
-    assert own.model.prediction is None and own.export_button.disabled and 'press inspect' in own.scores.value and own.sheet.layout.display == 'none' # no old results beside a new detector
+    assert own.model.prediction is None and own.export_button.disabled and 'press inspect' in own.scores.value and own.sheet.ui.layout.display == 'none' # no old results beside a new detector
     assert not own.fit_button.disabled and own.stop_button.disabled
 
 def test_results_stay_with_their_detector(own):
@@ -147,3 +151,67 @@ def test_mistakes_show_in_the_widget(own, tmp_path):
     fresh.export()
     assert 'nothing is inspected yet; press inspect first' in fresh.message.value
     fresh.close()
+
+def test_every_message_stands_beside_the_button(own, tmp_path):
+    where = lambda: [k for k, slot in own.slots.items() if own.message in slot.children]
+    own.new.folder.value = str(tmp_path/'none')
+    own.inspect().wait()
+    assert where() == ['inspect'] and 'no such folder' in own.message.value and own.answer.value == ''
+    own.normal.upload.value = (dict(upload(own.model.run/'run.json', 'notes.txt')),)
+    assert where() == ['normal'] and 'notes.txt' in own.message.value
+    own.normal.folder.value = str(tmp_path)
+    own.fit().wait()
+    assert where() == ['fit'] and 'no image in there' in own.message.value
+    own.normal.folder.value = ''
+
+def test_all_images_are_on_a_page_of_the_sheet(own, boards, monkeypatch):
+    monkeypatch.setattr('dynad.own_images.SHOWN', 4)
+    own.new.folder.value = str(boards.root/'test')
+    own.inspect().wait()
+    n, names = len(own.model.files), set()
+    for k in range(-(-n//4)):
+        names |= set(re.findall('<code>(.*?)</code>', own.sheet.html.value))
+        assert own.sheet.later.disabled == (k == -(-n//4) - 1)
+        own.sheet.later.click()
+    assert names == {f.name for f in own.model.files} and f'of {n} images' in own.sheet.text.value
+
+def test_what_was_inspected_opens_in_the_explorer(own, boards):
+    own.new.folder.value = str(boards.root/'test'/'good')
+    own.inspect().wait()
+    own.explore().wait(200)
+    x = own.explorer
+    x.wait(200)
+    assert own.message.value == '' == x.message.value and own.below.children == (x.ui,)
+    assert [s.image for s in x.session.samples] == own.model.files and not x.session.known.any() and 'images without a label' in x.session.note
+    assert x.model.measured.scores == pytest.approx(own.model.prediction.score.numpy(), abs=2e-3)
+    assert not x.model.wrong.any() and 'without labels' in x.metrics.value and 'nobody has labelled it' in x.facts.value and 'wrong' not in x.facts.value
+
+def test_a_run_without_test_images_opens(own):
+    x = Explorer(own.model.run)
+    x.shown(200)
+    assert x.session.without_test and 'no test images' in x.session.note and len(x.session) == 5 and x.message.value == ''
+    assert 'A_map' in x.captions['A_map'].value and x.model.measured.metrics['i_auroc'] is None
+    x.close()
+
+def test_deciding_and_marking_what_was_inspected(own, boards, tmp_path):
+    "The threshold that is kept decides about the sheet; a marked image is learned from and inspected again."
+    own.new.folder.value = str(Path(boards.root)/'test'/'good')
+    own.inspect().wait()
+    b, m = own.bench, own.model
+    assert own.message.value == '' and b.ui.layout.display is None and len(b.bench.unknown) == len(m.files)
+    low = float(m.prediction.score.min()) - .01
+    b.value.value = low
+    assert not m.prediction.anomalous.all() or low > m.inspected_by.decision.image_threshold # only tried
+    b.save.click()
+    assert b.message.value == '' and m.prediction.anomalous.all() and m.inspected_by.decision.chosen.at == pytest.approx(low, rel=1e-3)
+    b.reset.click()
+    own.marking.normal.click()
+    assert own.marking.message.value == '' and '<b>normal</b>' in own.marking.said.value
+    own.marking.try_it.click()
+    assert own.marking.message.value == '' and 'without training' in own.marking.changes.value and 'called anomalous' in own.marking.changes.value
+    own.wait()
+    assert m.inspected_by.joined == (0,) and own.message.value == ''
+    own.marking.undo.click()
+    own.wait()
+    assert m.inspected_by.joined == ()
+    own.marking.withdraw.click()

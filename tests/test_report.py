@@ -68,7 +68,7 @@ def test_page(e, tmp_path):
     page = Page(path)
     assert path == tmp_path/'report'/'index.html' and is_report(path.parent)
     assert not page.wrong and not page.open, "tags are not balanced"
-    assert page.tags.count('article') == 6 and page.tags.count('img') == 6*7 and page.tags.count('svg') == 3
+    assert page.tags.count('article') == 6 and page.tags.count('img') == 6*7 and page.tags.count('svg') == 6
     for word in ('synthetic images', 'smoke preset: a test of the machinery, not a result', 'preset smoke', 'seed 0', 'null: untrained denoiser', 'baseline: PatchCore', 'How to read this'): assert word in page.text
     for k in ('i_auroc', 'p_auroc', 'pro'): assert f"{e.result[k]['value']:.3f}" in page.text
     assert all((path.parent/l).is_file() for l in page.links), "a link leads nowhere"

@@ -1,0 +1,228 @@
+"What a person decides about a run: the threshold, marks, and learning from them; and the verdict in words."
+import json, os, shutil, signal, time, warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dynad import learning, marks, threshold
+from dynad.cli import app
+from dynad.config import ConfigError, make_config
+from dynad.detector import DynAD
+from dynad.evaluate import evaluate
+from dynad.explorer import Explorer
+from dynad.method import NotFittedError, open_run
+from dynad.patchcore import PatchCore
+from dynad.report import write_report
+from dynad.store import StoreError
+from dynad.threshold import Chosen, ThresholdError
+from dynad.verdict import SEVERITIES, verdict
+
+@pytest.fixture
+def run(smoke, tmp_path):
+    "A copy of the fitted run that may be written into."
+    shutil.copytree(smoke[1], tmp_path/'run')
+    return tmp_path/'run'
+
+@pytest.fixture(scope='module')
+def patchcore(boards, tmp_path_factory):
+    run = tmp_path_factory.mktemp('patchcore')/'run'
+    PatchCore(make_config('smoke', {'options': {'max_patches': 1000}})).fit(boards, run, progress=False)
+    return run
+
+def opened(run, overrides=None):
+    "And what was said."
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        method = open_run(run, overrides, progress=False)
+    return method, [str(w.message) for w in said if 'threshold' in str(w.message) or 'taken' in str(w.message)]
+
+# the threshold
+
+def test_a_choice_decides_everywhere(run, boards, tmp_path):
+    method = open_run(run, progress=False)
+    learned, files = method.decision.image_threshold, [s.image for s in boards.test]
+    scores = method.predict(files).score
+    at = float(scores.sort().values[len(files)//2])
+    method.keep_choice(threshold.choose_now(at=at, why='because'))
+    again, said = opened(run)
+    assert again.decision.image_threshold == at and said == [] and again.learned_decision.image_threshold == learned
+    p = again.predict(files)
+    assert torch.equal(p.anomalous, threshold.above(p.score, at)) and 0 < int(p.anomalous.sum()) < len(files)
+    e = evaluate(again, boards, n_boot=0, null_models=False)
+    d = e.result['decision']
+    assert d['image_threshold'] == at and d['learned_threshold'] == learned and d['chosen']['why'] == 'because' and 'because' in d['rule'] and 'because' in e.result['protocol']['threshold']
+    assert d['true_positives'] + d['false_negatives'] == sum(s.label for s in boards.test)
+    saved = DynAD.from_pretrained(again.save_pretrained(tmp_path/'saved'))
+    assert saved.decision.image_threshold == at and saved.learned_decision.image_threshold == pytest.approx(learned)
+    page = write_report(e, tmp_path/'report').read_text()
+    assert 'What this run is good for' in page and 'because' in page and 'an oracle. New images cost more' in page
+    again.keep_choice(None)
+    assert opened(run)[0].decision.image_threshold == learned and not (run/threshold.FILE).exists()
+    again.save_pretrained(tmp_path/'saved')
+    assert DynAD.from_pretrained(tmp_path/'saved').decision.chosen is None # none left over from before
+
+def test_a_value_belongs_to_its_scores_and_a_rate_to_all(run):
+    method = open_run(run, progress=False)
+    method.keep_choice(Chosen(at=123.))
+    other, said = opened(run, {'fusion.lam': .9})
+    assert other.decision.chosen is None and len(said) == 1 and '123' in said[0] and 'other settings' in said[0]
+    assert other.with_settings({'fusion.lam': method.config.fusion.lam}).decision.image_threshold == 123.
+    method.keep_choice(Chosen(false_alarms=.4))
+    other, said = opened(run, {'fusion.lam': .9})
+    n = len(other.decision.normal_scores)
+    k = threshold.outcome(other.decision.image_threshold, other.decision.normal_scores, [])
+    assert said == [] and other.decision.guarantee.wanted == .4 and k.false_alarms <= .4*(n + 1)
+
+def test_a_choice_that_cannot_be_used_is_named(run, smoke):
+    (run/threshold.FILE).write_text('{"at": "high"}')
+    with pytest.raises(StoreError, match='decision.json: holds no chosen threshold.*--reset'): open_run(run, progress=False)
+    (run/threshold.FILE).write_text('{"at": 1')
+    with pytest.raises(StoreError, match='decision.json'): open_run(run, progress=False)
+    with pytest.raises(NotFittedError, match='kept nowhere'): DynAD(make_config('smoke')).keep_choice(Chosen(at=1.))
+    (run/threshold.FILE).unlink()
+    method = open_run(run, {'fusion.calibration': 'test'}, progress=False)
+    with pytest.raises(ConfigError, match='choose a share'): method.keep_choice(Chosen(at=1.))
+
+def test_every_threshold_is_among_the_outcomes():
+    rng = np.random.default_rng(3)
+    normal, bad = rng.integers(0, 6, 30)/3, rng.integers(2, 9, 20)/3 # many ties
+    every = threshold.outcomes(normal, bad)
+    assert {(o.missed, o.false_alarms) for o in every} == {(threshold.outcome(t, normal, bad).missed, threshold.outcome(t, normal, bad).false_alarms) for t in np.linspace(-1, 4, 400)}
+    for c in (.1, 1, 7): assert threshold.least_cost(normal, bad, c).cost(c) == min(o.cost(c) for o in every)
+    with pytest.raises(ThresholdError, match='needs both kinds'): threshold.least_cost(normal, [], 1)
+    assert threshold.reachable(normal, bad, 0).false_alarms == 0
+
+# marks
+
+def test_the_log_survives_a_kill(tmp_path):
+    "Whole lines only, whatever the moment; and the next process goes on."
+    if not hasattr(os, 'fork'): pytest.skip('no fork on this system')
+    line = json.dumps(dict(what='normal', file='x'*3000, sha256='', pixels='', kept=''))
+    for wait in (.02, .05, .11):
+        child = os.fork()
+        if not child:
+            k = 0
+            while True: k += 1; marks.append_line(tmp_path/marks.FILE, line.replace('"pixels": ""', f'"pixels": "{child}-{k}"'))
+        time.sleep(wait)
+        os.kill(child, signal.SIGKILL); os.waitpid(child, 0)
+    marks.append_line(tmp_path/marks.FILE, line.replace('"pixels": ""', '"pixels": "last"'))
+    with warnings.catch_warnings(): warnings.simplefilter('error'); found = marks.read_marks(tmp_path)
+    assert len(found) > 3 and found[-1].pixels == 'last'
+
+def test_marked_images_are_no_test_images(run, boards, tmp_path):
+    method, c = open_run(run, progress=False), make_config('smoke').data
+    good = [s for s in boards.test if not s.label][:2]
+    copy = tmp_path/'other name.png' # the same image somewhere else
+    shutil.copy(good[0].image, copy)
+    marks.mark_images(run, [copy], 'normal', c.image_size)
+    e = evaluate(open_run(run, progress=False), boards, n_boot=0, null_models=False)
+    assert e.result['protocol']['left_out'] == [good[0].name] and len(e.samples) == len(boards.test) - 1
+    assert any('do not count' in v['claim'] for v in e.result['verdict'])
+    more = marks.with_marks(boards, run, c.image_size)
+    assert len(more.train) == len(boards.train) + 1 and good[0].name not in [s.name for s in more.test] and more.fingerprint != boards.fingerprint
+    (run/marks.read_marks(run)[0].kept).unlink()
+    with pytest.raises(StoreError, match='is gone; put it back'): learning.relearn(method, boards, defects=0)
+
+@pytest.mark.parametrize('which', ['dynad', 'patchcore'])
+def test_learning_from_a_false_alarm(which, run, patchcore, boards, tmp_path):
+    if which == 'patchcore': run = tmp_path/'patches'; shutil.copytree(patchcore, run)
+    method = open_run(run, progress=False)
+    good = [s for s in boards.test if not s.label]
+    s = method.predict([x.image for x in good]).score
+    method.keep_choice(Chosen(at=float(s.sort(descending=True).values[2])*.999)) # three false alarms
+    worst = [good[i].image for i in s.topk(3).indices]
+    assert method.predict(worst).anomalous.all()
+    method.keep_choice(None)
+    marks.mark_images(run, worst, 'normal', method.config.data.image_size, why='dust')
+    after, found = learning.relearn(method, boards, defects=7)
+    assert found.normals == 3 and found.seconds < 60 and 0 <= found.recall[1] <= 1 and set(f.after for f in found.flips) <= {True, False}
+    assert found.still == 0 and not after.predict(worst).anomalous.any() # whatever their scores do
+    if which == 'patchcore': assert (after.predict(worst).score < method.predict(worst).score).all()
+    assert method.joined == () and len(after.decision.normal_scores) == len(method.decision.normal_scores) + 3
+    after.keep_normals(learning.normal_marks(run))
+    again = open_run(run, progress=False)
+    assert again.decision.image_threshold == pytest.approx(after.decision.image_threshold) and torch.allclose(again.predict(worst).score, after.predict(worst).score)
+    assert torch.allclose(torch.cat([p.score for _, p in again.predict_set(again.normals)]).float(), again.predict(worst).score.float(), atol=1e-4) # stored apart from those of before
+    if which == 'dynad':
+        moved = again.with_settings({'fusion.lam': .9})
+        assert moved.joined == again.joined and len(moved.decision.normal_scores) == len(again.decision.normal_scores)
+        assert DynAD.from_pretrained(again.save_pretrained(tmp_path/'saved')).predict(worst).score == pytest.approx(again.predict(worst).score, abs=1e-4)
+    marks.mark_images(run, worst[:1], 'withdrawn', method.config.data.image_size)
+    back, said = opened(run)
+    assert back.joined == () and any('taken back' in t for t in said) and back.decision == method.decision
+
+def test_commands(run, boards):
+    def dynad(*args, code=0):
+        r = CliRunner().invoke(app, list(map(str, args)))
+        assert r.exit_code == code, r.output
+        return r.output
+    root = boards.root
+    assert 'threshold for images' in dynad('threshold', run)
+    assert 'chosen by hand: 99' in dynad('threshold', run, '--at', 99, '--why', 'a try') and json.loads((run/threshold.FILE).read_text())['why'] == 'a try'
+    assert 'at most 1 normal image in' in dynad('threshold', run, '--false-alarms', '1/5')
+    dynad('threshold', run, '--reset')
+    assert not (run/threshold.FILE).exists()
+    for wrong in (['--at', 'nan'], ['--false-alarms', '2'], ['--at', 1, '--reset']): dynad('threshold', run, *wrong, code=2)
+    good = next(s.image for s in boards.test if not s.label)
+    assert 'learn from them' in dynad('mark', run, good, '--normal')
+    assert 'without training' in dynad('learn', run, '--data', root, '--defects', 0, '--dry') and open_run(run, progress=False).joined == ()
+    assert 'kept' in dynad('learn', run, '--data', root, '--defects', 0) and open_run(run, progress=False).joined == (0,)
+    dynad('learn', run, '--data', root, '--forget')
+    assert open_run(run, progress=False).joined == ()
+    assert 'nothing to take back' in dynad('mark', run, boards.test[-1].image, '--withdraw', code=2)
+
+# in words
+
+def test_a_verdict_of_a_real_result(smoke, boards):
+    e = evaluate(smoke[0], boards, n_boot=50)
+    found = e.result['verdict']
+    assert found and all(v['evidence'] and v['severity'] in SEVERITIES for v in found) and found == verdict(json.loads(json.dumps(e.result)))
+    assert any('test of the machinery' in v['claim'] for v in found) and any('threshold rests on' in v['claim'] for v in found)
+    d = e.result['differences']['null_models']['t_hat_0']['i_auroc']
+    assert d['value'] == pytest.approx(e.result['i_auroc']['value'] - e.result['null_models']['t_hat_0']['i_auroc']['value']) and d['low'] <= d['high']
+    assert all(v > 0 for v in e.result['normal_reconstruction'].values())
+
+# the bench in the Explorer
+
+def test_the_bench_decides_in_the_explorer(run):
+    x = Explorer(run, prefetch=False)
+    try:
+        x.wait(300)
+        b, labels = x.bench, x.model.labels
+        assert b.ui.layout.display is None and b.bench.now.anomalous == int(labels.sum())
+        before = x.facts.value
+        b.cost.value = 1000
+        assert b.bench.now.missed == 0 and x.facts.value != before and 'being tried below' in x.facts.value
+        x.wait(60)
+        assert not (x.model.wrong & labels).any() # no defect is missed, and the thumbnails know
+        kept = b.bench.threshold
+        b.why.value = 'none may be missed'; b.save.click()
+        assert b.message.value == '' and open_run(run, progress=False).decision.image_threshold == kept and 'none may be missed' in b.kept.value
+        x.lam.value = .5 if x.lam.value != .5 else .4
+        x.wait(120)
+        b.value.value = 1.
+        b.save.click()
+        assert 'put the sliders back' in b.message.value and open_run(run, progress=False).decision.image_threshold == kept
+        b.set_rate.click(); b.save.click()
+        assert b.message.value == '' and open_run(run, progress=False).decision.guarantee is not None
+        b.reset.click()
+        assert open_run(run, progress=False).decision.chosen is None
+    finally: x.close()
+
+def test_marks_in_the_explorer(run):
+    x = Explorer(run, prefetch=False)
+    try:
+        x.wait(300)
+        x.image.value = next(k for k, y in enumerate(x.model.labels) if not y)
+        x.marking.normal.click()
+        assert '<b>normal</b>' in x.marking.said.value
+        x.marking.try_it.click()
+        assert x.marking.message.value == '' and 'without training' in x.marking.changes.value
+        x.wait(300)
+        assert x.session.model.joined == (0,) and x.message.value == ''
+        x.marking.keep.click()
+        assert open_run(run, progress=False).joined == (0,)
+    finally: x.close()

@@ -1,0 +1,80 @@
+"The front door without a browser: what is named, what is refused, what stands in the tabs, one schema for results."
+import json, re, stat, subprocess, sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from dynad.cli import app
+from dynad.output import prediction_rows, row_lines, write_predictions
+from dynad.server import FrontError, check_port, free_port, page_notebook, place_of, write_page
+from dynad.symbols import SYMBOLS, symbol_html
+
+NBS = Path(__file__).parent.parent/'nbs'
+
+def test_what_is_named(tmp_path, smoke, boards):
+    assert place_of(None).kind == 'demo' and place_of(smoke[1]).kind == 'run' and place_of(boards.root).kind == 'images'
+    (tmp_path/'own').mkdir(); (tmp_path/'own'/'own_images.json').write_text('{}')
+    assert place_of(tmp_path/'own').kind == 'own'
+    (tmp_path/'cut'/'stages').mkdir(parents=True); (tmp_path/'cut'/'config.json').write_text('{}')
+    for path, text in ((tmp_path/'none', 'no such folder; name a run'), (tmp_path/'own'/'own_images.json', 'a file, not a folder'), (tmp_path/'cut', 'its fit is not finished')):
+        with pytest.raises(FrontError, match=text): place_of(path)
+    (tmp_path/'empty').mkdir()
+    with pytest.raises(FrontError, match='no run and no image in there'): place_of(tmp_path/'empty')
+
+def test_refused_before_anything_slow(tmp_path):
+    for words, text in ((['open', str(tmp_path/'none')], 'no such folder'), (['open', '--keep', str(Path(__file__)), '--no-browser'], '--keep')):
+        out = CliRunner().invoke(app, words)
+        assert out.exit_code == 2 and text in out.output, out.output
+    code = f"import sys; from dynad.server import place_of\ntry: place_of({str(tmp_path/'none')!r})\nexcept ValueError: print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == 'False'
+
+def test_a_taken_port_and_the_token(tmp_path):
+    import socket
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0)); s.listen()
+        with pytest.raises(FrontError, match='--port .*: cannot be used'): check_port(s.getsockname()[1])
+    command = write_page(tmp_path, place_of(None), tmp_path/'keep', free_port(), 'secret-token')
+    assert 'secret-token' not in ' '.join(command) and stat.S_IMODE((tmp_path/'voila.json').stat().st_mode) == 0o600
+    voila = json.loads((tmp_path/'voila.json').read_text())['Voila']
+    assert voila['ip'] == '127.0.0.1' and voila['token'] == 'secret-token'
+    compile(json.loads(page_notebook(place_of(None), tmp_path/"it's"))['cells'][0]['source'], 'page', 'exec')
+
+def test_one_schema_of_results(smoke, boards, tmp_path):
+    import csv
+    from dynad.inspection import write_results
+    method, files = smoke[0], [s.image for s in boards.test[:3]]
+    rows = write_predictions(method, files, tmp_path/'a')
+    widget = list(csv.DictReader(write_results(method.predict(files), files, tmp_path/'b', method).open()))
+    assert list(rows[0]) == list(widget[0]) == [*prediction_rows(method, method.predict(files), files)[0], 'files']
+    assert [f'{float(r["score"]):.5f}' for r in widget] == [f'{r["score"]:.5f}' for r in rows]
+    lines = row_lines(rows, 2)
+    assert len(lines) == 4 and '1 with lower scores' in lines[-1] and f"{max(r['score'] for r in rows):9.3f}" in lines[1]
+    far = row_lines([rows[0] | {'doubt': 'unlike the training images'}])
+    assert '⚠ unlike the training images' in far[1]
+
+def test_tabs(smoke, boards, tmp_path):
+    from dynad.front import open_app
+    app = open_app(smoke[1], tmp_path)
+    app.wait(200)
+    assert app.message.value == '' and app.tabs.titles == ('Your images', 'Explorer', 'Report') and app.tabs.selected_index == 1
+    assert app.slot.children == (app.explorer.ui,) and not app.reports.make_button.disabled
+    app.explorer.add_tab('Decision', app.own.progress)
+    assert app.explorer.tabs.titles == ('Inspect', 'Maps and sliders', 'Decision')
+    app.close()
+    app = open_app(boards.root/'train', tmp_path, preset='smoke')
+    assert app.own.normal.folder.value == str((boards.root/'train').resolve()) and app.tabs.selected_index == 0 and app.reports.make_button.disabled
+    app.close()
+
+def test_every_symbol_explains_itself():
+    for name, s in SYMBOLS.items():
+        assert (NBS/f'{s.notebook}.ipynb').is_file() and len(s.sentence) > 40 and s.sentence.endswith('.')
+        assert '<math' in symbol_html(name) and f'{s.notebook}.ipynb' in symbol_html(name)
+
+def test_a_report_opens_images_large(smoke, boards, tmp_path):
+    from dynad.evaluate import evaluate
+    from dynad.report import write_report
+    page = write_report(evaluate(smoke[0], boards, n_boot=0, null_models=False, progress=False), tmp_path/'r', n=3).read_text()
+    ids = re.findall(r'id="(large-[^"]+)"', page)
+    assert len(ids) == len(set(ids)) > 10 and set(re.findall(r'href="#(large-[^"]+)"', page)) == set(ids)
+    assert {f'image-{k}' for k in re.findall(r'id="image-(\d+)"', page)} >= set(re.findall(r'href="#(image-\d+)"', page))
