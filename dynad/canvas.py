@@ -61,7 +61,7 @@ def coarse_regions(
     size: tuple[int, int],   # width, height of the image in its own pixels
     most: int = 50           # regions
 ) -> list[dict[str, Any]]:
-    "Box [x,y,w,h], peak and area of connected regions in the image's own pixels, told from the map's: fast for sliders."
+    "Box [x,y,w,h], peak and area of connected regions in the image's own pixels, told from the map: fast for sliders."
     from scipy import ndimage
     labels, n = ndimage.label(mask, np.ones((3, 3)))
     sx, sy, out = size[0]/A.shape[1], size[1]/A.shape[0], []

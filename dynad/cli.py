@@ -14,8 +14,8 @@ from .commands import app
 __all__ = ['ORDER']
 
 # %% ../nbs/20z_cli.ipynb #a2a43949
-ORDER = ('open_page', 'fit', 'evaluate', 'passport', 'predict', 'watch', 'threshold', 'mark', 'learn', 'export', 'serve',
-         'demo', 'reproduce', 'download', 'bench', 'speed', 'compare', 'doctor')
+ORDER = ('open_page', 'fit', 'evaluate', 'passport', 'predict', 'watch', 'threshold', 'mark', 'learn', 'export',
+         'serve', 'demo', 'reproduce', 'download', 'bench', 'speed', 'compare', 'doctor')
 
 app.registered_commands = sorted(
     app.registered_commands, key=lambda c: (*ORDER, n := c.name or c.callback.__name__).index(n))

@@ -81,8 +81,8 @@ def mark(
         files = list(collect_places(images).files)
         new = mark_images(run, files, said[0], c.image_size, c.max_pixels, why)
         now = [m.what for m in marks_in_force(run).values()]
-        echo(f"{len(new)} of {len(files)} images newly marked as {said[0]}; in the run now {now.count('normal')} normal "
-             f"and {now.count('anomalous')} anomalous ones")
+        echo(f"{len(new)} of {len(files)} images newly marked as {said[0]}; in the run now {now.count('normal')} "
+             f"normal and {now.count('anomalous')} anomalous ones")
         if said[0] == 'normal': echo(f'learn from them, in seconds: dynad learn {run} --data FOLDER')
 
 # %% ../nbs/20j_cli_decide.ipynb #abae221f

@@ -26,10 +26,10 @@ COSTS = (.1, .2, .5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) # of a missed def
 STYLE = '''<style>
 .dynad-decide .dynad-cut-line,.dynad-decide .dynad-cut-line .slider-container{margin:0!important;width:100%!important}
 .dynad-decide .dynad-cut-line{height:16px;overflow:visible}
-.dynad-decide .dynad-cut-line .noUi-handle::after{content:'';display:block;position:absolute;left:50%;top:auto;bottom:50%;
- width:17px;height:128px;margin-left:-8px;background:transparent;cursor:ew-resize}
-.dynad-decide .dynad-cut-line .noUi-handle::before{content:'';display:block;position:absolute;left:50%;top:auto;bottom:50%;
- width:2px;height:128px;margin-left:-1px;background:currentColor;pointer-events:none}
+.dynad-decide .dynad-cut-line .noUi-handle::after{content:'';display:block;position:absolute;left:50%;top:auto;
+ bottom:50%;width:17px;height:128px;margin-left:-8px;background:transparent;cursor:ew-resize}
+.dynad-decide .dynad-cut-line .noUi-handle::before{content:'';display:block;position:absolute;left:50%;top:auto;
+ bottom:50%;width:2px;height:128px;margin-left:-1px;background:currentColor;pointer-events:none}
 .dynad-decide .widget-html{margin:0}.dynad-decide svg text{fill:currentColor}
 .dynad-counts{font-size:15px}.dynad-counts b{font-size:18px}
 </style>'''

@@ -4,7 +4,7 @@
 
 # %% ../nbs/18p_front.ipynb #29c22114
 from __future__ import annotations
-import html, os, sys
+import os, sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from .own_images import OwnImages
 from .paths import printable
 from .report_view import ReportView
 from .server import Place, place_of
-from .session import Session
 from .view import View, soft
 
 # %% auto #0

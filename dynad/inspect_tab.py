@@ -8,16 +8,14 @@ import html, io
 from typing import Any
 
 import ipywidgets as W
-import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 
 from .canvas import Viewer, heat_png, coarse_regions
 from .explorer_model import Blend, ExplorerModel
 from .images import DataError, decode
-from .map_cache import MapCache
 from .method import above
-from .show import png_bytes, shade
+from .show import shade
 from .symbols import symbol_html
 from .view import soft
 

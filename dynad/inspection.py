@@ -136,8 +136,8 @@ def verdict_cell(r: dict[str, Any], name: str) -> str: # r: of `prediction_rows`
 def scores_html(files: list[Path], p: DynADPrediction, detector: DynAD) -> str:
     "What stands above the sheet: how many are anomalous, what makes the verdicts doubtful, what the columns show."
     n, found = len(p), int(p.anomalous.sum())
-    text = ('Highest score first. Overlay: the contour is above the threshold for pixels; A_map: bright from twice that '
-            'threshold. Pixels and images have thresholds of their own.')
+    text = ('Highest score first. Overlay: the contour is above the threshold for pixels; A_map: bright from twice '
+            'that threshold. Pixels and images have thresholds of their own.')
     return (f'{test_note(detector)}{_unlike_html(unlike(p.distance, detector))}'
             f'<p><b>{found} of {n}</b> images are classified as anomalous.</p>{soft(text)}')
 

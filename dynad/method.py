@@ -133,14 +133,15 @@ def in_words(self: Decision, q: float) -> str: # q: the quantile that it was lea
     n, c = len(self.normal_scores), self.chosen
     said = [choice_in_words(c)] if c else []
     if self.marked: said.append(
-        f'{self.marked} of the {n} normal images were marked by a person, picked because they had been called anomalous: '
-        'no random sample, so that what is said of others is approximate')
+        f'{self.marked} of the {n} normal images were marked by a person, picked because they had been called '
+        'anomalous: no random sample, so that what is said of others is approximate')
     if self.guarantee is not None: return '; '.join([*said, in_words(self.guarantee)])
     if c is None: return '; '.join([f'quantile {q} of held-out normal training images', *said])
     if not n: return '; '.join(said)
     m = int(above(torch.tensor(self.normal_scores, dtype=torch.float64), self.image_threshold).sum())
     low, high = share_between(m, n)
-    return '; '.join([*said, f'{m} of {n} held-out normal images lie above it, which speaks for {low:.0%} to {high:.0%} of all'])
+    return '; '.join([*said, f'{m} of {n} held-out normal images lie above it, which speaks for {low:.0%} to '
+                             f'{high:.0%} of all'])
 
 # %% ../nbs/15_method.ipynb #fe8eb8ca
 METHODS: dict[str, type[Method]] = {} # name -> class
@@ -293,8 +294,8 @@ def join_normals(self: Method,
 ) -> Method:
     "Learn from these normal images too, in place of those learned before; no training."
     if not len(images): return self
-    if self.tiling: raise ConfigError(f"data.tile = {self.config.data.tile}: a method on tiles learns from no marked images; "
-                                      "fit with them (`dynad learn --fit`)")
+    if self.tiling: raise ConfigError(f'data.tile = {self.config.data.tile}: a method on tiles learns from no marked '
+                                      'images; fit with them (`dynad learn --fit`)')
     self.base = self.base or copy.copy(self)
     key = content_key(['marked', [pixels_key(x) for x in images], self.config.data.image_size])
     self.normals = ImageSet(self.training_set.store, key, len(images), lambda: images)
@@ -341,8 +342,9 @@ def find_normals(self: Method, root: Path) -> None:
     named, c = load_json(root/LEARNED, 'normals')['normals'], self.config.data
     marks = [m for k, m in marks_in_force(root).items() if k in named and m.what == 'normal']
     if len(marks) < len(named):
-        warnings.warn(f'{root}: {len(named) - len(marks)} of the {len(named)} marks that it has learned from were taken '
-                      'back; it decides as it was fitted until `dynad learn` has learned from the others', stacklevel=3)
+        warnings.warn(f'{root}: {len(named) - len(marks)} of the {len(named)} marks that it has learned from were '
+                      'taken back; it decides as it was fitted until `dynad learn` has learned from the others',
+                      stacklevel=3)
     else: self.join_normals(marked_images(root, marks, c.image_size, c.max_pixels))
 
 # %% ../nbs/15_method.ipynb #96434a9b

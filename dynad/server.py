@@ -37,8 +37,9 @@ def place_of(
     "What is there. Raises FrontError for a place without a finished run and without images."
     if path is None: return Place('demo', None)
     p = expanded(path).resolve()
-    if not p.is_dir(): raise FrontError(f"{printable(p)}: {'a file, not a folder' if p.exists() else 'no such folder'}; "
-                                        "name a run directory of `dynad fit`, or a folder of images")
+    if not p.is_dir():
+        raise FrontError(f"{printable(p)}: {'a file, not a folder' if p.exists() else 'no such folder'}; "
+                         'name a run directory of `dynad fit`, or a folder of images')
     if (p/'own_images.json').is_file() or (p/'run'/'run.json').is_file(): return Place('own', p)
     if (p/'run.json').is_file(): return Place('run', p)
     if (p/'config.json').is_file() and (p/'stages').is_dir():

@@ -204,7 +204,8 @@ def _build(self: Sweep) -> None:
     self.heat_maps = HeatMaps(m, self.safely(self.pick))
     self.cells = self.heat_maps.cells
     below = [self.explorer.ui] if self.explorer else []
-    self.assemble([W.HTML(sweep_title(m)), self.recalled, self.message, row([self.severity, self.run, self.start, self.stop]),
+    self.assemble([W.HTML(sweep_title(m)), self.recalled, self.message,
+                   row([self.severity, self.run, self.start, self.stop]),
                    self.progress, self.progress_text, self.heat_maps.ui, self.picked, self.best,
                    self.lam, self.curves, *below])
 

@@ -23,16 +23,17 @@ class Symbol:
 
 # %% ../nbs/02f_symbols.ipynb #4739f586
 SYMBOLS = {s.name: s for s in (
-    Symbol('T_max', 'The largest number of diffusion steps. More of them rebuild larger defects, and ordinary places too.',
+    Symbol('T_max', 'The largest number of diffusion steps. More of them rebuild larger defects, and ordinary places '
+           'too.', r'\hat T = \left\lceil b/B \cdot T_{max}\right\rceil_S', '10_dic'),
+    Symbol('T̂', 'How many steps of noise the image gets before it is reconstructed: more, the farther it is from '
+           'normal images (dynamic), or the same for all (static).',
            r'\hat T = \left\lceil b/B \cdot T_{max}\right\rceil_S', '10_dic'),
-    Symbol('T̂', 'How many steps of noise the image gets before it is reconstructed: more, the farther it is from normal '
-           'images (dynamic), or the same for all (static).', r'\hat T = \left\lceil b/B \cdot T_{max}\right\rceil_S', '10_dic'),
     Symbol('λ', 'The weight of the latent map: 1 looks only at what changes in the latent, 0 only at the features φ.',
            r'A_{map} = \lambda\, l_{map} + (1-\lambda)\, f_{map}', '12_fusion'),
-    Symbol('σ', 'The Gaussian filter over the maps, in pixels at 256²: more of it removes single pixels and blurs outlines.',
-           r'A \leftarrow G_\sigma * A', '12_fusion'),
-    Symbol('η', 'How strongly every step pulls the reconstruction back towards the image. Above the mark it overshoots.',
-           r'\hat z_{0} \leftarrow \hat z_{0} + \eta\,(1-\bar\alpha_t)(z_0-\hat z_{0})', '09_reconstruction'),
+    Symbol('σ', 'The Gaussian filter over the maps, in pixels at 256²: more of it removes single pixels and blurs '
+           'outlines.', r'A \leftarrow G_\sigma * A', '12_fusion'),
+    Symbol('η', 'How strongly every step pulls the reconstruction back towards the image. Above the mark it '
+           'overshoots.', r'\hat z_{0} \leftarrow \hat z_{0} + \eta\,(1-\bar\alpha_t)(z_0-\hat z_{0})', '09_reconstruction'),
     Symbol('ω', 'The share of noise: 0 only scales the latent (nothing normal is lost), 1 is the usual diffusion.',
            r'z_t = \sqrt{\bar\alpha_t}\,z_0 + \omega\sqrt{1-\bar\alpha_t}\,\epsilon', '07_diffusion'),
     Symbol('threshold', 'Above it a pixel is marked. It is learned on held-out normal images, or moved by hand.',
@@ -71,9 +72,10 @@ def symbol_html(
     "A symbol with its card."
     from latex2mathml.converter import convert
     s = SYMBOLS[name]
-    return (f'<span class="dynad-symbol" tabindex="0">{html.escape(text or name)}<span class="dynad-card" role="tooltip">'
-            f'<b>{html.escape(name)}</b> {html.escape(s.sentence)}<br>{convert(s.tex)}<br>'
-            f'<a href="{notebook_url(s.notebook)}" target="_blank" rel="noopener">notebook {s.notebook}</a></span></span>')
+    return (f'<span class="dynad-symbol" tabindex="0">{html.escape(text or name)}'
+            f'<span class="dynad-card" role="tooltip"><b>{html.escape(name)}</b> {html.escape(s.sentence)}<br>'
+            f'{convert(s.tex)}<br><a href="{notebook_url(s.notebook)}" target="_blank" rel="noopener">'
+            f'notebook {s.notebook}</a></span></span>')
 
 def legend_html(names: list[str] | None = None) -> str: # default: all
     "Symbols in a row, each with its card."

@@ -257,8 +257,8 @@ def _build(self: Trajectory) -> None:
     self.images, self.captions = self.panels.images, self.panels.captions
     self.back_panels, self.out_panels = self.panels.grid(back), self.panels.grid(out)
     for box in (self.back_panels, self.out_panels): box.layout.max_width = '1100px'
-    self.assemble([W.HTML(note_html(self.session)), self.recalled, self.message, self.image, self.t_hat, self.own, self.eta,
-                   heading('Reconstruction'), row([self.play, self.step]), self.curve, self.back_panels,
+    self.assemble([W.HTML(note_html(self.session)), self.recalled, self.message, self.image, self.t_hat, self.own,
+                   self.eta, heading('Reconstruction'), row([self.play, self.step]), self.curve, self.back_panels,
                    heading('Diffusion (Eq. 3 and 12)'), self.out, self.out_panels])
 
 # %% ../nbs/18g_trajectory.ipynb #4f2a2872
