@@ -33,7 +33,8 @@ SYMBOLS = {s.name: s for s in (
     Symbol('σ', 'The Gaussian filter over the maps, in pixels at 256²: more of it removes single pixels and blurs '
            'outlines.', r'A \leftarrow G_\sigma * A', '12_fusion'),
     Symbol('η', 'How strongly every step pulls the reconstruction back towards the image. Above the mark it '
-           'overshoots.', r'\hat z_{0} \leftarrow \hat z_{0} + \eta\,(1-\bar\alpha_t)(z_0-\hat z_{0})', '09_reconstruction'),
+           'overshoots.',
+           r'\hat z_{0} \leftarrow \hat z_{0} + \eta\,(1-\bar\alpha_t)(z_0-\hat z_{0})', '09_reconstruction'),
     Symbol('ω', 'The share of noise: 0 only scales the latent (nothing normal is lost), 1 is the usual diffusion.',
            r'z_t = \sqrt{\bar\alpha_t}\,z_0 + \omega\sqrt{1-\bar\alpha_t}\,\epsilon', '07_diffusion'),
     Symbol('threshold', 'Above it a pixel is marked. It is learned on held-out normal images, or moved by hand.',
