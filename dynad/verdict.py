@@ -50,7 +50,9 @@ def row_name(key: str) -> str:
     "A null model or baseline as a sentence names it."
     return ROWS.get(key, key.replace('_', ' '))
 
-def capital(text: str) -> str: return text[:1].upper() + text[1:]
+def capital(text: str) -> str:
+    "The text with a capital in front; the rest as it is."
+    return text[:1].upper() + text[1:]
 
 def value_of(row: dict[str, Any] | None, key: str) -> float | None:
     "A metric's value, None where it is not defined."
