@@ -17,7 +17,7 @@ from torch import Tensor
 from .choosing import N_DEFECTS
 from .config import did_you_mean
 from .data import to_float
-from .export_networks import (ExportError, Network, OPSET, Piece, exportable, networks_of, settings_of,
+from .export_networks import (ExportError, Network, OPSET, Piece, exportable, imported, networks_of, settings_of,
                                    with_settings, write_manifest, write_network, write_onnx, write_runtime)
 from .export_parity import (Proof, Reference, answers, difference, learned, points, proof_of, runtime_versions,
                                  speeds)
@@ -31,12 +31,12 @@ from .runtime import RUNTIMES, Answer, Package, decided, diffuses, needed, neigh
 from .show import colorize, png_bytes, to_uint8
 from .store import atomic_write
 
-_all_ = ['Piece'] # by this name too
+_all_ = ['Piece', 'imported'] # by this name too
 
 # %% auto #0
 __all__ = ['TOLERANCE', 'POINTS', 'QUANTISED', 'STYLE', 'certificate', 'check_parity', 'seen_by', 'first_and_last', 'quantise',
            'measured_again', 'Making', 'in_int8', 'int8_package', 'table', 'verdict_line', 'worst_case',
-           'certificate_page', 'check_target', 'export', 'Piece']
+           'certificate_page', 'check_target', 'export', 'Piece', 'imported']
 
 # %% ../nbs/17i_export.ipynb #8bf217aa
 def certificate(m: Making, p: Package, reference: Reference) -> dict[str, Any]:
