@@ -94,12 +94,14 @@ def by_cost(self: Bench, ratio: float) -> None:
     self.threshold, self.rate = least_cost(self.normal, self.anomalous, ratio).threshold, None
     self.how = f'by cost (a missed defect = {ratio:g} false alarms; an oracle on the {self.shown})'
 
+# %% ../nbs/15b_bench.ipynb #c5f60e24
 @patch
 def by_rate(self: Bench, rate: float) -> None:
     "Try the threshold that keeps this share of false alarms, or the smallest that the held-out images can promise."
     found = self.learned.under(Chosen(false_alarms=rate))
     self.threshold, self.how, self.rate = found.image_threshold, 'by a rate of false alarms', rate
 
+# %% ../nbs/15b_bench.ipynb #8ee33126
 @patch
 def choice(self: Bench, why: str = '') -> Chosen:
     "What is tried, ready to be kept."
@@ -110,6 +112,7 @@ def choice(self: Bench, why: str = '') -> Chosen:
 # %% ../nbs/15b_bench.ipynb #a245437a
 def _soft(text: str) -> str: return f'<span class="dynad-soft">{text}</span>'
 
+# %% ../nbs/15b_bench.ipynb #ac595f95
 def counts_html(b: Bench) -> str:
     "Missed defects and false alarms at the threshold that is tried."
     o, parts = b.now, []
@@ -121,6 +124,7 @@ def counts_html(b: Bench) -> str:
                  'no anomalous image here: held-out normal images only')
     return f'<span class="dynad-counts">{", ".join(parts)}</span> {what}'
 
+# %% ../nbs/15b_bench.ipynb #5127a23f
 def promise_text(b: Bench) -> str:
     "What holds for new images."
     scores = b.learned.normal_scores
@@ -147,6 +151,7 @@ def bars(self: Bench) -> dict[str, np.ndarray]: # kind -> counts [SLOTS]
     count = lambda s: np.histogram([self.axis.at(v) for v in s], edges)[0]
     return {k: count(getattr(self, k)) for k in COLOR if len(getattr(self, k))}
 
+# %% ../nbs/15b_bench.ipynb #9d008970
 @patch
 def histogram_html(self: Bench, height: int = 120) -> str:
     "The scores, stacked by kind, and the line."
@@ -204,6 +209,7 @@ def curve_svg(
             + text((x0 + x1)/2, size - 4, xlabel, 'text-anchor="middle"') + text(10, (y0 + y1)/2, ylabel, turned)
             + text(x0, y0 + 12, 0) + text(x1, y0 + 12, 1, 'text-anchor="end"') + '</svg>')
 
+# %% ../nbs/15b_bench.ipynb #48ceb959
 @patch
 def curves_html(self: Bench) -> str:
     "ROC and precision-recall curve with the present point; '' where one kind of image is missing."
@@ -228,6 +234,7 @@ def costs_html(b: Bench, ratios: Sequence[float] = (1, 10, 100)) -> str:
     return (f'<table><thead><tr>{heads}</tr></thead><tbody>{"".join(map(line, ratios))}</tbody></table>'
             + _soft('Least cost on these very images: an oracle. New images cost more.'))
 
+# %% ../nbs/15b_bench.ipynb #fd14cfff
 def bench_html(b: Bench) -> str:
     "All of it, for a page without widgets."
     promise = promise_text(b)

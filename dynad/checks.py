@@ -65,6 +65,7 @@ def elongated(dataset: AnomalyDataset, sizes: Sizes, size: int) -> Iterator[Find
                   f'square parts before fitting, the masks likewise; or let them be cut into tiles: '
                   f'--set data.tile={max(32, min(w, h))}', tuple(odd))
 
+# %% ../nbs/03h_checks.ipynb #f7d7175d
 def large(dataset: AnomalyDataset, sizes: Sizes, size: int) -> Iterator[Finding]:
     "Images so large that what is small in them is below one pixel."
     big = [p for p, (w, h) in sizes.items() if min(w, h) > LARGE*size and max(w, h) <= ELONGATED*min(w, h)]
@@ -76,6 +77,7 @@ def large(dataset: AnomalyDataset, sizes: Sizes, size: int) -> Iterator[Finding]
                   f'there. Raise data.image_size (up to 1024), crop to the part, or let it be cut into tiles: '
                   f'--set data.tile={2*size}', tuple(big))
 
+# %% ../nbs/03h_checks.ipynb #bb15b54d
 def mixed_sizes(dataset: AnomalyDataset, sizes: Sizes, size: int) -> Iterator[Finding]:
     "Images of different proportions, which are squeezed differently."
     n = Counter(sizes.values())

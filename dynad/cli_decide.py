@@ -27,6 +27,7 @@ def rate_of(text: str) -> float:
     if not 0 < a < b: raise typer.BadParameter(f'{text!r}: must lie between 0 and 1')
     return a/b
 
+# %% ../nbs/20j_cli_decide.ipynb #511cdb4f
 def check_run_there(run: Path) -> None:
     "Raises DynadError for a run that is not there, before anything slow is imported."
     from dynad.config import load_config

@@ -28,6 +28,7 @@ def checked_file(path: Path, what: str) -> Path:
     if not path.is_file(): raise PathError(f'{what}{printable(path)}: no such file; name an image file')
     return path.resolve()
 
+# %% ../nbs/20a_cli_fit.ipynb #9aba7707
 @app.command()
 def fit(
     data: Annotated[str, typer.Option(**DataSet, help="folder of the data set, or 'elpv'")],
@@ -157,6 +158,7 @@ def evaluate(
         if table: ev.save_table(e, table)
         if report: write_page(e, report, dataset)
 
+# %% ../nbs/20a_cli_fit.ipynb #b933399f
 def write_page(e: Evaluation, folder: Path, dataset: AnomalyDataset | None = None) -> None:
     "The results page, with the passport of a run that has one."
     from dynad.report import write_report

@@ -66,6 +66,7 @@ def run_data(model: DynAD, data: str | None) -> AnomalyDataset:
     if data != 'elpv': checked_place(data)
     return dataset_of(data, made['layout'], made['category'], model.config.seed)
 
+# %% ../nbs/20i_cli_watch.ipynb #5f146bb0
 @app.command()
 def speed(
     run: Annotated[Path, typer.Argument(parser=place, help='run directory of `dynad fit`')],

@@ -112,6 +112,7 @@ def _warned(data: AnomalyDataset, stacklevel: int) -> AnomalyDataset:
         warnings.warn(text, FindingWarning, stacklevel=stacklevel)
     return data
 
+# %% ../nbs/03b_data.ipynb #ed70b7f8
 def open_dataset(
     path: str | Path,           # the folder, or the word 'elpv' for the solar cells of the PyPI package
     layout: str = 'auto',       # a key of `LAYOUTS`, or 'auto': recognised from the folder
@@ -160,6 +161,7 @@ def with_mask_rule(
     "The samples with another rule of what their masks mark (`data.mask_rule`)."
     return [replace(s, mask_rule=rule) for s in samples] if rule else list(samples)
 
+# %% ../nbs/03b_data.ipynb #09b4698d
 def _load_mask(s: Sample, shape: tuple[int, int], max_pixels: int | None, notes: Notes) -> Tensor: # [1,H,W] bool
     "The mask of a sample, empty where there is none."
     if s.label == 0 or s.mask is None: return torch.zeros(1, *shape, dtype=torch.bool)

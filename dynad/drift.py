@@ -19,6 +19,7 @@ __all__ = ['BETS', 'JUMP', 'DriftError', 'online_p_value', 'SimpleJumper', 'Evid
 class DriftError(DynadError, ValueError):
     "A test for drift that cannot be made: the text names the value and what is allowed."
 
+# %% ../nbs/12e_drift.ipynb #bf14f7b1
 def online_p_value(
     score: float,
     before: Sequence[float], # scores before it, rising

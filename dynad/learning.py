@@ -43,6 +43,7 @@ class Flip:
     after: bool
     score: tuple[float, float]
 
+# %% ../nbs/17m_learning.ipynb #a8ae2dd4
 @dataclass(frozen=True)
 class Learned:
     "What learning from marked images has changed."
@@ -101,6 +102,7 @@ def relearn(
                           method.absorbs + ('the threshold',), time.perf_counter() - start,
                           bool(kinds) and set(kinds) == {'unlabelled'})
 
+# %% ../nbs/17m_learning.ipynb #973ecd70
 def normal_marks(root: Path) -> list[Mark]:
     "The images of a run that are marked as normal, in the order of their marks."
     return [m for m in marks_in_force(root).values() if m.what == 'normal']

@@ -28,6 +28,7 @@ __all__ = ['FILE', 'KEPT', 'SAYINGS', 'MarkError', 'Mark', 'pixels_key', 'append
 class MarkError(DynadError, ValueError):
     "A mark that cannot be made: the text names the file, the value and the cure."
 
+# %% ../nbs/14d_marks.ipynb #ea6eb309
 FILE, KEPT = 'marks.jsonl', 'marks'                # the log, and the folder of the marked images
 SAYINGS = ('normal', 'anomalous', 'withdrawn')
 
@@ -66,6 +67,7 @@ def append_line(
             os.fsync(f.fileno())
     except OSError as e: raise write_error(path, e) from None
 
+# %% ../nbs/14d_marks.ipynb #1db19436
 def read_marks(
     root: Path # run directory
 ) -> list[Mark]:
@@ -97,6 +99,7 @@ def _keep(file: Path, root: Path, sha: str) -> str:
         with replacing(to) as tmp: shutil.copyfile(file, tmp)
     return to.relative_to(root).as_posix()
 
+# %% ../nbs/14d_marks.ipynb #b6731436
 def mark_images(
     root: Path,              # run directory
     files: Iterable[Path],
@@ -151,6 +154,7 @@ def without_marked(
     if not out: return dataset, []
     return replace(dataset, samples=tuple(s for s in dataset.samples if s.name not in out)), sorted(out)
 
+# %% ../nbs/14d_marks.ipynb #1ce5bd88
 def with_marks(
     dataset: AnomalyDataset,
     root: Path,              # run directory

@@ -78,6 +78,7 @@ def symbol_html(
             f'{convert(s.tex)}<br><a href="{notebook_url(s.notebook)}" target="_blank" rel="noopener">'
             f'notebook {s.notebook}</a></span></span>')
 
+# %% ../nbs/02f_symbols.ipynb #cb39d004
 def legend_html(names: list[str] | None = None) -> str: # default: all
     "Symbols in a row, each with its card."
     return ' · '.join(symbol_html(n) for n in names or SYMBOLS)

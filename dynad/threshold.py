@@ -84,6 +84,7 @@ def gaps(
     left, right = np.r_[low[0] - edge, high], np.r_[low, high[-1] + edge]
     return (left + right)/2, right - left
 
+# %% ../nbs/12d_threshold.ipynb #1a2e2413
 def outcomes(
     normal: Sequence[float], anomalous: Sequence[float] # scores
 ) -> list[Outcome]:                                     # thresholds rising
@@ -167,6 +168,7 @@ def save_choice(root: Path, chosen: Chosen) -> Path:
     "Keep the choice in a run, atomically; it takes the place of an earlier one."
     return atomic_write(Path(root)/FILE, json.dumps(asdict(chosen), indent=1, ensure_ascii=False))
 
+# %% ../nbs/12d_threshold.ipynb #5106ef26
 def load_choice(root: Path) -> Chosen | None: # None: the fitted threshold is in force
     "The choice kept in a run. Raises StoreError that names the file when it is none."
     file = Path(root)/FILE
@@ -180,6 +182,7 @@ def load_choice(root: Path) -> Chosen | None: # None: the fitted threshold is in
         raise StoreError(f"{file}: holds no chosen threshold ({e}); "
                          f"{REPAIR_HINT}, or `dynad threshold RUN --reset`") from None
 
+# %% ../nbs/12d_threshold.ipynb #6dbe1b4e
 def forget_choice(root: Path) -> bool: # whether there was one
     "The fitted threshold is in force again."
     file = Path(root)/FILE

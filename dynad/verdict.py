@@ -24,6 +24,7 @@ class Claim:
     evidence: str  # the figures it rests on
     severity: str  # 'serious': do not use it for this; 'careful'; 'good'; 'note'
 
+# %% ../nbs/13c_verdict.ipynb #9cfb6070
 Rule = Callable[[dict[str, Any]], Iterator[Claim]]
 RULES: list[Rule] = []
 
@@ -50,12 +51,16 @@ def row_name(key: str) -> str:
     "A null model or baseline as a sentence names it."
     return ROWS.get(key, key.replace('_', ' '))
 
-def capital(text: str) -> str: return text[:1].upper() + text[1:]
+# %% ../nbs/13c_verdict.ipynb #a12bc1ae
+def capital(text: str) -> str:
+    "The text with a capital in front; the rest as it is."
+    return text[:1].upper() + text[1:]
 
 def value_of(row: dict[str, Any] | None, key: str) -> float | None:
     "A metric's value, None where it is not defined."
     return ((row or {}).get(key) or {}).get('value')
 
+# %% ../nbs/13c_verdict.ipynb #955ac403
 def with_interval(m: dict[str, Any], sign: str = '') -> str: # sign '+': of a difference
     "A figure and its interval."
     between = '' if m.get('low') is None else f" [{m['low']:{sign}.3f}, {m['high']:{sign}.3f}]"
@@ -67,6 +72,7 @@ def side(m: dict[str, Any] | None) -> int | None: # None: there is no interval
     if not m or m.get('low') is None: return None
     return 1 if m['low'] > 0 else -1 if m['high'] < 0 else 0
 
+# %% ../nbs/13c_verdict.ipynb #0e2a6b87
 def compared(
     result: dict[str, Any], part: str, key: str # part: 'null_models' or 'baseline'; key: of a metric
 ) -> Iterator[tuple[str, int, str]]:            # name of the row, `side`, evidence
@@ -93,6 +99,7 @@ def origin(r: dict[str, Any]) -> Iterator[Claim]:
     if p.get('marked'):
         yield Claim(f"{p['marked']} images that a person has marked do not count", 'left out of the test set', 'note')
 
+# %% ../nbs/13c_verdict.ipynb #b5bb6301
 @rule
 def lost_masks(r: dict[str, Any]) -> Iterator[Claim]:
     "Are there defects that the method cannot see at its size?"
@@ -152,6 +159,7 @@ def other_methods(r: dict[str, Any]) -> Iterator[Claim]:
     for name, s, said in compared(r, 'baseline', 'i_auroc'):
         if s < 0: yield Claim(f'{capital(row_name(name))} ranks these images better', said, 'careful')
 
+# %% ../nbs/13c_verdict.ipynb #1b6c0bb3
 @rule
 def neighbour_distance(r: dict[str, Any]) -> Iterator[Claim]:
     "Does the distance that sets T̂ do the work?"
@@ -233,6 +241,7 @@ def headline(
     worst = (pick('serious', 2) + pick('careful', 2))[:2]
     return '. '.join([*first, *worst]) + '.' if first or worst else ''
 
+# %% ../nbs/13c_verdict.ipynb #3fbb05b4
 SIGNS = {'serious': '✗', 'careful': '!', 'good': '✓', 'note': '·'}
 
 def verdict_lines(
