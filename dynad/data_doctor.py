@@ -10,177 +10,26 @@ from typing import Any, Iterator, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from fastcore.basics import patch
-from scipy import fft, optimize, stats
+from scipy import optimize, stats
 from scipy.special import gammaln
-from torch import Tensor
 
 from .cache import batches
 from .checks import ORDINARY, MaskFacts, Sizes, all_masks, data_findings, duplicates, image_sizes, inverted, named
 from .collector import DataError, Finding, check_strict, count
-from .config import Config, FeatureSettings
+from .config import Config
 from .conformal import Guarantee, images_needed, in_words
-from .data import AnomalyDataset, Sample, mapped, split_normal, to_float, with_mask_rule
-from .dic import pooled
-from .features import FeatureError, FeatureExtractor, load_features
-from .images import Notes, read_image
+from .data import AnomalyDataset, Sample, split_normal, with_mask_rule
+from .features import FeatureError
+from .images import Notes
+from .near_duplicates import Looked, MOST, Pair, SIDE, distances, look, near_pairs
 from .paths import printable
 
 # %% auto #0
-__all__ = ['SIDE', 'MOST', 'GRID', 'LOW', 'BITS', 'CLOSE', 'TURNS', 'ODD', 'FEWEST', 'BESIDE', 'WORST', 'CURES', 'SHIFTED',
-           'WORTH_A_LOOK', 'Looked', 'whole_and_patches', 'look', 'turned', 'signs', 'pixel_distances', 'Pair',
-           'hash_pairs', 'distances', 'near_pairs', 'patch_distance', 'Odd', 'robust_z', 'odd_ones', 'nearest_of',
-           'Curve', 'learning_curve', 'in_numbers', 'normal_images_for', 'promise', 'pair_place', 'pair_findings',
-           'odd_findings', 'shift_finding', 'colour_finding', 'mask_findings', 'Diagnosis', 'diagnose',
-           'check_diagnosis']
-
-# %% ../nbs/17k_data_doctor.ipynb #dbe0488d
-SIDE, MOST = 128, 3000 # pixels of each image that are looked at; images of one data set that are compared
-
-@dataclass(frozen=True)
-class Looked:
-    "Images of a data set as the doctor sees them."
-    samples: list[Sample]
-    images: Tensor   # [N,3,SIDE,SIDE] uint8
-    vectors: Tensor  # [N,D] φ_2, pooled
-    patches: Tensor  # [N,P,C] float16, φ_2 and φ_3 of P places
-    left: int = 0    # images that were not looked at, because there are more than `MOST`
-
-    def rows(self, split: str, label: int | None = None) -> list[int]:
-        "The positions of one part of the data set."
-        return [i for i, s in enumerate(self.samples) if s.split == split and label in (None, s.label)]
-
-# %% ../nbs/17k_data_doctor.ipynb #64014e6a
-@torch.no_grad()
-def whole_and_patches(
-    phi: FeatureExtractor,
-    image: Tensor            # [B,3,H,W] in [0,1]
-) -> tuple[Tensor, Tensor]:  # [B,D]; [B,P,C] float16
-    "The two views of φ, means over 3 × 3 places against noise."
-    f = phi(image, first=3)
-    near = [F.avg_pool2d(f[j], 3, 1, 1) for j in (2, 3)]
-    both = torch.cat([near[0], F.interpolate(near[1], near[0].shape[-2:], mode='bilinear')], 1)
-    return pooled(f[2], 8), both.flatten(2).transpose(1, 2).half()
-
-# %% ../nbs/17k_data_doctor.ipynb #41a17e14
-def look(
-    samples: Sequence[Sample],
-    max_pixels: int | None = None, # of one file, as for `read_image`
-    progress: bool = False
-) -> Looked:
-    "Read the images and extract their features. Raises FeatureError where φ is missing."
-    phi, notes = load_features(FeatureSettings(backbone='efficientnet_lite0')), Notes()
-    chosen = [samples[i] for i in np.linspace(0, len(samples) - 1, min(MOST, len(samples))).round().astype(int)]
-    def read(s: Sample):
-        try: return s, (read_image(s.image, SIDE, max_pixels, notes)*255).round().to(torch.uint8)
-        except DataError: return None
-    there = list(filter(None, mapped(read, chosen, 'reading', progress)))
-    if not there: return Looked([], torch.empty(0, 3, SIDE, SIDE), torch.empty(0, 1), torch.empty(0, 1, 1))
-    images = torch.stack([x for _, x in there])
-    views = [whole_and_patches(phi, to_float(images[b])) for b in batches(len(images), 32, 'looking', progress)]
-    whole, patches = map(torch.cat, zip(*views))
-    return Looked([s for s, _ in there], images, whole, patches, len(samples) - len(chosen))
-
-# %% ../nbs/17k_data_doctor.ipynb #6ed4f18d
-GRID, LOW, BITS, CLOSE = 48, 16, 45, .5
-TURNS = ('', 'turned by 90°', 'turned by 180°', 'turned by 270°',
-         'mirrored', 'mirrored and turned by 90°', 'mirrored and turned by 180°', 'mirrored and turned by 270°')
-
-def turned(
-    grey: np.ndarray, # [N,H,H]
-    k: int            # position in `TURNS`
-) -> np.ndarray:
-    "The images turned."
-    return np.rot90(grey[:, :, ::-1] if k >= 4 else grey, k % 4, (1, 2))
-
-# %% ../nbs/17k_data_doctor.ipynb #dec11982
-def signs(
-    rest: np.ndarray # [N,GRID,GRID] difference of grey images from a median
-) -> np.ndarray:     # [N,255] -1 or 1
-    "The hash."
-    low = fft.dctn(rest, axes=(1, 2), norm='ortho')[:, :LOW, :LOW].reshape(len(rest), -1)[:, 1:]
-    return np.sign(low).astype(np.float32)
-
-# %% ../nbs/17k_data_doctor.ipynb #f80c75af
-def pixel_distances(
-    a: np.ndarray, b: np.ndarray # [M,GRID,GRID], [N,GRID,GRID]
-) -> np.ndarray:                 # [M,N]
-    "Euclidean, the mean grey level of each image taken off."
-    a, b = (x.reshape(len(x), -1) - x.mean((1, 2))[:, None] for x in (a, b))
-    return np.sqrt(np.maximum((a**2).sum(1)[:, None] + (b**2).sum(1) - 2*a@b.T, 0))
-
-# %% ../nbs/17k_data_doctor.ipynb #9df8741a
-@dataclass(frozen=True)
-class Pair:
-    "Two images that are nearly one."
-    a: int           # row of the later one, or of the test image
-    b: int           # row of the other
-    by: str          # 'hash', 'φ', 'hash and φ', or 'bytes'
-    ratio: float     # their distance in φ, by the median distance of a training image to its nearest neighbour
-    bits: int        # different bits of 255
-    turn: str = ''   # of `TURNS`
-
-# %% ../nbs/17k_data_doctor.ipynb #60484706
-def hash_pairs(
-    looked: Looked
-) -> Iterator[tuple[int, int, int, int]]: # row, row, position in `TURNS`, different bits
-    "Pairs by the hash; the second image is turned, and the median with it."
-    grey = F.adaptive_avg_pool2d(to_float(looked.images).mean(1, keepdim=True), GRID)[:, 0].numpy()
-    train = looked.rows('train', 0) or list(range(len(grey)))
-    median, own = np.median(grey[train], 0), pixel_distances(grey[train], grey[train])
-    np.fill_diagonal(own, np.inf)
-    limit = CLOSE*float(np.median(own.min(1))) if len(train) > 2 else 0.
-    for k in range(len(TURNS)):
-        other, middle = turned(grey, k), turned(median[None], k)
-        differ = (255 - signs(grey - middle)@signs(other - middle).T)/2
-        for i, j in np.argwhere((differ <= BITS) & (pixel_distances(grey, other) <= limit + 1e-3)):
-            if i != j: yield int(i), int(j), k, int(differ[i, j])
-
-# %% ../nbs/17k_data_doctor.ipynb #9ad08b45
-def distances(
-    looked: Looked
-) -> tuple[Tensor, float]: # [N,N], infinite on the diagonal; median distance to the nearest within the training
-    "Euclidean distances of whole images in φ."
-    d = torch.cdist(looked.vectors, looked.vectors).fill_diagonal_(float('inf'))
-    train = looked.rows('train', 0)
-    unit = float(d[train][:, train].min(1).values.median()) if len(train) > 2 else 0.
-    return d, unit
-
-# %% ../nbs/17k_data_doctor.ipynb #f4ac457f
-def near_pairs(
-    looked: Looked,
-    same: Sequence[Sequence[Sample]] = () # of `duplicates`
-) -> list[Pair]: # each image with the one that it is most alike, in training and in test
-    "Images that are nearly one, the closest first."
-    if len(looked.samples) < 2: return []
-    d, unit = distances(looked)
-    unit = unit or float('inf')
-    row = {s.name: i for i, s in enumerate(looked.samples)}
-    equal = {frozenset((row[x.name], row[y.name]))
-             for g in same for x in g for y in g if x != y and {x.name, y.name} <= set(row)}
-    found: dict[tuple[int, int], tuple[str, int, int]] = {} # (later, earlier) -> rule, turn, bits
-    for i, j, k, bits in hash_pairs(looked):
-        key = (max(i, j), min(i, j))
-        if key not in found or bits < found[key][2]: found[key] = ('hash', k, bits)
-    for i, j in torch.argwhere(d <= CLOSE*unit).tolist() if unit < float('inf') else ():
-        if i > j: found[i, j] = ('hash and φ' if (i, j) in found else 'φ', *found.get((i, j), ('', 0, 255))[1:])
-    for i, j in (sorted(e, reverse=True) for e in equal): found[i, j] = ('bytes', 0, 0)
-    pairs = [Pair(*_test_first(looked, i, j), by, float(d[i, j]/unit), bits, TURNS[k])
-             for (i, j), (by, k, bits) in found.items()]
-    return _closest(looked, pairs)
-
-# %% ../nbs/17k_data_doctor.ipynb #3be83189
-def _test_first(looked: Looked, i: int, j: int) -> tuple[int, int]:
-    return (j, i) if looked.samples[j].split == 'test' and looked.samples[i].split != 'test' else (i, j)
-
-def _closest(looked: Looked, pairs: list[Pair]) -> list[Pair]:
-    "Of each image one pair with the training and one with the test."
-    first: dict[tuple[int, str], Pair] = {}
-    order = ('bytes', 'hash and φ', 'hash', 'φ')
-    pairs = sorted(pairs, key=lambda p: (order.index(p.by), p.bits, p.ratio, p.a, p.b))
-    for p in pairs: first.setdefault((p.a, looked.samples[p.b].split), p)
-    return [p for p in pairs if first[p.a, looked.samples[p.b].split] == p]
+__all__ = ['ODD', 'FEWEST', 'BESIDE', 'WORST', 'CURES', 'SHIFTED', 'WORTH_A_LOOK', 'patch_distance', 'Odd', 'robust_z',
+           'odd_ones', 'nearest_of', 'Curve', 'learning_curve', 'in_numbers', 'normal_images_for', 'promise',
+           'pair_place', 'pair_findings', 'odd_findings', 'shift_finding', 'colour_finding', 'mask_findings',
+           'Diagnosis', 'diagnose', 'check_diagnosis']
 
 # %% ../nbs/17k_data_doctor.ipynb #34d94f7f
 ODD, FEWEST, BESIDE, WORST = 4.5, 10, 10, 3 # z of the rule; images that it takes; similar images; patches of each image

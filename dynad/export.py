@@ -4,334 +4,39 @@
 
 # %% ../nbs/17i_export.ipynb #9d80f9df
 from __future__ import annotations
-import ast, base64, copy, html, json, shutil, tempfile, time, warnings, zipfile
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import base64, html, json, tempfile
+from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import __version__
-from .cache import image_set
-from .choosing import MOST_NORMAL, N_DEFECTS
-from .config import DynadError, did_you_mean
-from .data import split_normal, to_float
-from .defects import DefectSet, defect_set
-from .detector import DynAD, possible_t_hat
-from .evaluate import versions
+from .choosing import N_DEFECTS
+from .config import did_you_mean
+from .data import to_float
+from .export_networks import (ExportError, Network, OPSET, Piece, exportable, imported, networks_of, settings_of,
+                                   with_settings, write_manifest, write_network, write_onnx, write_runtime)
+from .export_parity import (Proof, Reference, answers, difference, learned, points, proof_of, runtime_versions,
+                                 speeds)
 from .exports import check_export, export_to
 from .fusion import map_range
 from .guard import tqdm
 from .machine import machine
-from .method import Decision, Method, Prediction, fitted_dataset
-from .metrics import image_metrics, pixel_metrics
+from .method import Method
 from .output import open_for_prediction
-from .patchcore import PatchCore
-from .reconstruction import start_index, timesteps
-from .runtime import (FORMAT, RUNTIMES, Answer, Package, decided, diffuses, needed, neighbour_maps, predict_arrays,
-                           raw_maps, sha256, upsample)
+from .runtime import RUNTIMES, Answer, Package, decided, diffuses, needed, neighbour_maps, raw_maps, upsample
 from .show import colorize, png_bytes, to_uint8
 from .store import atomic_write
-from .walk import averaged_t_hat, choose_t_hat, neighbour_groups, sampler_settings
+
+_all_ = ['Piece', 'imported'] # by this name too
 
 # %% auto #0
-__all__ = ['EXPORTED', 'OPSET', 'TOLERANCE', 'POINTS', 'QUANTISED', 'STYLE', 'ExportError', 'exportable', 'Piece', 'Network',
-           'on_cpu', 'networks_of', 'quiet', 'write_onnx', 'steps_of', 'dynad_settings', 'settings_of', 'imported',
-           'write_runtime', 'write_manifest', 'write_network', 'with_settings', 'learned', 'answers', 'Proof',
-           'proof_of', 'difference', 'points', 'Reference', 'in_turns', 'speeds', 'runtime_versions', 'certificate',
-           'check_parity', 'seen_by', 'first_and_last', 'quantise', 'measured_again', 'Making', 'in_int8',
-           'int8_package', 'table', 'verdict_line', 'worst_case', 'certificate_page', 'check_target', 'export']
-
-# %% ../nbs/17i_export.ipynb #117af356
-class ExportError(DynadError, ValueError):
-    "An export that cannot be made, or does not hold: the text names what is wrong and the cure."
-
-# %% ../nbs/17i_export.ipynb #f5e235e3
-EXPORTED = {'dynad': DynAD, 'patchcore': PatchCore} # methods whose walk the runtime knows
-
-def exportable(method: Method) -> Method: # the same in single precision
-    "The method, if a package can do what it does. Raises ExportError."
-    c, r = method.config, method.config.reconstruction
-    if method.name not in EXPORTED:
-        raise ExportError(f"method = {method.name}: can't be exported, only {' and '.join(EXPORTED)} can; "
-                          "`dynad predict` runs it with torch")
-    if not method.training_set:
-        raise ExportError("a saved model has no held-out images to compare with; give the run directory of `dynad fit`")
-    if method.roi is not None:
-        raise ExportError("the run has a ROI (roi.png): a package knows none; fit without data.roi to export")
-    if c.data.tile is not None:
-        raise ExportError(f"data.tile = {c.data.tile}: a package takes whole images; fit without tiles to export")
-    if method.name != 'dynad': return method
-    if r.omega > 0: raise ExportError(f"reconstruction.omega = {r.omega}: a package draws no noise; "
-                                      "export with --set reconstruction.omega=0")
-    if c.latents.latent_sampling != 'mode':
-        raise ExportError(f"latents.latent_sampling = {c.latents.latent_sampling!r}: a package draws no "
-                          "random latents; fit with --set latents.latent_sampling=mode")
-    if c.precision == 'no': return method
-    return method.with_parts(config=c.model_copy(update={'precision': 'no'}))
-
-# %% ../nbs/17i_export.ipynb #b368a471
-class Piece(nn.Module):
-    "A function of a fitted part as a network with positional inputs and a tuple of outputs."
-    def __init__(self, part: nn.Module, call: Callable[..., tuple[Tensor, ...]]):
-        super().__init__()
-        self.part, self.call = part, call
-
-    def forward(self, *x: Tensor) -> tuple[Tensor, ...]: return self.call(self.part, *x)
-
-# %% ../nbs/17i_export.ipynb #381ef965
-@dataclass(frozen=True)
-class Network:
-    "What is written as one file."
-    module: nn.Module
-    example: tuple[Tensor, ...]  # inputs of two images
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-
-# %% ../nbs/17i_export.ipynb #f4dcf9c8
-def on_cpu(part: nn.Module) -> nn.Module:
-    "The part, or a copy where it lies on a GPU."
-    return part if next(part.parameters(), torch.zeros(0)).device.type == 'cpu' else copy.deepcopy(part).cpu()
-
-# %% ../nbs/17i_export.ipynb #dbf8ae95
-def networks_of(method: Method) -> dict[str, Network]: # on the CPU
-    "The networks of a method."
-    x = torch.rand(2, 3, *[method.config.data.image_size]*2, generator=torch.Generator().manual_seed(0))
-    p = getattr(method, 'parts', method)
-    layers = tuple(p.layers) if isinstance(method, DynAD) else tuple(method.options.layers)
-    # `out` binds the layers: a package computes no others
-    phi = Piece(on_cpu(p.phi), lambda part, image, out=layers: tuple(f[j] for f in (part(image),) for j in out))
-    found = {'phi': Network(phi, (x,), ('image',), tuple(f'layer{j}' for j in layers))}
-    if not isinstance(method, DynAD): return found
-    ae, unet = on_cpu(p.autoencoder), on_cpu(p.denoiser)
-    with torch.no_grad(): z = ae.encode(x)
-    t = torch.tensor([method.config.diffusion.T//3, method.config.diffusion.T//2])
-    return found | {'encoder': Network(Piece(ae, lambda part, image: (part.encode(image),)), (x,), ('image',), ('z0',)),
-                    'unet': Network(Piece(unet, lambda part, z, t: (part(z, t),)), (z, t), ('z_t', 't'), ('eps',)),
-                    'decoder': Network(Piece(ae, lambda part, z: (part.decode(z),)), (z,), ('z',), ('image',))}
-
-# %% ../nbs/17i_export.ipynb #b1d8acc6
-OPSET = 18 # of ONNX: the first with antialiased resizing, which a ViT's input needs
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    "Tracing warns of every Python number that it takes as a constant; here all of them are meant."
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter('ignore')
-        yield
-
-# %% ../nbs/17i_export.ipynb #654dbd7f
-def write_onnx(n: Network, file: Path) -> None:
-    "A network as ONNX. Raises ExportError where torch cannot write it."
-    needed('onnx')
-    axes = {name: {0: 'batch'} for name in (*n.inputs, *n.outputs)}
-    try:
-        with quiet():
-            torch.onnx.export(n.module.eval(), n.example, str(file), input_names=list(n.inputs), dynamo=False,
-                              output_names=list(n.outputs), dynamic_axes=axes, opset_version=OPSET)
-    except (RuntimeError, TypeError, ValueError) as e:
-        raise ExportError(f"{file.stem}: torch cannot write this network as ONNX ({str(e).splitlines()[0][:160]}); "
-                          "choose another features.backbone or latents.kind") from None
-
-# %% ../nbs/17i_export.ipynb #6ffdb6c9
-def steps_of(method: DynAD) -> dict[int, list[int]]:
-    "For each T̂ that can occur: the index where Algorithm 1 starts, then those of its calls."
-    how, T = sampler_settings(method.config), method.config.diffusion.T
-    rows = {t: timesteps(t, how['S'], how['steps'], how['t_max'], how['indices'])
-            for t in possible_t_hat(method).tolist()}
-    return {t: [int(start_index(torch.tensor([t]), T, how['indices'])), *r] for t, r in rows.items()}
-
-# %% ../nbs/17i_export.ipynb #03f715be
-def dynad_settings(method: DynAD) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    "Settings and arrays of DynAD."
-    c, p, f = method.config, method.parts, method.config.fusion
-    how, scale = sampler_settings(c), method.calibrated(possible_t_hat(method))
-    groups = neighbour_groups(c) if f.neighbour else ()
-    sampler = dict(steps=steps_of(method), eta=how['eta'], clamp_pull=how['clamp_pull'],
-                   drop_first=how['sampler'] == 'authors')
-    settings = dict(
-        layers=list(p.layers), dic=dict(layer=c.dic.layer, pool=c.dic.pool, K=p.dic.K), sampler=sampler,
-        t_hat=choose_t_hat(p, torch.arange(c.dic.bins + 1)).tolist(), averaged=averaged_t_hat(c),
-        fusion=dict(lam=f.lam, layers=list(f.layers), sigma=f.sigma, neighbour=f.neighbour, reference=f.reference,
-                    neighbour_layers=groups, score=f.score),
-        calibration=dict(levels=scale.levels, neighbour=scale.neighbour if groups else ()))
-    return settings, dict(abar=p.schedule.abar, bank=p.dic.bank, edges=p.dic.edges,
-                          **{f'spatial{k}': s.bank for k, s in enumerate(p.spatial[:len(groups)])})
-
-# %% ../nbs/17i_export.ipynb #30fad6c2
-def settings_of(method: Method) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    "What a package has to know beside its networks; all of it JSON, and arrays."
-    d = method.config.data
-    own, arrays = dynad_settings(method) if isinstance(method, DynAD) else (
-        dict(layers=list(method.options.layers), patchcore=method.options.model_dump(mode='json')),
-        dict(bank=method.bank.bank))
-    common = dict(method=method.name, image_size=d.image_size, max_pixels=d.max_pixels, batch=8,
-                  decision=asdict(method.decision))
-    return json.loads(json.dumps(common | own)), {k: v.cpu().numpy() for k, v in arrays.items()}
-
-# %% ../nbs/17i_export.ipynb #5170f892
-def imported(module: str) -> set[str]: # modules of the package, `module` too, without `config`
-    "What a module of the package imports of the package when it is imported, and what that imports."
-    found, todo = set(), [module]
-    while todo:
-        name = todo.pop()
-        if name in found or name == 'config': continue
-        found.add(name)
-        body = ast.parse((files('dynad')/f'{name}.py').read_text(encoding='utf-8')).body
-        todo += [n.module for n in body if isinstance(n, ast.ImportFrom) and n.level and n.module]
-    return found
-
-# %% ../nbs/17i_export.ipynb #e3cc604c
-def write_runtime(file: Path, main: str = 'serve') -> None:
-    "The runtime as a zip that Python runs."
-    error = 'class DynadError(Exception):\n    "Base of every error that this package raises on purpose."\n'
-    texts = {f'dynad/{m}.py': (files('dynad')/f'{m}.py').read_text(encoding='utf-8') for m in sorted(imported(main))}
-    texts |= {'dynad/__init__.py': f'__version__ = "{__version__}"\n', 'dynad/config.py': error,
-              '__main__.py': f'from dynad.{main} import main\nmain()\n'}
-    with open(file, 'wb') as f:
-        f.write(b'#!/usr/bin/env python3\n')
-        with zipfile.ZipFile(f, 'w', zipfile.ZIP_DEFLATED) as z:
-            for name, text in texts.items(): z.writestr(zipfile.ZipInfo(name), text)
-
-# %% ../nbs/17i_export.ipynb #e1737a41
-def write_manifest(work: Path, to: str, int8: tuple[str, ...], settings: dict[str, Any], networks: dict) -> None:
-    "manifest.json: every file of the package with its hash, and all settings."
-    suffixes = (RUNTIMES[to][1], '.bin', '.npz', '.pyz')
-    names = sorted(p.name for p in work.iterdir() if p.suffix in suffixes)
-    shapes = {k: {'inputs': {i: [None, *x.shape[1:]] for i, x in zip(n.inputs, n.example)}, 'outputs': list(n.outputs)}
-              for k, n in networks.items()}
-    made = dict(format=FORMAT, dynad=__version__, runtime=to, opset=OPSET, int8=list(int8), networks=shapes,
-                settings=settings, files={n: sha256(work/n) for n in names})
-    atomic_write(work/'manifest.json', json.dumps(made, indent=1))
-
-# %% ../nbs/17i_export.ipynb #226a4a21
-def write_network(source: Path, name: str, work: Path, to: str) -> None:
-    "A network of an ONNX file into a package."
-    if to == 'onnx': shutil.copy(source, work/f'{name}.onnx')
-    else:
-        ov = needed('openvino')
-        ov.save_model(ov.convert_model(source), work/f'{name}.xml', compress_to_fp16=False)
-
-# %% ../nbs/17i_export.ipynb #b4b3977f
-def with_settings(work: Path, p: Package, settings: dict[str, Any]) -> Package: # the package, read again
-    "Settings into the manifest of a package that is being made."
-    made = json.loads((work/'manifest.json').read_text(encoding='utf-8')) | {'settings': settings}
-    atomic_write(work/'manifest.json', json.dumps(made, indent=1))
-    return Package(work, p.threads)
-
-# %% ../nbs/17i_export.ipynb #b5d51323
-def learned(method: Method, normal: Answer) -> dict[str, Any]:
-    "The decision that the package's own answers to held-out normal images imply."
-    f = method.config.fusion
-    seen = Prediction(torch.from_numpy(normal.score), torch.from_numpy(normal.map))
-    return json.loads(json.dumps(asdict(Decision.learned(seen, f.threshold_quantile, f.false_alarms))))
-
-# %% ../nbs/17i_export.ipynb #b22f5132
-def answers(p: Package, x: Tensor, what: str) -> Answer: # x: [N,3,H,W] uint8
-    "The package's answers, in batches with a progress bar."
-    step = p.settings['batch']
-    parts = [predict_arrays(p, to_float(x[k:k + step]).numpy())
-             for k in tqdm(range(0, len(x), step), desc=what, delay=2, leave=False)]
-    return Answer.concatenated(parts)
-
-# %% ../nbs/17i_export.ipynb #56312017
-@dataclass(frozen=True)
-class Proof:
-    "Images that both are asked about."
-    normal: Tensor      # [N,3,H,W] uint8, held out: no training has seen them
-    defects: DefectSet  # in them; others than those that chose the mixture
-
-# %% ../nbs/17i_export.ipynb #67a9a42e
-def proof_of(method: Method, data: str | Path | None = None, n: int = N_DEFECTS) -> Proof:
-    "The held-out images of a run. Raises DataError or ExportError where they are not what they were."
-    c = method.config
-    info = method.info if data is None else method.info | {'data': method.info['data'] | {'root': str(data)}}
-    dataset = fitted_dataset(info, c)
-    _, held_out = split_normal(dataset, c.data, c.seed)
-    images = image_set(method.training_set.store, held_out, dataset, c.data.image_size, True, c.data.max_pixels)
-    if images.key != method.info['keys']['held_out']:
-        raise ExportError(f"{dataset.root}: not the images that the run was fitted on; "
-                          "give their folder with --data, or fit again")
-    return Proof(images.images, defect_set(images.images[:MOST_NORMAL], n, c.seed + 1))
-
-# %% ../nbs/17i_export.ipynb #477bc3f4
-def difference(a: Prediction, b: Answer) -> dict[str, Any]:
-    "How far the package is from the method on one set of images."
-    maps, scores = np.abs(a.map.numpy() - b.map), np.abs(a.score.numpy() - b.score)
-    t = None if b.t_hat is None else int((a.t_hat.numpy() != b.t_hat).sum())
-    return {'images': len(b), 'largest difference of map': float(maps.max()),
-            'mean difference of map': float(maps.mean()), 'largest difference of score': float(scores.max()),
-            'verdicts that differ': int((a.anomalous.numpy() != b.anomalous).sum()), 'T̂ that differ': t,
-            'image with the largest difference': int(maps.max((1, 2, 3)).argmax())}
-
-# %% ../nbs/17i_export.ipynb #6288097e
-def points(normal_map: np.ndarray, normal_score: np.ndarray, bad_map: np.ndarray, bad_score: np.ndarray,
-           masks: Tensor) -> dict[str, float]: # 'i_auroc', 'p_auroc', 'pro', in 0…100
-    "How well held-out images and synthetic defects in them are told apart."
-    maps = torch.from_numpy(np.concatenate([normal_map, bad_map]))
-    truth = torch.cat([torch.zeros(len(normal_map), *masks.shape[1:], dtype=torch.bool), masks])
-    labels = torch.tensor([0]*len(normal_map) + [1]*len(bad_map))
-    scores = torch.from_numpy(np.concatenate([normal_score, bad_score]))
-    found = image_metrics(scores, labels, n_boot=0) | pixel_metrics(maps, truth, n_boot=0)
-    return {k: 100*found[k].value for k in ('i_auroc', 'p_auroc', 'pro')}
-
-# %% ../nbs/17i_export.ipynb #061da990
-@dataclass(frozen=True)
-class Reference:
-    "What the method says with torch; asked once."
-    normal: Prediction
-    defects: Prediction
-
-    @classmethod
-    def of(cls, method: Method, proof: Proof) -> Reference:
-        return cls(method.predict(to_float(proof.normal)), method.predict(to_float(proof.defects.images)))
-
-    def points(self, masks: Tensor) -> dict[str, float]:
-        "Measures of the method itself."
-        return points(self.normal.map.numpy(), self.normal.score.numpy(), self.defects.map.numpy(),
-                      self.defects.score.numpy(), masks)
-
-# %% ../nbs/17i_export.ipynb #6318d714
-def in_turns(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> np.ndarray: # [repeats,2,2] s
-    "Seconds of both, in turns: by the clock, and of this process alone, which another program does not lengthen."
-    out = np.zeros((repeats + 1, 2, 2)) # the first turn warms
-    for turn in out:
-        for which, f in zip(turn, (first, second)):
-            start = time.perf_counter(), time.process_time()
-            f()
-            which[:] = time.perf_counter() - start[0], time.process_time() - start[1]
-    return out[1:]
-
-# %% ../nbs/17i_export.ipynb #155a0ff2
-def speeds(method: Method, p: Package, x: Tensor, repeats: int = 3) -> dict[str, dict[str, float]]:
-    "Milliseconds per image, from an image in memory to the verdict, both in turns with as many threads."
-    before, out = torch.get_num_threads(), {}
-    torch.set_num_threads(p.threads)
-    try:
-        for batch in sorted({1, min(p.settings['batch'], len(x))}):
-            few = to_float(x[:batch])
-            s = 1e3*in_turns(lambda: method.predict(few), lambda: predict_arrays(p, few.numpy()), repeats)/batch
-            m, ratio = np.median(s, 0), np.median(s[:, 0]/s[:, 1], 0)
-            out[f'batch of {batch}'] = {'torch': m[0, 0], 'package': m[1, 0], 'times faster': ratio[0],
-                                        'torch, processor': m[0, 1], 'package, processor': m[1, 1],
-                                        'times less processor': ratio[1]}
-    finally: torch.set_num_threads(before)
-    return {k: {n: float(v) for n, v in d.items()} for k, d in out.items()}
-
-# %% ../nbs/17i_export.ipynb #cf012bfd
-def runtime_versions() -> dict[str, str]:
-    "Versions of all that the numbers depend on."
-    out = versions()
-    for name in ('onnx', 'onnxruntime', 'openvino', 'pillow'):
-        try: out[name] = version(name)
-        except PackageNotFoundError: pass
-    return out
+__all__ = ['TOLERANCE', 'POINTS', 'QUANTISED', 'STYLE', 'certificate', 'check_parity', 'seen_by', 'first_and_last', 'quantise',
+           'measured_again', 'Making', 'in_int8', 'int8_package', 'table', 'verdict_line', 'worst_case',
+           'certificate_page', 'check_target', 'export', 'Piece', 'imported']
 
 # %% ../nbs/17i_export.ipynb #8bf217aa
 def certificate(m: Making, p: Package, reference: Reference) -> dict[str, Any]:

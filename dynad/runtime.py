@@ -6,185 +6,22 @@
 from __future__ import annotations
 import hashlib, importlib, json, os, threading
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
 import numpy as np
 
+from .arithmetic import (ROUNDING, Sampler, cosine_map, latent_map, nearest, neighbourhoods, pooled, reconstruct,
+                              severity, smooth, upsample)
 from .config import DynadError
 from .images import Notes, read_pixels
 from .paths import expanded, printable
 
 # %% auto #0
-__all__ = ['ROUNDING', 'RUNTIMES', 'FORMAT', 'WALKS', 'HEAT', 'interpolation', 'upsample', 'blur', 'smooth', 'pooled', 'severity',
-           'Sampler', 'f32', 'reconstruct', 'latent_map', 'cosine_map', 'neighbourhoods', 'smallest', 'nearest',
-           'PackageError', 'needed', 'default_threads', 'OnnxNetwork', 'OpenVinoNetwork', 'sha256', 'read_manifest',
-           'Answer', 'Package', 'sampler_of', 'raw_maps', 'rescaled', 'fused', 'walk_dynad', 'diffuses',
-           'neighbour_maps', 'map_score', 'walk_patchcore', 'reweighted', 'above', 'decided', 'read_images',
+__all__ = ['RUNTIMES', 'FORMAT', 'WALKS', 'HEAT', 'PackageError', 'needed', 'default_threads', 'OnnxNetwork', 'OpenVinoNetwork',
+           'sha256', 'read_manifest', 'Answer', 'Package', 'sampler_of', 'raw_maps', 'rescaled', 'fused', 'walk_dynad',
+           'diffuses', 'neighbour_maps', 'map_score', 'walk_patchcore', 'reweighted', 'above', 'decided', 'read_images',
            'predict_arrays', 'predict', 'overlay', 'runs', 'labelled', 'regions']
-
-# %% ../nbs/17h_runtime.ipynb #6713a7c9
-@lru_cache(64)
-def interpolation(
-    n: int,              # values
-    size: int,           # places
-    aligned: bool = True # first and last value lie on first and last place; False: each in the middle of its square
-) -> np.ndarray:         # [size,n] rows sum to 1
-    "Bilinear interpolation of a row of values."
-    at = np.arange(size)*((n - 1)/max(size - 1, 1)) if aligned else (np.arange(size) + .5)*n/size - .5
-    at = at.clip(0, n - 1)
-    low = np.floor(at).astype(int)
-    out = np.zeros((size, n))
-    np.add.at(out, (np.arange(size), low), 1 - (at - low))
-    np.add.at(out, (np.arange(size), np.minimum(low + 1, n - 1)), at - low)
-    return out.astype(np.float32)
-
-# %% ../nbs/17h_runtime.ipynb #8e1619c9
-def upsample(m: np.ndarray, size: int, aligned: bool = True) -> np.ndarray: # [...,h,w] -> [...,size,size]
-    "A map at another size."
-    return interpolation(m.shape[-2], size, aligned) @ m @ interpolation(m.shape[-1], size, aligned).T
-
-# %% ../nbs/17h_runtime.ipynb #04b180e7
-@lru_cache(16)
-def blur(
-    n: int,       # places
-    sigma: float  # in places
-) -> np.ndarray:  # [n,n] rows sum to 1
-    "The Gaussian filter with a kernel of 8σ + 1 and reflected borders."
-    k = min(int(4*sigma + .5), n - 1)
-    weight = np.exp(-.5*(np.arange(-k, k + 1)/sigma)**2)
-    at = np.abs(np.arange(n)[:, None] + np.arange(-k, k + 1))
-    out = np.zeros((n, n))
-    np.add.at(out, (np.arange(n)[:, None], np.where(at < n, at, 2*(n - 1) - at)), weight/weight.sum())
-    return out.astype(np.float32)
-
-# %% ../nbs/17h_runtime.ipynb #9ac692ad
-def smooth(m: np.ndarray, sigma: float) -> np.ndarray: # [...,n,n]; σ in pixels at 256²
-    "The map, smoothed."
-    s = sigma*m.shape[-1]/256
-    return m if s <= 0 else blur(m.shape[-1], s) @ m @ blur(m.shape[-1], s).T
-
-# %% ../nbs/17h_runtime.ipynb #20cce115
-ROUNDING = 1e-5 # as in the notebook of Algorithm 2
-
-def pooled(f: np.ndarray, pool: int) -> np.ndarray: # [B,C,h,w] -> [B, C·side²]
-    "Adaptive average pooling: place i is the mean of rows ⌊i·h/side⌋ to ⌈(i+1)·h/side⌉."
-    side = min(pool, f.shape[-1])
-    for axis in (2, 3):
-        n = f.shape[axis]
-        f = np.stack([f.take(range(i*n//side, -(-(i + 1)*n//side)), axis).mean(axis, dtype=np.float64)
-                      for i in range(side)], axis)
-    return f.astype(np.float32).reshape(len(f), -1)
-
-# %% ../nbs/17h_runtime.ipynb #1ba96750
-def severity(
-    query: np.ndarray, # [B,D]
-    bank: np.ndarray,  # [N,D]
-    K: int,
-    edges: np.ndarray  # [|B|+1]
-) -> tuple[np.ndarray, np.ndarray]: # [B] mean distance to K normal images, [B] bin
-    "Algorithm 2, lines 5 to 7."
-    d = np.stack([np.sort(np.abs(bank - q).sum(1, dtype=np.float64))[:K].mean() for q in query])
-    bins = np.searchsorted(edges + ROUNDING*(edges[-1] - edges[0]), d.astype(np.float32), side='left')
-    return d.astype(np.float32), bins.clip(max=len(edges) - 1)
-
-# %% ../nbs/17h_runtime.ipynb #362ed9de
-@dataclass(frozen=True)
-class Sampler:
-    "How a latent is taken to a normal one."
-    abar: np.ndarray              # [T] float64
-    steps: dict[int, list[int]]   # T̂ -> start, then the index at each call, falling
-    eta: float = 0.               # η
-    clamp_pull: bool = False
-    drop_first: bool = False      # the public code's static sampler: no direction at its first step
-
-    def at(self, t: np.ndarray) -> np.ndarray: # [B] -> [B,1,1,1] float64; ᾱ = 1 at -1
-        "ᾱ_t."
-        return np.concatenate([[1.], self.abar])[t + 1][:, None, None, None]
-
-    def guided(self, eps: np.ndarray, z_t: np.ndarray, z0: np.ndarray, a: np.ndarray) -> np.ndarray:
-        "ε̂ of Eq. 8, with the target of Eq. 9."
-        if not self.eta: return eps
-        eta = np.minimum(self.eta, 1/(1 - a)) if self.clamp_pull else self.eta
-        target = f32(np.sqrt(a))*z0 + f32(np.sqrt(1 - a))*eps
-        return eps - f32(eta*np.sqrt(1 - a))*(target - z_t)
-
-    def step(self, eps: np.ndarray, z_t: np.ndarray, a: np.ndarray, b: np.ndarray, direction: float) -> np.ndarray:
-        "Eq. 7: from ᾱ = a to ᾱ = b."
-        z0_hat = (z_t - f32(np.sqrt(1 - a))*eps)/f32(np.sqrt(a))
-        return f32(np.sqrt(b))*z0_hat + f32(direction*np.sqrt(1 - b))*eps
-
-# %% ../nbs/17h_runtime.ipynb #95ab5556
-def f32(x: Any) -> np.ndarray:
-    "Coefficients are computed in double and applied in single precision, as in torch."
-    return np.asarray(x, np.float32)
-
-# %% ../nbs/17h_runtime.ipynb #52abe0fb
-def reconstruct(
-    unet: Callable[[np.ndarray, np.ndarray], np.ndarray], # ε_θ(z_t [b,C,h,w], t [b] int64)
-    z0: np.ndarray,     # [B,C,h,w]
-    t_hat: np.ndarray,  # [B] T̂, each one of `s.steps`
-    s: Sampler
-) -> np.ndarray:        # [B,C,h,w] ẑ_0
-    "Algorithm 1 without noise (ω = 0), one T̂ per latent."
-    rows = [s.steps[int(T)] for T in t_hat]
-    width = max(map(len, rows), default=1)
-    plan = np.array([r[1:] + [-1]*(width + 1 - len(r)) for r in rows], np.int64).reshape(len(rows), width)
-    z = f32(np.sqrt(s.at(np.array([r[0] for r in rows], np.int64))))*z0
-    for k in range(width - 1):
-        at = np.flatnonzero(plan[:, k] >= 0)
-        z_t, t, a = z[at], plan[at, k], s.at(plan[at, k])
-        eps = s.guided(unet(z_t, t), z_t, z0[at], a)
-        z[at] = s.step(eps, z_t, a, s.at(plan[at, k + 1]), 0. if s.drop_first and k == 0 else 1.)
-    return z
-
-# %% ../nbs/17h_runtime.ipynb #473a763e
-def latent_map(z0: np.ndarray, z_hat: np.ndarray) -> np.ndarray: # [B,C,h,w] each -> [B,1,h,w]
-    "l_map."
-    return np.abs(z0 - z_hat).mean(1, keepdims=True)
-
-def cosine_map(a: np.ndarray, b: np.ndarray) -> np.ndarray: # [B,C,h,w] each -> [B,1,h,w] in 0…2
-    "One layer of f_map."
-    unit = lambda x: x/np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-8)
-    return 1 - (unit(a)*unit(b)).sum(1, keepdims=True)
-
-# %% ../nbs/17h_runtime.ipynb #7849f100
-def neighbourhoods(features: dict[int, np.ndarray], layers: Sequence[int]) -> np.ndarray: # [B,h,w,ΣC]
-    "Each place with its surroundings of 3×3, on the grid of the finest layer."
-    maps = [features[j] for j in layers]
-    size, out = max(m.shape[-1] for m in maps), []
-    for m in maps:
-        p, n = np.pad(m, ((0, 0), (0, 0), (1, 1), (1, 1))), m.shape[-1]
-        p = sum(p[..., i:i + n, :] for i in range(3))
-        out.append(upsample(sum(p[..., i:i + n] for i in range(3))/9, size, aligned=False) if n != size
-                   else sum(p[..., i:i + n] for i in range(3))/9)
-    return np.concatenate(out, 1).transpose(0, 2, 3, 1)
-
-# %% ../nbs/17h_runtime.ipynb #1ff210c4
-def smallest(d: np.ndarray, few: int) -> np.ndarray: # [n,m] -> [n,few] columns
-    "The columns of the smallest values of each row; of one or two they are found by looking twice, a tenth of sorting."
-    if few > 2: return np.argpartition(d, few - 1, 1)[:, :few]
-    first = d.argmin(1)[:, None]
-    if few == 1: return first
-    np.put_along_axis(d, first, np.inf, 1)
-    return np.concatenate([first, d.argmin(1)[:, None]], 1)
-
-# %% ../nbs/17h_runtime.ipynb #e5080f26
-def nearest(
-    x: np.ndarray,      # [n,d]
-    bank: np.ndarray,   # [m,d]
-    k: int = 1,         # neighbours, at most m
-    chunk: int = 2048   # rows at a time
-) -> tuple[np.ndarray, np.ndarray]: # [n,k] L2 distances, rising; [n,k] rows of the bank
-    "Nearest neighbours: candidates by the product, which rounds, and of them the nearest by the difference."
-    few, square, out = min(2 if k == 1 else k + 3, len(bank)), np.square(bank).sum(1), []
-    for q in (x[i:i + chunk] for i in range(0, len(x), chunk)):
-        i = np.sort(smallest(square - 2*q @ bank.T, few), 1)
-        exact = np.linalg.norm(q[:, None] - bank[i], axis=2)
-        order = np.argsort(exact, 1, kind='stable')[:, :k]
-        out.append((np.take_along_axis(exact, order, 1), np.take_along_axis(i, order, 1)))
-    return tuple(map(np.concatenate, zip(*out)))
 
 # %% ../nbs/17h_runtime.ipynb #182374eb
 class PackageError(DynadError, RuntimeError):
