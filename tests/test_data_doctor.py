@@ -89,7 +89,7 @@ def test_expected_distance_of_a_subset():
 def test_without_features_the_rest_is_said(boards, monkeypatch):
     from dynad.features import FeatureError
     def missing(*a, **k): raise FeatureError('the package is missing: pip install it')
-    monkeypatch.setattr(D, 'load_features', missing)
+    monkeypatch.setattr('dynad.near_duplicates.load_features', missing)
     d = D.diagnose(boards, SMOKE, progress=False)
     assert 'pip install it' in ' '.join(d.lines()) and d.promise is not None and d.pairs == []
 
