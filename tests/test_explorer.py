@@ -335,7 +335,7 @@ def test_what_is_known_before_anything_is_reconstructed(explorer):
         explorer.eta.value = 11.5
         assert explorer.setting.maps_key not in explorer.session.map_caches
         name = explorer.session.samples[i].name
-        assert name in explorer.facts.value and 'T̂ = 160' in explorer.facts.value and 'score' not in explorer.facts.value and '⚠ overshoots' in explorer.overshoot.value
+        assert name in explorer.facts.value and '= 160 (bin' in explorer.facts.value and 'score' not in explorer.facts.value and '⚠ overshoots' in explorer.overshoot.value
         for w in (explorer.facts, explorer.made_of, explorer.panels.main, explorer.metrics): assert 'dynad-stale' in w._dom_classes
         assert 'being reconstructed' in explorer.captions['mask'].value and explorer.surroundings.shown['histogram'] == i
     finally: explorer.session.make = real; held.set()

@@ -337,7 +337,7 @@ def test_checkpoints_that_are_torn_or_of_another_training(fitted, gears, tmp_pat
 def test_a_checkpoint_of_the_autoencoder_that_is_torn_or_foreign(gears, tmp_path, content):
     run = tmp_path/'run'
     class Stop(BaseException): pass
-    import dynad.detector as room
+    import dynad.stages as room
     keep = room.finetune
     def dies(ae, images, s, phi, seed, progress, work, **how): raise Stop(str(work))
     room.finetune = dies
