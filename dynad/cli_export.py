@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .commands import Folder, Set, app, known_mistakes, place
+from .commands import DataSet, Folder, Set, app, known_mistakes, place
 from .paths import check_folder, echo
 
 # %% auto #0
@@ -25,8 +25,8 @@ def export_run(
                                        )] = False,
     points: Annotated[float, typer.Option(min=0, max=100, help='that --int8 may cost of I-AUROC, P-AUROC or PRO, '
                                                                'on synthetic defects in held-out images')] = .5,
-    data: Annotated[Optional[Path], typer.Option(
-        **Folder, help='the images that the run was fitted on, where they have moved')] = None,
+    data: Annotated[Optional[str], typer.Option(
+        **DataSet, help='the images that the run was fitted on, where they have moved')] = None,
     set: Set = None
 ):
     "Write a fitted run as networks of onnxruntime or OpenVINO, with a certificate that both give the same verdicts."
