@@ -23,7 +23,8 @@ PACKAGE = Path(dynad.__file__).parent
 SOURCES = {f.stem: ast.parse(f.read_text(encoding='utf-8')) for f in sorted(PACKAGE.glob('*.py'))}
 UNIX = {'resource', 'fcntl', 'pwd', 'grp', 'termios', 'tty', 'pty', 'syslog', 'crypt', 'readline'} # modules that Windows lacks
 CALLS = {'os.uname', 'os.fork', 'os.getuid', 'os.geteuid', 'os.symlink', 'os.link', 'os.mkfifo', 'os.killpg', 'os.setsid', 'os.nice', 'os.getpgid', 'os.chown', 'signal.SIGKILL', 'signal.SIGUSR1', 'signal.alarm', 'os.sched_getaffinity', 'os.getloadavg'}
-GUARDED = {('machine', 'os.sched_getaffinity'), ('machine', 'os.getloadavg'), ('jobs', 'os.sched_getaffinity')} # behind hasattr
+GUARDED = {('machine', 'os.sched_getaffinity'), ('machine', 'os.getloadavg'), ('jobs', 'os.sched_getaffinity'),
+           ('runtime', 'os.sched_getaffinity')} # behind hasattr
 
 def nodes(kind): return [(name, n) for name, tree in SOURCES.items() for n in ast.walk(tree) if isinstance(n, kind)]
 
