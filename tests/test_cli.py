@@ -46,7 +46,7 @@ def test_the_installed_command_fits_evaluates_and_predicts(boards, tmp_path):
     scores = pd.read_csv(tmp_path/'out'/'scores.csv')
     assert list(scores.image) == [str(tmp_path/n) for n in names]
     for stem in scores.files:
-        for kind in ('map', 'overlay', 'reconstruction'): assert Image.open(tmp_path/'out'/f'{stem}_{kind}.png').size == (64, 64)
+        for kind in ('map', 'overlay', 'reconstruction'): assert Image.open(tmp_path/'out'/f'{stem}_{kind}.png').size == (128, 128) # of the image itself
 
 
 @pytest.mark.parametrize('words, said', [
