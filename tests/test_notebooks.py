@@ -45,7 +45,7 @@ def in_child(path, root, out):
     from nbdev.test import nbdev_test
     nbdev_test.__wrapped__(path=str(path), n_workers=0)
 
-def run_forked(path, out, root=ROOT, timeout=TIMEOUT):
+def run_forked(path, out, root=ROOT, timeout=TIMEOUT//2):
     "As `run_notebook`."
     server = multiprocessing.get_context('forkserver')
     server.set_forkserver_preload(PRELOADED)
