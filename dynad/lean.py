@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .config import Config, ConfigError, content_key
+from .fusion import latent_map
 from .reconstruction import noise_keys
 from .store import load_json
 from .walk import (Parts, RawMaps, WalkOutputs, averaged_t_hat, choose_t_hat, compare, decode, encode,
@@ -78,8 +79,8 @@ def lean_walk(
     z0 = encode(parts, image, keys)
     every = [torch.full_like(t_hat, T) for T in averaged_t_hat(parts.config)] or [t_hat]
     z_hat = reconstruct_latents(parts, torch.cat([z0]*len(every)), torch.cat(every), list(keys)*len(every))
-    raw = [replace(blank(parts, B), latent=(z0 - z).abs().mean(1, keepdim=True)) for z in z_hat.split(B)]
-    if n.feature:
+    if not n.feature: raw = [replace(blank(parts, B), latent=latent_map(z0, z)) for z in z_hat.split(B)]
+    else:
         seen = features_at(parts, decode(parts, z_hat), layers_hat)
         same = parts.config.fusion.reference == 'input'
         reference = features if same else features_at(parts, decode(parts, z0), layers_hat)

@@ -26,6 +26,7 @@ from .defects import DEFECTS, Place, likely_places, outline
 from .images import Notes, decode, image_size, read_image
 from .method import Method, above
 from .paths import printable
+from .threshold import share_between
 
 # %% auto #0
 __all__ = ['REACHED', 'PAINTED', 'CONTRASTS', 'NEAR', 'PLACES', 'VERSION', 'PassportError', 'line_depth', 'Trial', 'window',
@@ -260,10 +261,7 @@ class Share:
     @property
     def interval(self) -> tuple[float, float]: # of 95 %
         "Clopper and Pearson's."
-        if not self.n: return 0., 1.
-        k, n = self.found, self.n
-        return (0. if k == 0 else float(stats.beta.ppf(.025, k, n - k + 1)),
-                1. if k == n else float(stats.beta.ppf(.975, k + 1, n - k)))
+        return share_between(self.found, self.n) if self.n else (0., 1.)
 
     def text(self) -> str:
         low, high = self.interval
