@@ -1,5 +1,5 @@
 "The description of the machine: every system, and None for what a system does not tell."
-import builtins, sys
+import builtins, subprocess, sys
 
 import pytest, torch
 
@@ -18,10 +18,19 @@ def test_the_unit_of_memory_is_that_of_the_system(monkeypatch):
     import resource
     class Usage: ru_maxrss = 3*2**20
     monkeypatch.setattr(resource, 'getrusage', lambda who: Usage)
+    monkeypatch.setattr(module, 'high_water_mark_mb', lambda: None) # a kernel that does not tell
     monkeypatch.setattr(module.sys, 'platform', 'linux')
     assert peak_memory_mb() == 3*2**10
     monkeypatch.setattr(module.sys, 'platform', 'darwin')
     assert peak_memory_mb() == 3
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='read as Linux gives it')
+def test_the_memory_of_the_process_that_started_this_one_does_not_count():
+    held = bytearray(600*2**20)
+    held[::4096] = b'x'*len(held[::4096])
+    child = subprocess.run([sys.executable, '-c', 'from dynad.machine import peak_memory_mb; print(peak_memory_mb())'], capture_output=True, text=True, check=True)
+    assert float(child.stdout) < 600 < peak_memory_mb()
 
 
 def test_windows_tells_less(monkeypatch):

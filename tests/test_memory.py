@@ -11,7 +11,7 @@ from PIL import Image
 from dynad.synthetic import write_synthetic
 
 SETTINGS = {'denoiser.steps': 20, 'latents.finetune_steps': 2, 'adaptation.gamma': 0, 'dic.pool': 16}
-PEAK = "import resource, sys; from dynad.cli import app; sys.argv = ['dynad', *sys.argv[1:]]\ntry: app()\nfinally: print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024)"
+PEAK = "import sys; from dynad.cli import app; from dynad.machine import peak_memory_mb; sys.argv = ['dynad', *sys.argv[1:]]\ntry: app()\nfinally: print('peak', peak_memory_mb())"
 
 def many(folder, n, size):
     "n good training and n test images: the synthetic boards, each shifted and with its own grain; every fourth test image defective."

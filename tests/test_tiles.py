@@ -159,12 +159,12 @@ def test_the_papers_method_on_tiles(few, tmp_path):
 # twelve megapixels
 
 BIG = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
+from dynad.machine import peak_memory_mb as peak
 from dynad.method import open_run
 from dynad.output import write_predictions
 run, big, out = map(Path, sys.argv[1:])
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
 m = open_run(run, progress=False)
 before = peak()
 rows = write_predictions(m, [big], out)
