@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .config import AdaptationSettings
 from .data import to_float
 from .store import state_hash
-from .training import CHECKPOINT, Training, TrainingError, train
+from .training import CHECKPOINT, Training, TrainingError, epoch_batches, train
 
 # %% auto #0
 __all__ = ['Rebuild', 'adaptation_loss', 'draw_t_hat', 'adaptation_draws', 'AdaptationError', 'adaptation', 'adapt']
@@ -51,10 +51,9 @@ def adaptation_draws(
     seed: int
 ) -> list[tuple[Tensor, int]]:   # rows and T̂ of each step
     "The batches of γ epochs: shuffled, without the incomplete last batch of an epoch."
-    g, size, out = torch.Generator().manual_seed(seed), min(settings.batch, n), []
+    g, out = torch.Generator().manual_seed(seed), []
     for _ in range(settings.gamma):
-        rows = torch.randperm(n, generator=g)[:n//size*size].view(-1, size)
-        out += [(r, draw_t_hat(settings, S, g)) for r in rows]
+        out += [(r, draw_t_hat(settings, S, g)) for r in epoch_batches(n, settings.batch, g)]
     return out
 
 # %% ../nbs/11_adaptation.ipynb #499560d1

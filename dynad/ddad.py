@@ -25,7 +25,7 @@ from .method import Hooks, Method, Prediction, checked_options, register
 from .reconstruction import guide, noise_for, noise_keys
 from .stages import fit_autoencoder, fit_denoiser, load_autoencoder, load_phi, load_unet, phi_of
 from .store import REPAIR_HINT, StoreError, load_tensors, save_tensors, state_hash
-from .training import CHECKPOINT, Training, TrainingError, train
+from .training import CHECKPOINT, Training, TrainingError, epoch_batches, train
 from .walk import Parts, decode, encode
 
 # %% auto #0
@@ -150,9 +150,7 @@ def adaptation_pairs(
 ) -> list[tuple[Tensor, Tensor]]: # rows of the targets and of the inputs, for each step
     "Shuffled batches cut in two; an incomplete last batch is left out, as in the public code."
     g, size, out = torch.Generator().manual_seed(seed), min(batch, n)//2*2, []
-    for _ in range(epochs):
-        rows = torch.randperm(n, generator=g)[:n//size*size].view(-1, size)
-        out += [(r[:size//2], r[size//2:]) for r in rows]
+    for _ in range(epochs): out += [(r[:size//2], r[size//2:]) for r in epoch_batches(n, size, g)]
     return out
 
 # %% ../nbs/16f_ddad.ipynb #7de90670

@@ -8,39 +8,26 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 
 from .config import DynadError
 from .diffusion import Schedule
+from .places import PlaceError, PlaceGaussians, squared_mahalanobis
 
 # %% auto #0
-__all__ = ['Distance', 'Sampler', 'GaussianError', 'stacked_features', 'FeatureGaussian', 'unit_gradient', 'gradient_step',
+__all__ = ['Distance', 'Sampler', 'GradientDenoisingError', 'FeatureGaussian', 'unit_gradient', 'gradient_step',
            'GradientDenoising', 'gradient_denoise']
 
 # %% ../nbs/09a_gradient_denoising.ipynb #72018da4
-class GaussianError(DynadError, ValueError):
-    "A feature distribution that cannot be fitted or asked: the text names the value and the cure."
-
-# %% ../nbs/09a_gradient_denoising.ipynb #d81db96a
-def stacked_features(
-    features: dict[int, Tensor],         # layer -> [B,C_j,h_j,w_j], as φ gives them
-    layers: tuple[int, ...] = (1, 2, 3), # the finest of them sets the grid
-    size: int | None = None              # side of the grid; None: that of the finest layer
-) -> Tensor:                             # [B,ΣC,h,w]
-    "Feature maps of several layers on one grid."
-    if missing := [j for j in layers if j not in features]:
-        raise GaussianError(f"layers {missing} are not among the features {sorted(features)}")
-    maps = [features[j].float() for j in layers]
-    side = (size, size) if size else max(m.shape[-2:] for m in maps)
-    return torch.cat([m if m.shape[-2:] == side else F.interpolate(m, side, mode='bilinear') for m in maps], 1)
+class GradientDenoisingError(DynadError, ValueError):
+    "A gradient denoising that cannot be made: the text names the value and the cure."
 
 # %% ../nbs/09a_gradient_denoising.ipynb #4ff63399
 class FeatureGaussian:
     "A Gaussian of normal features at every place."
     def __init__(self,
-        mean: Tensor,      # [P,d] of P = h·w places
+        mean: Tensor,      # [d,P] of P = h·w places
         precision: Tensor, # [P,d,d] inverse covariance
         channels: Tensor,  # [d] int64, those of the stacked features that are used
         side: int          # h = w of the grid
@@ -67,20 +54,14 @@ def fit(cls: FeatureGaussian,
     seed: int = 0,
     ridge: float = .01         # added to the diagonal of the covariance
 ) -> FeatureGaussian:
-    "Mean and covariance of every place, in one pass. Raises GaussianError for fewer than two images."
-    n = first = second = channels = side = None
+    "Mean and covariance of every place, in one pass. Raises PlaceError for fewer than two images."
+    found, channels, side = PlaceGaussians(), None, 0
     for f in batches:
         if channels is None:
-            n, side, generator = 0, f.shape[-1], torch.Generator().manual_seed(seed)
+            side, generator = f.shape[-1], torch.Generator().manual_seed(seed)
             channels = torch.randperm(f.shape[1], generator=generator)[:dims].sort().values.to(f.device)
-        x = f[:, channels].flatten(2).permute(2, 0, 1).double()          # [P,B,d]
-        sums = x.sum(1), x.transpose(1, 2) @ x
-        first, second, n = (sums[0], sums[1], len(f)) if not n else (first + sums[0], second + sums[1], n + len(f))
-    if n is None or n < 2: raise GaussianError(f"{n or 0} normal images have no covariance: give at least two")
-    mean = first/n
-    cov = (second - n*mean[:, :, None]*mean[:, None])/(n - 1)
-    cov += ridge*torch.eye(len(channels), dtype=cov.dtype, device=cov.device)
-    return cls(mean.float(), torch.linalg.inv(cov).float().contiguous(), channels, side)
+        found.add(f[:, channels].flatten(2))
+    return cls(*found.fitted(ridge), channels, side)
 
 # %% ../nbs/09a_gradient_denoising.ipynb #823bceef
 @patch
@@ -89,10 +70,10 @@ def distance(self: FeatureGaussian,
 ) -> Tensor:        # [B,h,w] ≥ 0, differentiable
     "Squared Mahalanobis distance of every place."
     if stacked.shape[-1] != self.side:
-        raise GaussianError(f"features on a grid of side {stacked.shape[-1]}, the Gaussian has {self.side}: "
-                            "use images of the size it was fitted on")
-    x = stacked[:, self.channels].flatten(2).permute(2, 0, 1) - self.mean[:, None]   # [P,B,d]
-    return ((x @ self.precision)*x).sum(2).T.unflatten(1, (self.side, self.side))
+        raise PlaceError(f"features on a grid of side {stacked.shape[-1]}, the Gaussian has {self.side}: "
+                         "use images of the size it was fitted on")
+    d = squared_mahalanobis(stacked[:, self.channels].flatten(2), self.mean, self.precision)
+    return d.unflatten(1, (self.side, self.side))
 
 # %% ../nbs/09a_gradient_denoising.ipynb #d6268b29
 Distance = Callable[[Tensor], Tensor] # x [B,3,H,W] in [-1,1] -> [B,h,w] squared distances, differentiable
@@ -141,9 +122,9 @@ def gradient_denoise(
     every: int = 5,                 # iterations between two samples of the model
     keep: int = 0                   # so many intermediate images, evenly spread
 ) -> GradientDenoising:
-    "Remove anomalies by gradients. Raises GaussianError for a start outside the schedule."
+    "Remove anomalies by gradients. Raises GradientDenoisingError for a start outside the schedule."
     if not 1 <= start <= schedule.T:
-        raise GaussianError(f"start = {start}; a schedule of T = {schedule.T} has 1…{schedule.T}")
+        raise GradientDenoisingError(f"start = {start}; a schedule of T = {schedule.T} has 1…{schedule.T}")
     x, seen, out = x0, [], []
     kept = {round((i + 1)*start/(keep + 1)) for i in range(keep)}
     for k in range(start):

@@ -5,6 +5,7 @@
 # %% ../nbs/16b_padim.ipynb #a2c5ae16
 from __future__ import annotations
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,11 +20,12 @@ from .data import to_float
 from .features import load_features
 from .fusion import smooth
 from .method import Method, Prediction, register
+from .places import PlaceGaussians, squared_mahalanobis, stacked_features
 from .store import load_tensors
 
 # %% auto #0
-__all__ = ['PaDiMError', 'PaDiMOptions', 'place_vectors', 'random_channels', 'reduced', 'principal_directions', 'Gaussians',
-           'mahalanobis', 'padim_map', 'PaDiM', 'fit_gaussians']
+__all__ = ['place_vectors', 'PaDiMError', 'PaDiMOptions', 'random_channels', 'reduced', 'principal_directions', 'mahalanobis',
+           'padim_map', 'PaDiM', 'fit_gaussians']
 
 # %% ../nbs/16b_padim.ipynb #fa90376f
 class PaDiMError(DynadError, ValueError):
@@ -38,16 +40,7 @@ class PaDiMOptions(Settings):
     sigma: float = Field(4., ge=0)                    # of the map's Gaussian, in pixels at 256²
 
 # %% ../nbs/16b_padim.ipynb #e998a84b
-def place_vectors(
-    features: dict[int, Tensor],        # layer -> [B,C_j,h_j,w_j], as φ gives them
-    layers: tuple[int, ...] = (1, 2, 3) # the finest of them sets the grid
-) -> Tensor:                            # [B,ΣC,h,w] float32
-    "Features of several layers at each place of the finest grid, without interpolation (Section III-A)."
-    if missing := [j for j in layers if j not in features]:
-        raise PaDiMError(f"layers {missing} are not among the features {sorted(features)}")
-    maps = [features[j].float() for j in layers]
-    size = max(m.shape[-2:] for m in maps)
-    return torch.cat([m if m.shape[-2:] == size else F.interpolate(m, size, mode='nearest') for m in maps], 1)
+place_vectors = partial(stacked_features, mode='nearest') # Section III-A
 
 # %% ../nbs/16b_padim.ipynb #02412b7c
 def random_channels(
@@ -84,32 +77,6 @@ def principal_directions(
     mean = total/n
     return torch.linalg.eigh(square/n - mean[:, None]*mean)[1].flip(1)[:, :dims].float().cpu()
 
-# %% ../nbs/16b_padim.ipynb #ba3d6f73
-class Gaussians:
-    "Means and covariances at every place, from batches."
-    def __init__(self): self.n, self.start, self.total, self.square = 0, None, 0., 0.
-
-    def add(self,
-        x: Tensor # [B,D,P] of `reduced`
-    ) -> Gaussians:
-        "Take in a batch."
-        if self.start is None: self.start = x.mean(0)
-        d = (x - self.start).double()
-        self.n, self.total = self.n + len(x), self.total + d.sum(0)
-        self.square = self.square + torch.einsum('bdp,bep->pde', d, d)
-        return self
-
-    def fitted(self,
-        ridge: float = .01           # ε
-    ) -> tuple[Tensor, Tensor]:      # means [D,P], inverse covariances [P,D,D]
-        "Eq. 1, inverted. Raises PaDiMError for fewer than two images."
-        if self.n < 2: raise PaDiMError(f"PaDiM needs at least 2 normal images to see how they vary, got {self.n}")
-        d = self.total/self.n
-        outer = torch.einsum('dp,ep->pde', d, d)
-        cov = (self.square - self.n*outer)/(self.n - 1) + ridge*torch.eye(len(d)).to(d)
-        inverse = [torch.cholesky_inverse(torch.linalg.cholesky(c)).float() for c in cov.split(64)]
-        return self.start + d.float(), torch.cat(inverse)
-
 # %% ../nbs/16b_padim.ipynb #093e90c4
 def mahalanobis(
     x: Tensor,       # [B,D,P]
@@ -117,8 +84,7 @@ def mahalanobis(
     inverse: Tensor  # [P,D,D] of the covariances
 ) -> Tensor:         # [B,P] ≥ 0
     "Mahalanobis distance at each place (Eq. 2)."
-    delta = (x - mean).permute(2, 0, 1)
-    return ((delta @ inverse)*delta).sum(2).clamp(min=0).sqrt().T
+    return squared_mahalanobis(x, mean, inverse).clamp(min=0).sqrt()
 
 # %% ../nbs/16b_padim.ipynb #674d538d
 def padim_map(
@@ -169,7 +135,7 @@ def fit_gaussians(method: PaDiM, progress: bool = True) -> Path:
     def make(work: Path) -> dict[str, Tensor]:
         if o.reduction == 'pca': U = principal_directions(vectors('directions'), o.dims)
         else: U = random_channels(sum(phi.channels[j] for j in o.layers), o.dims, c.seed)
-        found = Gaussians()
+        found = PlaceGaussians()
         for x in vectors('Gaussians'): found.add(reduced(x, U))
         return dict(zip(('U', 'mean', 'inverse'), (U, *found.fitted(o.ridge))))
     key = dict(images=images.key, phi=phi.weights_hash, seed=c.seed if o.reduction == 'random' else None,

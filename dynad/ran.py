@@ -19,9 +19,10 @@ from .data import AnomalyDataset, split_normal, to_float
 from .diffusion import q_sample
 from .features import load_features
 from .fusion import score
-from .gradient_denoising import FeatureGaussian, GradientDenoising, gradient_denoise, stacked_features
+from .gradient_denoising import FeatureGaussian, GradientDenoising, gradient_denoise
 from .learned_variance import reverse_step
 from .method import Hooks, Method, Prediction, checked_options, register
+from .places import stacked_features
 from .ran_network import (ASKED_LATER, RAN_DIFFUSION, Chain, RANError, RANMaps, RANNet, RANOptions, chain_of,
                                combine, ran_maps, resolved, target_features, train_ran)
 from .reconstruction import noise_for, noise_keys
@@ -151,7 +152,7 @@ def scale_of(method: RAN) -> Tensor: # [n,2]
 def fit_gaussian(method: RAN) -> Path:
     "The Gaussian of normal features at every place, as a stage."
     c, images, o = method.config, method.training_set, method.options
-    key = dict(images=images.key, phi=method.phi.weights_hash, layers=list(o.layers), dims=o.dims, seed=c.seed)
+    key = dict(images=images.key, phi=method.phi.weights_hash, layers=list(o.layers), dims=o.dims, seed=c.seed, layout=2)
     @torch.no_grad()
     def make(work: Path) -> dict[str, Tensor]:
         rows = batches(len(images), c.batch)

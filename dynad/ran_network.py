@@ -21,7 +21,7 @@ from .data import to_float
 from .denoiser import make_unet
 from .diffusion import Schedule, make_schedule, predict_x0, q_sample
 from .fusion import smooth, upsample
-from .gradient_denoising import stacked_features
+from .places import stacked_features
 from .guard import building
 from .launch import accelerator, processes
 from .learned_variance import Posterior, make_posterior, respaced, step_kl, vlb

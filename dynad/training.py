@@ -22,8 +22,8 @@ from .machine import keep_freed_memory
 from .store import TrainingStopped, load_tensors, open_tensors, save_tensors
 
 # %% auto #0
-__all__ = ['CHECKPOINT', 'stream', 'rows_of_step', 'one_cycle', 'warmup_cosine', 'EMA', 'TrainingError', 'Training', 'TrainLog',
-           'save_checkpoint', 'read_header', 'load_checkpoint', 'Run', 'progress_bar', 'train']
+__all__ = ['CHECKPOINT', 'stream', 'rows_of_step', 'epoch_batches', 'one_cycle', 'warmup_cosine', 'EMA', 'TrainingError',
+           'Training', 'TrainLog', 'save_checkpoint', 'read_header', 'load_checkpoint', 'Run', 'progress_bar', 'train']
 
 # %% ../nbs/08_training.ipynb #682db19a
 def stream(
@@ -44,6 +44,16 @@ def rows_of_step(
     at = range(k*batch, (k + 1)*batch)
     rounds = {r: torch.randperm(n, generator=stream('round', seed, r)) for r in range(at[0]//n, at[-1]//n + 1)}
     return torch.stack([rounds[i//n][i % n] for i in at])
+
+# %% ../nbs/08_training.ipynb #7992fe09
+def epoch_batches(
+    n: int,                     # number of examples
+    batch: int,
+    generator: torch.Generator
+) -> Tensor:                    # [n//B,B] integer rows; B = min(batch, n)
+    "The full batches of one shuffled epoch."
+    size = min(batch, n)
+    return torch.randperm(n, generator=generator)[:n//size*size].view(-1, size)
 
 # %% ../nbs/08_training.ipynb #c8a040e1
 def one_cycle(

@@ -14,7 +14,8 @@ from dynad.config import FeatureSettings
 from dynad.data import load_images, load_masks, open_dataset, to_float
 from dynad.features import load_features
 from dynad.metrics import image_metrics, pixel_metrics
-from dynad.padim import Gaussians, mahalanobis, padim_map, place_vectors, reduced
+from dynad.padim import mahalanobis, padim_map, place_vectors, reduced
+from dynad.places import PlaceGaussians
 from dynad.store import atomic_write
 
 TARGET = Path(__file__).parents[1]/'nbs'/'results'/'padim_anomalib.json'
@@ -59,7 +60,7 @@ def run_dynad(phi, train: torch.Tensor, test: torch.Tensor, channels: torch.Tens
     "Maps and scores of dynad with these channels."
     U = torch.nn.functional.one_hot(channels, sum(phi.channels[j] for j in LAYERS)).T.float()
     vectors = lambda x: place_vectors(phi(to_float(x)), LAYERS)
-    fitted = Gaussians()
+    fitted = PlaceGaussians()
     for x in train.split(16): fitted.add(reduced(vectors(x), U))
     mean, inverse = fitted.fitted(RIDGE)
     out, size = [], tuple(test.shape[-2:])

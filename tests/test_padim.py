@@ -9,8 +9,8 @@ from scipy.ndimage import gaussian_filter
 
 from dynad.config import make_config
 from dynad.method import open_run
-from dynad.padim import (Gaussians, PaDiM, PaDiMError, mahalanobis, padim_map, place_vectors, principal_directions, random_channels,
-                         reduced)
+from dynad.padim import PaDiM, PaDiMError, mahalanobis, padim_map, place_vectors, principal_directions, random_channels, reduced
+from dynad.places import PlaceError, PlaceGaussians
 
 RECORD = Path(__file__).parents[1]/'nbs'/'results'/'padim_anomalib.json'
 
@@ -26,7 +26,7 @@ def test_place_vectors_repeat_the_coarser_maps():
     assert v.shape == (2, 12, 8, 8)
     for y, x in ((0, 0), (5, 2), (7, 7)):
         assert torch.equal(v[:, :, y, x], torch.cat([f[1][:, :, y, x], f[2][:, :, y//2, x//2], f[3][:, :, y//4, x//4]], 1))
-    with pytest.raises(PaDiMError, match=r'layers \[3\] are not among the features \[1, 2\]'): place_vectors({1: f[1], 2: f[2]}, (1, 3))
+    with pytest.raises(PlaceError, match=r'layers \[3\] are not among the features \[1, 2\]'): place_vectors({1: f[1], 2: f[2]}, (1, 3))
 
 
 def test_channels_are_drawn_by_the_seed():
@@ -39,7 +39,7 @@ def test_distance_and_map_are_those_of_a_plain_loop():
     "The whole of PaDiM once more, place by place in numpy's double precision."
     train, test, ridge = place_vectors(features(9)), place_vectors(features(3, 1)), .01
     U = random_channels(12, 6, 3)
-    fitted = Gaussians().add(reduced(train[:4], U)).add(reduced(train[4:5], U)).add(reduced(train[5:], U)).fitted(ridge)
+    fitted = PlaceGaussians().add(reduced(train[:4], U)).add(reduced(train[4:5], U)).add(reduced(train[5:], U)).fitted(ridge)
     maps, scores = padim_map(mahalanobis(reduced(test, U), *fitted).view(3, 8, 8), (32, 32), 16.)
     kept = np.flatnonzero(U.sum(1).numpy())
     order = U.argmax(0).numpy()
@@ -60,12 +60,12 @@ def test_distance_and_map_are_those_of_a_plain_loop():
 
 def test_a_shift_or_a_batch_size_changes_nothing():
     x = torch.randn(20, 4, 3, generator=torch.Generator().manual_seed(0))
-    one = Gaussians().add(x).fitted()
-    many = Gaussians()
+    one = PlaceGaussians().add(x).fitted()
+    many = PlaceGaussians()
     for b in (x + 1000).split(3): many.add(b)
     mean, inverse = many.fitted()
     assert torch.allclose(mean - 1000, one[0], atol=1e-3) and torch.allclose(inverse, one[1], rtol=1e-2)
-    with pytest.raises(PaDiMError, match='at least 2 normal images.*got 1'): Gaussians().add(x[:1]).fitted()
+    with pytest.raises(PlaceError, match='1 normal images.*at least 2'): PlaceGaussians().add(x[:1]).fitted()
 
 
 def test_pca_keeps_what_varies_most():
@@ -110,6 +110,6 @@ def test_maps_agree_with_those_of_anomalib_here():
     train, test = place_vectors(features(9)), place_vectors(features(3, 1))
     mean, inverse = MultiVariateGaussian().fit(train)
     theirs = AnomalyMapGenerator(sigma=2)(embedding=test, mean=mean, inv_covariance=inverse, image_size=(64, 64))
-    fitted = Gaussians().add(train.flatten(2)).fitted(.01 + 1e-5)
+    fitted = PlaceGaussians().add(train.flatten(2)).fitted(.01 + 1e-5)
     ours, _ = padim_map(mahalanobis(test.flatten(2), *fitted).view(3, 8, 8), (64, 64), 8.)
     assert (ours - theirs).abs().max() < 1e-4*theirs.abs().max()

@@ -11,11 +11,12 @@ from dynad.config import ConfigError, make_config
 from dynad.data import load_images, open_dataset, to_float
 from dynad.diffusion import make_schedule, q_sample
 from dynad.features import load_features
-from dynad.gradient_denoising import (FeatureGaussian, GaussianError, gradient_denoise, gradient_step, stacked_features,
+from dynad.gradient_denoising import (FeatureGaussian, GradientDenoisingError, gradient_denoise, gradient_step,
                                       unit_gradient)
 from dynad.learned_variance import (discrete_nll, gaussian_kl, learned_log_variance, make_posterior, respaced, reverse_step,
                                     step_kl, vlb)
 from dynad.method import open_run
+from dynad.places import PlaceError, stacked_features
 from dynad.ran import RAN, fit_unified
 from dynad.ran_network import (RAN_DIFFUSION, RANError, RANMaps, RANNet, RANOptions, chain_of, combine, resolved,
                                rotated)
@@ -191,11 +192,11 @@ def test_samples_come_every_fifth_iteration(descent):
     assert asked == [7, 2]
 
 def test_errors_of_the_gaussian(descent):
-    with pytest.raises(GaussianError, match='at least two'): FeatureGaussian.fit([torch.zeros(1, 3, 2, 2)])
-    with pytest.raises(GaussianError, match='at least two'): FeatureGaussian.fit([])
-    with pytest.raises(GaussianError, match='side 4'):
+    with pytest.raises(PlaceError, match='at least 2'): FeatureGaussian.fit([torch.zeros(1, 3, 2, 2)])
+    with pytest.raises(PlaceError, match='at least 2'): FeatureGaussian.fit([])
+    with pytest.raises(PlaceError, match='side 4'):
         FeatureGaussian.fit([torch.randn(5, 3, 2, 2)], dims=2).distance(torch.zeros(1, 3, 4, 4))
-    with pytest.raises(GaussianError, match='start = 1001'): gradient_denoise(descent[1], descent[0], SCHEDULE, start=1001)
+    with pytest.raises(GradientDenoisingError, match='start = 1001'): gradient_denoise(descent[1], descent[0], SCHEDULE, start=1001)
 
 
 # the method
