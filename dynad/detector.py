@@ -382,7 +382,8 @@ def predict(self: DynAD,
                   "use 'train' to predict on single images", stacklevel=2)
     c = self.config.data
     x, size = checked_images(images, c.image_size, c.max_pixels), c.image_size
-    outputs = [walk(self.parts, x[b]) for b in batches(len(x), self.config.batch, 'images', True)]
+    step = lean_walk if self.lean else walk
+    outputs = [step(self.parts, x[b]) for b in batches(len(x), self.config.batch, 'images', True)]
     raw = [r for w in outputs for r in ([a for a, _ in w.averaged] or [w.raw])]
     l = torch.cat([r.latent for r in raw])
     f = {j: torch.cat([r.features[j] for r in raw]) for j in raw[0].features}

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import DynadError
-from .detector import DynAD
+from .detector import DynAD, possible_t_hat
 from .latents import Autoencoder
 from .machine import machine
 from .metrics import image_metrics, pixel_metrics
@@ -235,7 +235,7 @@ def ways(model: DynAD) -> dict[str, DynAD]: # name -> the same parts
     same = settings_of_the_public_code(model)
     def fast(steps: int, **more): return same | {'fusion.calibration': 'train', 'speed': 'exact', 'reconstruction.S': steps,
                                                  'reconstruction.steps': 'stride' if steps > 1 else 'count'} | more
-    return {'exact': model.with_settings(same)} | {
+    return {'exact': model.with_settings(same | {'speed': 'exact'})} | {
         f"{k} step{'s'*(k > 1)}{name}": model.with_settings(fast(k, **more))
         for k in (5, 3, 1) for name, more in (('', {}), (', no f_map', {'fusion.lam': 1.}))}
 
@@ -244,7 +244,9 @@ def in_turns(code: ModuleType, models: dict[str, DynAD], data: TestSet, repeats:
              autoencoder: Autoencoder | None = None) -> dict[str, list[Run]]: # name -> a run each turn
     "The public code, under the settings of the first model, and all models."
     first, runs = next(iter(models.values())), {k: [] for k in ('public code', *models)}
-    for m in models.values(): m.predict(data.images[:2]) # warm, and its calibration is measured
+    for m in models.values(): # warm, and its scales and thresholds are measured
+        m.calibrated(possible_t_hat(m))
+        m.predict(data.images[:2])
     for _ in range(repeats):
         runs['public code'].append(run_public(code, first, data, batch, autoencoder))
         for k, m in models.items(): runs[k].append(run_ours(m, data))

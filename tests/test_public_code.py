@@ -118,6 +118,14 @@ def test_rows(stand_in, model, data):
     for r in c['rows'].values(): assert r['outside E and D, processor, ms'] < r['all, processor, ms'] and 0 <= r['pro'] <= 100
     assert c['rows']['public code']['all, clock, times'] == 1 and c['rows']['1 step, no f_map']['φ per image'] == 1 and c['rows']['exact']['UNet per image'] == 10*c['rows']['1 step']['UNet per image']
 
+def test_what_is_kept_says_what_the_text_says():
+    "The figures in the notebook: equal maps, equal verdicts in exact mode, and no claim beyond them."
+    from dynad.lesson import project_root
+    kept = json.loads((project_root()/'nbs'/'results'/'speed'/'public_code.json').read_text(encoding='utf-8'))
+    for r in kept.values():
+        exact, public = r['rows']['exact'], r['rows']['public code']
+        assert exact['map, largest difference'] < 1e-4 and exact['verdicts that differ'] == 0 and public['φ per image'] == 5 and exact['φ per image'] == 2 and exact['UNet per image'] == public['UNet per image'] == 10
+
 CODE = os.environ.get('DYNAD_PUBLIC_CODE')
 
 @pytest.mark.skipif(not CODE, reason='DYNAD_PUBLIC_CODE names no folder with the public code')

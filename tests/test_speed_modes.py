@@ -44,6 +44,15 @@ def test_decoder_and_phi_rest_without_a_feature_map(smoke, images, monkeypatch):
     m.predict(images); handle.remove()
     assert seen == ['φ']
 
+@pytest.mark.filterwarnings('ignore:.*smallest and largest')
+def test_exact_on_the_scale_of_a_test_set(smoke, images, monkeypatch):
+    "What has no weight is left out there too: here the neighbour map and its bank."
+    full = smoke[0].with_settings({'fusion.neighbour': .5}).with_settings({'fusion.neighbour': 0., 'fusion.calibration': 'test'})
+    exact, want = full.with_settings({'speed': 'exact'}), full.predict(images)
+    monkeypatch.setattr('dynad.lean.neighbour_maps', lambda *a: 1/0)
+    monkeypatch.setattr('dynad.detector.walk', lambda *a: 1/0)
+    assert torch.equal(exact.predict(images).map, want.map)
+
 @pytest.mark.parametrize('reference,layers,want', [('input', (1, 2), ((1, 2), (1, 2))), ('decoded', (1,), ((2,), (1,))), ('input', (3,), ((2, 3), (3,)))])
 def test_no_deeper_than_what_is_compared(reference, layers, want):
     assert layers_of(make_config('smoke', {'fusion.reference': reference, 'fusion.layers': layers})) == want
