@@ -4,6 +4,7 @@
 
 # %% ../nbs/14a_cache.ipynb #e7939afa
 from __future__ import annotations
+import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import index
@@ -347,15 +348,38 @@ def cached_maps(self: CachedWalk) -> Cached:
     if references != ('input',): depends['references'] = references
     return self.cached('maps', depends, function, 'maps')
 
+# %% ../nbs/14a_cache.ipynb #f5ce1a74
+CachedWalk.skip = frozenset() # maps that are left out: 'feature', or 'latent' and 'feature'
+
+@patch
+def without(self: CachedWalk, maps: frozenset[str]) -> CachedWalk:
+    "The same walk, which leaves these maps out."
+    other = copy.copy(self)
+    other.skip = frozenset(maps)
+    return other
+
+# %% ../nbs/14a_cache.ipynb #0f71b55a
+@patch(as_prop=True)
+def cached_latent_maps(self: CachedWalk) -> Cached:
+    "l_map alone, wrapped."
+    def function(rows, t_hat):
+        if not self.cached_maps.missing(rows, t_hat): return {'l': self.cached_maps(rows, t_hat)['l']}
+        return {'l': latent_map(self.z0[rows], self.cached_latents(rows, t_hat)['z_hat'])}
+    key = content_key(dict(images=self.set.key, **self.reconstructions_key))
+    return self.cached('latent maps', dict(reconstructions=key), function, 'latent maps')
+
 # %% ../nbs/14a_cache.ipynb #d78b0021
 @patch
 def raw_maps(self: CachedWalk,
     t_hat: Tensor | None = None, rows: list[int] | None = None # as in `z_hat`
 ) -> RawMaps:
-    "l_map and the layers of f_map of images at their T̂, before calibration."
-    rows, t = _rows_and_t_hat(self, t_hat, rows)
+    "l_map and the layers of f_map of images at their T̂, before calibration; zeros in the place of what is left out."
+    (rows, t), f = _rows_and_t_hat(self, t_hat, rows), self.parts.config.fusion
+    none = {j: torch.zeros(len(rows), 1, 1, 1) for j in f.layers}
+    if 'latent' in self.skip: return RawMaps(torch.zeros(len(rows), 1, 1, 1), none)
+    if 'feature' in self.skip: return RawMaps(self.cached_latent_maps(rows, t)['l'], none)
     if self.cached_maps.missing(rows, t): self.cached_latents(rows, t) # all of them in common batches
-    got, f = self.cached_maps(rows, t), self.parts.config.fusion
+    got = self.cached_maps(rows, t)
     return RawMaps(got['l'], {j: got[MAP_NAMES[f.reference].format(j)] for j in f.layers})
 
 # %% ../nbs/14a_cache.ipynb #4f4325d6
@@ -399,7 +423,10 @@ def seconds(self: CachedWalk,
 ) -> dict[str, float]:          # stage -> s
     "The time that the stages of these images took when they were made."
     rows, t = _rows_and_t_hat(self, t_hat, None)
-    self.z0, self.severity, self.features # a stage whose folder was deleted is made again
-    return {'latents': self.set.seconds('latents', self.latents_key), 'bins': self.set.seconds('bins', self.bins_key),
-            'features': self.cached_features.seconds(rows), 'reconstructions': self.cached_latents.seconds(rows, t),
-            'maps': self.cached_maps.seconds(rows, t)}
+    self.severity, self.features # a stage whose folder was deleted is made again
+    out = {'bins': self.set.seconds('bins', self.bins_key), 'features': self.cached_features.seconds(rows)}
+    if 'latent' in self.skip: return out
+    self.z0
+    maps = self.cached_latent_maps if 'feature' in self.skip else self.cached_maps
+    return {'latents': self.set.seconds('latents', self.latents_key), **out,
+            'reconstructions': self.cached_latents.seconds(rows, t), 'maps': maps.seconds(rows, t)}

@@ -21,7 +21,7 @@ from .denoiser import make_unet, save_denoiser
 from .dic import pooled, t_grid
 from .fusion import Calibration, feature_map, map_range, mean_map, score, upsample
 from .launch import processes
-from .lean import lean_walk, picked
+from .lean import lean_walk, needed, picked
 from .method import (Decision, Hooks, Method, Prediction, checked_images, given_roi, keep_roi, kept_roi, register)
 from .paths import expanded
 from .stages import (fit_autoencoder, fit_bank, fit_denoiser, fit_phi, load_autoencoder, load_bank, load_phi,
@@ -83,6 +83,13 @@ class DynAD(Method):
         "Whether a prediction leaves out what its anomaly map does not use."
         return self.config.speed != 'full'
 
+    @property
+    def skip(self) -> frozenset[str]:
+        "The maps that are left out of the walk of a set."
+        n = needed(self.config)
+        if not self.lean or n.feature: return frozenset()
+        return frozenset({'feature'} if n.latent else {'latent', 'feature'})
+
     def predict_batch(self, images, rows):
         return finished(self, (lean_walk if self.lean else walk)(self.parts, images))
 
@@ -140,9 +147,10 @@ def calibrated(self: DynAD,
 ) -> Calibration:
     "The scales of the maps at these T̂."
     if self.fixed_calibration is not None: return self.fixed_calibration
-    held, levels = self.held_out, {}
-    key = content_key([held.reconstructions_key, self.parts.hashes['phi'], self.config.fusion.layers,
-                       self.config.fusion.quantile, self.config.fusion.reference] + counted_key(self))
+    held, levels = self.held_out.without(self.skip), {}
+    f = self.config.fusion
+    key = content_key([held.reconstructions_key, self.parts.hashes['phi'], f.layers, f.quantile, f.reference,
+                       *sorted(self.skip)] + counted_key(self))
     known = self.held_out_set.memory.setdefault(('calibration', key), {})
     for T in sorted(set(torch.as_tensor(t_hat).tolist())):
         if T not in known: known[T] = measured_level(held, T, self.inside_square)
@@ -203,7 +211,7 @@ def maps(self: DynAD,
 ) -> Iterator[tuple[list[int], tuple[Tensor, Tensor, Tensor]]]: # rows; A_map, calibrated l_map, f_map: [B,1,H,W]
     "The finished maps of a set in batches, from stored raw maps; no model is called for what is stored."
     c, rows = self.config, list(range(len(walk))) if rows is None else rows
-    raw = walk.averaged_maps(t_hat, rows)
+    raw = walk.without(self.skip).averaged_maps(t_hat, rows)
     near, calibration = walk.neighbour_maps(rows), self.calibrated(torch.cat([t for _, t in raw]))
     for b in batches(len(rows), 64):
         part = [(r.latent[b], {j: v[b] for j, v in r.features.items()}, t[b]) for r, t in raw]
@@ -229,10 +237,12 @@ def predict_set(self: DynAD,
 ) -> Iterator[tuple[list[int], DynADPrediction]]: # without reconstructions, which `cached_walk` decodes when asked
     "The predictions of a set in batches, from the stored walk."
     walk = self.cached_walk(images)
+    if self.parts.spatial or not self.skip: walk.features # the maps need them: φ is asked once, not for DIC alone first
     T, distance = walk.t_hat, walk.severity.distance
-    rule = self.config.fusion.score
+    rule, skip = self.config.fusion.score, self.skip
     for r, (A, l, f) in self.maps(walk, None, rows):
-        yield r, DynADPrediction(score(A, rule), A, t_hat=T[r], latent_map=l, feature_map=f, distance=distance[r])
+        yield r, DynADPrediction(score(A, rule), A, t_hat=T[r], latent_map=None if 'latent' in skip else l,
+                                 feature_map=None if 'feature' in skip else f, distance=distance[r])
 
 # %% ../nbs/16_detector.ipynb #0de0600f
 DynAD.reconstructs = True
@@ -270,7 +280,7 @@ def bins(self: DynAD) -> tuple[Tensor, Tensor]:
 @patch
 def seconds(self: DynAD, images: ImageSet) -> dict[str, float]:
     "What each stage of a set cost when it was made."
-    return self.cached_walk(images).seconds()
+    return self.cached_walk(images).without(self.skip).seconds()
 
 # %% ../nbs/16_detector.ipynb #e60a83cb
 @patch
@@ -372,7 +382,8 @@ def predict(self: DynAD,
                   "use 'train' to predict on single images", stacklevel=2)
     c = self.config.data
     x, size = checked_images(images, c.image_size, c.max_pixels), c.image_size
-    outputs = [walk(self.parts, x[b]) for b in batches(len(x), self.config.batch, 'images', True)]
+    step = lean_walk if self.lean else walk
+    outputs = [step(self.parts, x[b]) for b in batches(len(x), self.config.batch, 'images', True)]
     raw = [r for w in outputs for r in ([a for a, _ in w.averaged] or [w.raw])]
     l = torch.cat([r.latent for r in raw])
     f = {j: torch.cat([r.features[j] for r in raw]) for j in raw[0].features}

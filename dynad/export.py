@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .choosing import N_DEFECTS
@@ -19,7 +20,7 @@ from .config import did_you_mean
 from .data import to_float
 from .export_networks import (ExportError, Network, OPSET, Piece, exportable, imported, networks_of, settings_of,
                                    with_settings, write_manifest, write_network, write_onnx, write_runtime)
-from .export_parity import (Proof, Reference, answers, difference, learned, points, proof_of, runtime_versions,
+from .export_parity import (Images, Proof, Reference, answers, difference, learned, points, proof_of, runtime_versions,
                                  speeds)
 from .exports import check_export, export_to
 from .fusion import map_range
@@ -41,12 +42,14 @@ __all__ = ['TOLERANCE', 'POINTS', 'QUANTISED', 'STYLE', 'certificate', 'check_pa
 # %% ../nbs/17i_export.ipynb #8bf217aa
 def certificate(m: Making, p: Package, reference: Reference) -> dict[str, Any]:
     "All that was compared, as JSON."
-    masks, info = m.proof.defects.masks, m.method.info
-    t, own = reference.points(masks), points(m.normal.map, m.normal.score, m.bad.map, m.bad.score, masks)
+    masks, info, inside = m.proof.defects.masks, m.method.info, p.inside(m.normal.map.shape[-2:])
+    t = reference.points(masks, inside)
+    own = points(m.normal.map, m.normal.score, m.bad.map, m.bad.score, masks, inside)
     return dict(
         made=datetime.now(timezone.utc).isoformat(timespec='seconds'), method=m.method.name, data=info['data']['name'],
         seed=m.method.config.seed, trained=info['trained'], runtime=m.to, int8=p.manifest['int8'], opset=OPSET,
-        threads=p.threads, diffusion=diffuses(p.settings) if m.method.name == 'dynad' else None,
+        threads=p.threads, tiles=p.settings['tiles'], roi=m.method.roi and m.method.roi.share,
+        diffusion=diffuses(p.settings) if m.method.name == 'dynad' else None,
         compared={'held-out normal images': difference(reference.normal, m.normal),
                   'synthetic defects in them': difference(reference.defects, m.bad)},
         points={'torch': t, 'package': own, 'lost': {k: t[k] - own[k] for k in t}},
@@ -68,7 +71,7 @@ def check_parity(c: dict[str, Any]) -> None:
 # %% ../nbs/17i_export.ipynb #f694e23c
 QUANTISED = (('unet', 'decoder'), ('decoder',), ('unet',)) # tried in turn, the first that holds
 
-def seen_by(p: Package, x: Tensor, rows: int = 4, seed: int = 0) -> dict[str, list[tuple[np.ndarray, ...]]]:
+def seen_by(p: Package, x: Images, rows: int = 4, seed: int = 0) -> dict[str, list[tuple[np.ndarray, ...]]]:
     "The inputs of each network while a package judges images; of every call some images, at random."
     rng, seen, plain = np.random.default_rng(seed), {}, {n: p.network(n) for n in p.manifest['networks']}
     def recorder(name):
@@ -103,8 +106,14 @@ def quantise(source: Path, target: Path, given: list[tuple[np.ndarray, ...]], in
     prepared.unlink()
 
 # %% ../nbs/17i_export.ipynb #c501f456
-def measured_again(p: Package, x: Tensor, quantile: float) -> dict[str, Any]: # x: [N,3,H,W] uint8, held out
+def measured_again(
+    p: Package,
+    x: Tensor,                       # [N,3,S,S] uint8, held out: whole images, or tiles
+    quantile: float,
+    inside: np.ndarray | None = None # [S,S] bool: the pixels that count; None: all
+) -> dict[str, Any]:
     "The scales of the maps as the package's own networks give them."
+    count = lambda m: m if inside is None else m[..., inside]
     s, size, levels = p.settings, p.settings['image_size'], {}
     batches = [to_float(x[k:k + s['batch']]).numpy() for k in range(0, len(x), s['batch'])]
     seen = [(p.features(b), p.network('encoder')(b)[0]) for b in batches]
@@ -112,9 +121,9 @@ def measured_again(p: Package, x: Tensor, quantile: float) -> dict[str, Any]: # 
         raw = [raw_maps(p, f, z, [np.full(len(z), int(T))])[0][0] for f, z in seen]
         l = np.concatenate([upsample(l, size) for l, _ in raw])
         f = np.concatenate([sum(upsample(m, size) for m in layers.values()) for _, layers in raw])
-        levels[T] = [*map_range(l, quantile), *map_range(f, quantile)]
+        levels[T] = [*map_range(count(l), quantile), *map_range(count(f), quantile)]
     near = zip(*(neighbour_maps(p, f) for f, _ in seen))
-    return {'levels': levels, 'neighbour': [list(map_range(upsample(np.concatenate(n), size, False), quantile))
+    return {'levels': levels, 'neighbour': [list(map_range(count(upsample(np.concatenate(n), size, False)), quantile))
                                             for n in near]}
 
 # %% ../nbs/17i_export.ipynb #5da82827
@@ -136,7 +145,7 @@ class Making:
         seen = answers(p, self.proof.normal, 'package, normal images')
         settings = p.settings | {'decision': learned(self.method, seen)}
         p = with_settings(self.work, p, settings)
-        self.normal = decided(seen, settings['decision'])
+        self.normal = decided(seen, settings['decision'], p.inside(seen.map.shape[-2:]))
         self.bad = answers(p, self.proof.defects.images, 'package, defects')
         return p
 
@@ -166,15 +175,24 @@ def in_int8(
     write_manifest(m.work, m.to, names, settings, m.networks)
     p = Package(m.work, m.threads)
     if m.method.name == 'dynad':
-        scale = measured_again(p, m.proof.normal, m.method.config.fusion.quantile)
+        inside = None if p.cuts else p.inside([m.method.config.data.image_size]*2)
+        scale = measured_again(p, m.proof.squares, m.method.config.fusion.quantile, inside)
         p = with_settings(m.work, p, settings | {'calibration': json.loads(json.dumps(scale))})
     return m.judged(p)
 
 # %% ../nbs/17i_export.ipynb #634c617e
 def int8_package(m: Making, p: Package, reference: Reference, most: float) -> tuple[Package, list[dict[str, Any]]]:
     "The first of `QUANTISED` that costs at most so many points, and all that was tried. Raises ExportError for none."
-    given = torch.cat([m.proof.normal[:12], m.proof.defects.images[:12]])
-    seen, plain, tried = seen_by(p, given), speeds(m.method, p, m.proof.normal), []
+    if m.method.joined:
+        raise ExportError("the run has learned from marked images (learned.json), whose scores in 8 bits nobody has "
+                          "measured; export without --int8")
+    if not reference.points(m.proof.defects.masks, p.inside(m.normal.map.shape[-2:])):
+        raise ExportError("no synthetic defect lies in the region of interest, so that what int8 costs cannot be "
+                          "measured; export without --int8")
+    few = 2 if p.cuts else 12 # of an image that is cut every tile is seen
+    seen = seen_by(p, m.proof.normal[:few])
+    for k, calls in seen_by(p, m.proof.defects.images[:few]).items(): seen[k] = seen.get(k, []) + calls
+    plain, tried = speeds(m.method, p, m.proof.normal), []
     if not seen.keys() >= {'unet', 'decoder'}:
         raise ExportError("int8 is of the UNet and the decoder, and this run calls neither for its map; "
                           "export without --int8")
@@ -207,8 +225,11 @@ def verdict_line(c: dict[str, Any]) -> str:
     n = sum(d['images'] for d in c['compared'].values())
     differ = sum(d['verdicts that differ'] for d in c['compared'].values())
     most = max(d['largest difference of map'] for d in c['compared'].values())
-    note = '' if c['diffusion'] is not False else ('; the neighbour map has all the weight in this run, '
-                                                   'so that the package does not call the denoiser')
+    t, note = c.get('tiles'), ''
+    if t: note += f"; images are cut into tiles of {t['tile']} pixels every {t['stride']}"
+    if c.get('roi'): note += f"; {c['roi']:.1%} of the image count (region of interest)"
+    if c['diffusion'] is False:
+        note += '; the neighbour map has all the weight in this run, so that the package does not call the denoiser'
     if not c['int8']: return f"{n} images judged by both: {differ} verdicts differ, maps by at most {most:.1e}{note}"
     lost = ', '.join(f'{k} {v:+.2f}' for k, v in c['points']['lost'].items())
     return (f"{' and '.join(c['int8'])} in int8, scales and threshold measured anew; {n} images judged by both: "
@@ -221,7 +242,8 @@ def worst_case(m: Making, reference: Reference) -> str:
     a, b = reference.defects.map.numpy(), m.bad.map
     i = int(np.abs(a - b).max((1, 2, 3)).argmax())
     gap, high = np.abs(a[i] - b[i]), max(float(a[i].max()), 1e-6)
-    shown = {'image': m.proof.defects.images[i]/255, 'map with torch': colorize(torch.from_numpy(a[i]), 0, high),
+    image = F.adaptive_avg_pool2d(m.proof.defects.images[i]/255, a.shape[-2:])
+    shown = {'image': image, 'map with torch': colorize(torch.from_numpy(a[i]), 0, high),
              'map of the package': colorize(torch.from_numpy(b[i]), 0, high),
              f'difference, up to {gap.max():.1e}': colorize(torch.from_numpy(gap), 0, max(float(gap.max()), 1e-12))}
     png = lambda x: base64.b64encode(png_bytes(to_uint8(x))).decode()

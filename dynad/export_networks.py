@@ -45,10 +45,6 @@ def exportable(method: Method) -> Method: # the same in single precision
                           "`dynad predict` runs it with torch")
     if not method.training_set:
         raise ExportError("a saved model has no held-out images to compare with; give the run directory of `dynad fit`")
-    if method.roi is not None:
-        raise ExportError("the run has a ROI (roi.png): a package knows none; fit without data.roi to export")
-    if c.data.tile is not None:
-        raise ExportError(f"data.tile = {c.data.tile}: a package takes whole images; fit without tiles to export")
     if method.name != 'dynad': return method
     if r.omega > 0: raise ExportError(f"reconstruction.omega = {r.omega}: a package draws no noise; "
                                       "export with --set reconstruction.omega=0")
@@ -154,8 +150,9 @@ def settings_of(method: Method) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         dict(layers=list(method.options.layers), patchcore=method.options.model_dump(mode='json')),
         dict(bank=method.bank.bank))
     common = dict(method=method.name, image_size=d.image_size, max_pixels=d.max_pixels, batch=8,
-                  decision=asdict(method.decision))
-    return json.loads(json.dumps(common | own)), {k: v.cpu().numpy() for k, v in arrays.items()}
+                  decision=asdict(method.decision), tiles=method.tiling and asdict(method.tiling) | asdict(method.kept))
+    given = {k: v.cpu().numpy() for k, v in arrays.items()}
+    return json.loads(json.dumps(common | own)), given | ({'roi': method.roi.mask} if method.roi else {})
 
 # %% ../nbs/17ha_export_networks.ipynb #5170f892
 def imported(module: str) -> set[str]: # modules of the package, `module` too, without `config`

@@ -12,44 +12,65 @@ from typing import Any, Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .cache import image_set
 from .choosing import MOST_NORMAL, N_DEFECTS
+from .config import Config
 from .data import split_normal, to_float
 from .defects import DefectSet, defect_set
 from .evaluate import versions
 from .export_networks import ExportError
 from .guard import tqdm
+from .images import image_size, read_whole, resized
 from .method import Decision, Method, Prediction, fitted_dataset
 from .metrics import image_metrics, pixel_metrics
-from .runtime import Answer, Package, predict_arrays
+from .runtime import Answer, Package, predict, predict_arrays
+from .tiles import tile_set, tiles_of
 
 # %% auto #0
-__all__ = ['learned', 'answers', 'Proof', 'proof_of', 'difference', 'points', 'Reference', 'in_turns', 'speeds',
-           'runtime_versions']
+__all__ = ['Images', 'PIXELS', 'learned', 'answers', 'Proof', 'defects_at_own_size', 'proof_of', 'difference', 'points',
+           'Reference', 'given', 'in_turns', 'speeds', 'runtime_versions']
 
 # %% ../nbs/17hb_export_parity.ipynb #b5d51323
 def learned(method: Method, normal: Answer) -> dict[str, Any]:
-    "The decision that the package's own answers to held-out normal images imply."
+    "The decision that the package's own answers to held-out normal images imply, or that a person has taken."
     f = method.config.fusion
     seen = Prediction(torch.from_numpy(normal.score), torch.from_numpy(normal.map))
-    return json.loads(json.dumps(asdict(Decision.learned(seen, f.threshold_quantile, f.false_alarms))))
+    d = Decision.learned(seen, f.threshold_quantile, f.false_alarms, method.inside)
+    if method.joined: d = method.learned_decision # of marked images too, which are not asked about here
+    return json.loads(json.dumps(asdict(d.under(method.choice))))
 
 # %% ../nbs/17hb_export_parity.ipynb #b22f5132
-def answers(p: Package, x: Tensor, what: str) -> Answer: # x: [N,3,H,W] uint8
+def answers(p: Package, x: Images, what: str) -> Answer:
     "The package's answers, in batches with a progress bar."
-    step = p.settings['batch']
-    parts = [predict_arrays(p, to_float(x[k:k + step]).numpy())
-             for k in tqdm(range(0, len(x), step), desc=what, delay=2, leave=False)]
-    return Answer.concatenated(parts)
+    step = 1 if p.cuts else p.settings['batch']
+    ask = lambda few: predict_arrays(p, to_float(few).numpy()) if isinstance(few, Tensor) else predict(p, few)
+    return Answer.concatenated([ask(x[k:k + step])
+                                for k in tqdm(range(0, len(x), step), desc=what, delay=2, leave=False)])
 
 # %% ../nbs/17hb_export_parity.ipynb #56312017
+Images = Tensor | list[Path] # [N,3,H,W] uint8; of a run on tiles the files, whatever their size
+
 @dataclass(frozen=True)
 class Proof:
     "Images that both are asked about."
-    normal: Tensor      # [N,3,H,W] uint8, held out: no training has seen them
+    normal: Images      # held out: no training has seen them
     defects: DefectSet  # in them; others than those that chose the mixture
+    squares: Tensor     # [M,3,S,S] uint8: what the networks see of the normal images, whole or in tiles
+
+# %% ../nbs/17hb_export_parity.ipynb #1181c769
+PIXELS = 50_000_000 # of all images with synthetic defects that a run on tiles is asked about
+
+def defects_at_own_size(files: list[Path], n: int, c: Config) -> DefectSet: # at most `n`, and at most `PIXELS`
+    "Synthetic defects in images of any size."
+    sizes = [image_size(f) for f in files]
+    size = max(sorted(set(sizes)), key=sizes.count)
+    most = max(1, min(n, PIXELS//(size[0]*size[1])))
+    few = [f for f, s in zip(files, sizes) if s == size][:min(most, MOST_NORMAL)]
+    x = torch.stack([(resized(read_whole(f, c.data.max_pixels), size)*255).round().to(torch.uint8) for f in few])
+    return defect_set(x, most, c.seed + 1)
 
 # %% ../nbs/17hb_export_parity.ipynb #67a9a42e
 def proof_of(method: Method, data: str | Path | None = None, n: int = N_DEFECTS) -> Proof:
@@ -58,31 +79,43 @@ def proof_of(method: Method, data: str | Path | None = None, n: int = N_DEFECTS)
     info = method.info if data is None else method.info | {'data': method.info['data'] | {'root': str(data)}}
     dataset = fitted_dataset(info, c)
     _, held_out = split_normal(dataset, c.data, c.seed)
-    images = image_set(method.training_set.store, held_out, dataset, c.data.image_size, True, c.data.max_pixels)
+    how = dict(dataset=dataset, size=c.data.image_size, progress=True, max_pixels=c.data.max_pixels)
+    seen = tiles_of(held_out, method.tiling, c.data.max_calibration, c.seed) if method.tiling else held_out
+    images = (tile_set if method.tiling else image_set)(method.training_set.store, seen, **how)
     if images.key != method.info['keys']['held_out']:
         raise ExportError(f"{dataset.root}: not the images that the run was fitted on; "
                           "give their folder with --data, or fit again")
-    return Proof(images.images, defect_set(images.images[:MOST_NORMAL], n, c.seed + 1))
+    if not method.tiling:
+        return Proof(images.images, defect_set(images.images[:MOST_NORMAL], n, c.seed + 1), images.images)
+    files = [s.image for s in held_out]
+    return Proof(files, defects_at_own_size(files, n, c), images.images)
 
 # %% ../nbs/17hb_export_parity.ipynb #477bc3f4
 def difference(a: Prediction, b: Answer) -> dict[str, Any]:
     "How far the package is from the method on one set of images."
     maps, scores = np.abs(a.map.numpy() - b.map), np.abs(a.score.numpy() - b.score)
     t = None if b.t_hat is None else int((a.t_hat.numpy() != b.t_hat).sum())
-    return {'images': len(b), 'largest difference of map': float(maps.max()),
+    return {'images': len(b.score), 'largest difference of map': float(maps.max()),
             'mean difference of map': float(maps.mean()), 'largest difference of score': float(scores.max()),
             'verdicts that differ': int((a.anomalous.numpy() != b.anomalous).sum()), 'T̂ that differ': t,
             'image with the largest difference': int(maps.max((1, 2, 3)).argmax())}
 
 # %% ../nbs/17hb_export_parity.ipynb #6288097e
 def points(normal_map: np.ndarray, normal_score: np.ndarray, bad_map: np.ndarray, bad_score: np.ndarray,
-           masks: Tensor) -> dict[str, float]: # 'i_auroc', 'p_auroc', 'pro', in 0…100
+           masks: Tensor,                   # [N,1,H,W] bool of the defects
+           inside: np.ndarray | None = None # [h,w] bool: the pixels of a map that count; None: all
+           ) -> dict[str, float]:           # 'i_auroc', 'p_auroc', 'pro', in 0…100; empty: no defect lies inside
     "How well held-out images and synthetic defects in them are told apart."
+    truth = F.adaptive_max_pool2d(masks.float(), bad_map.shape[-2:]) > 0 # on tiles a map may be smaller than its image
+    if inside is not None: truth &= torch.from_numpy(inside)
+    seen = truth.flatten(1).any(1).numpy() # a defect wholly outside is none
+    if not seen.any(): return {}
+    bad_map, bad_score, truth = bad_map[seen], bad_score[seen], truth[torch.from_numpy(seen)]
     maps = torch.from_numpy(np.concatenate([normal_map, bad_map]))
-    truth = torch.cat([torch.zeros(len(normal_map), *masks.shape[1:], dtype=torch.bool), masks])
     labels = torch.tensor([0]*len(normal_map) + [1]*len(bad_map))
+    truth = torch.cat([torch.zeros(len(normal_map), *truth.shape[1:], dtype=torch.bool), truth])
     scores = torch.from_numpy(np.concatenate([normal_score, bad_score]))
-    found = image_metrics(scores, labels, n_boot=0) | pixel_metrics(maps, truth, n_boot=0)
+    found = image_metrics(scores, labels, n_boot=0) | pixel_metrics(maps, truth, n_boot=0, inside=inside)
     return {k: 100*found[k].value for k in ('i_auroc', 'p_auroc', 'pro')}
 
 # %% ../nbs/17hb_export_parity.ipynb #061da990
@@ -94,12 +127,16 @@ class Reference:
 
     @classmethod
     def of(cls, method: Method, proof: Proof) -> Reference:
-        return cls(method.predict(to_float(proof.normal)), method.predict(to_float(proof.defects.images)))
+        return cls(method.predict(given(proof.normal)), method.predict(given(proof.defects.images)))
 
-    def points(self, masks: Tensor) -> dict[str, float]:
+    def points(self, masks: Tensor, inside: np.ndarray | None = None) -> dict[str, float]:
         "Measures of the method itself."
         return points(self.normal.map.numpy(), self.normal.score.numpy(), self.defects.map.numpy(),
-                      self.defects.score.numpy(), masks)
+                      self.defects.score.numpy(), masks, inside)
+
+def given(x: Images) -> Tensor | list[Path]:
+    "What `predict` of a method takes."
+    return to_float(x) if isinstance(x, Tensor) else x
 
 # %% ../nbs/17hb_export_parity.ipynb #6318d714
 def in_turns(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> np.ndarray: # [repeats,2,2] s
@@ -113,14 +150,17 @@ def in_turns(first: Callable[[], Any], second: Callable[[], Any], repeats: int) 
     return out[1:]
 
 # %% ../nbs/17hb_export_parity.ipynb #155a0ff2
-def speeds(method: Method, p: Package, x: Tensor, repeats: int = 3) -> dict[str, dict[str, float]]:
-    "Milliseconds per image, from an image in memory to the verdict, both in turns with as many threads."
+def speeds(method: Method, p: Package, x: Images, repeats: int = 3) -> dict[str, dict[str, float]]:
+    """Milliseconds per image to the verdict, both in turns with as many threads.
+
+    From an image in memory; of a run on tiles from a file, one at a time."""
     before, out = torch.get_num_threads(), {}
     torch.set_num_threads(p.threads)
     try:
-        for batch in sorted({1, min(p.settings['batch'], len(x))}):
-            few = to_float(x[:batch])
-            s = 1e3*in_turns(lambda: method.predict(few), lambda: predict_arrays(p, few.numpy()), repeats)/batch
+        for batch in sorted({1, 1 if p.cuts else min(p.settings['batch'], len(x))}):
+            few = given(x[:batch])
+            ask = (lambda: predict(p, few)) if p.cuts else (lambda: predict_arrays(p, few.numpy()))
+            s = 1e3*in_turns(lambda: method.predict(few), ask, repeats)/batch
             m, ratio = np.median(s, 0), np.median(s[:, 0]/s[:, 1], 0)
             out[f'batch of {batch}'] = {'torch': m[0, 0], 'package': m[1, 0], 'times faster': ratio[0],
                                         'torch, processor': m[0, 1], 'package, processor': m[1, 1],

@@ -7,20 +7,23 @@ from __future__ import annotations
 import hashlib, importlib, json, os, threading
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterable, Sequence
 
 import numpy as np
+from PIL import Image
 
 from .arithmetic import (ROUNDING, Sampler, cosine_map, latent_map, nearest, neighbourhoods, pooled, reconstruct,
                               severity, smooth, upsample)
+from .any_size import Cuts, inside_at, kept, map_score, whole_map, within
 from .config import DynadError
-from .images import Notes, read_pixels
+from .images import Notes, read_pixels, read_whole
 from .paths import expanded, printable
 
 # %% auto #0
-__all__ = ['RUNTIMES', 'FORMAT', 'WALKS', 'HEAT', 'PackageError', 'needed', 'default_threads', 'OnnxNetwork', 'OpenVinoNetwork',
-           'sha256', 'read_manifest', 'Answer', 'Package', 'sampler_of', 'raw_maps', 'rescaled', 'fused', 'walk_dynad',
-           'diffuses', 'neighbour_maps', 'map_score', 'walk_patchcore', 'reweighted', 'above', 'decided', 'read_images',
+__all__ = ['RUNTIMES', 'FORMAT', 'READABLE', 'WALKS', 'Opened', 'HEAT', 'PackageError', 'needed', 'default_threads',
+           'OnnxNetwork', 'OpenVinoNetwork', 'sha256', 'read_manifest', 'Answer', 'Package', 'sampler_of', 'raw_maps',
+           'rescaled', 'fused', 'walk_dynad', 'diffuses', 'neighbour_maps', 'rule_of', 'walk_patchcore', 'reweighted',
+           'above', 'decided', 'read_images', 'opened', 'judged_squares', 'judged_whole', 'predict_opened',
            'predict_arrays', 'predict', 'overlay', 'runs', 'labelled', 'regions']
 
 # %% ../nbs/17h_runtime.ipynb #182374eb
@@ -70,7 +73,8 @@ class OpenVinoNetwork:
 RUNTIMES = {'onnx': (OnnxNetwork, '.onnx'), 'openvino': (OpenVinoNetwork, '.xml')} # class, and extension of its files
 
 # %% ../nbs/17h_runtime.ipynb #6edbe829
-FORMAT = 1 # of manifest.json; raised when an older package can no longer be read
+FORMAT = 2        # of manifest.json; raised when an older dynad would misread it: 2 knows tiles and regions of interest
+READABLE = (1, 2)
 
 def sha256(file: Path) -> str:
     "Of a file's bytes."
@@ -86,9 +90,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise PackageError(f"{printable(file)}: no such file; give the --out of `dynad export`") from None
     except (OSError, ValueError) as e: raise PackageError(f"{printable(file)}: cannot be read ({e}); {again}") from None
-    if not isinstance(made, dict) or made.get('format') != FORMAT or not isinstance(made.get('files'), dict):
+    if not isinstance(made, dict) or made.get('format') not in READABLE or not isinstance(made.get('files'), dict):
         found = made.get('format') if isinstance(made, dict) else type(made).__name__
-        raise PackageError(f"{printable(file)}: format {found!r}, and this dynad reads format {FORMAT}; {again}")
+        raise PackageError(f"{printable(file)}: format {found!r}, and this dynad reads up to format {FORMAT}; {again}")
     for name, digest in made['files'].items():
         if name != Path(name).name or '\\' in name: raise PackageError(f"{printable(file)}: {name!r} is no file name")
         if not (folder/name).is_file(): raise PackageError(f"{printable(folder/name)}: is missing; {again}")
@@ -137,11 +141,18 @@ class Package:
         self.settings, self.threads = self.manifest['settings'], threads or default_threads()
         self.networks: dict[str, Callable] = {}
         with np.load(self.folder/'arrays.npz', allow_pickle=False) as f: self.arrays = dict(f)
+        t = self.settings.get('tiles')
+        self.cuts = t and Cuts(**t | {'shape': tuple(t['shape'])}) # None: images are not cut into tiles
 
     def __repr__(self) -> str:
-        m = self.manifest
-        kind = f"{m['runtime']}{', int8' if m['int8'] else ''}"
-        return f"Package({self.settings['method']}, {self.settings['image_size']}², {kind})"
+        m, s = self.manifest, self.settings
+        kind = f"{m['runtime']}{', int8' if m['int8'] else ''}{', ROI' if 'roi' in self.arrays else ''}"
+        size = f"{s['image_size']}²" + (f" of tiles of {self.cuts.tile}²" if self.cuts else '')
+        return f"Package({s['method']}, {size}, {kind})"
+
+    def inside(self, shape: Sequence[int]) -> np.ndarray | None: # [*shape] bool; None: all
+        "The pixels that count, at this height and width."
+        return inside_at(self.arrays['roi'], shape) if 'roi' in self.arrays else None
 
     def network(self, name: str) -> Callable[..., list[np.ndarray]]:
         "One of the networks, loaded when it is first asked for."
@@ -242,10 +253,9 @@ def neighbour_maps(p: Package, features: dict[int, np.ndarray]) -> list[np.ndarr
     return out
 
 # %% ../nbs/17h_runtime.ipynb #d0fe1975
-def map_score(a: np.ndarray, rule: str) -> np.ndarray: # [B]
-    "The largest value, or the mean of the largest 1 %."
-    v = a.reshape(len(a), -1)
-    return v.max(1) if rule == 'max' else np.sort(v, 1)[:, -max(1, v.shape[1]//100):].mean(1)
+def rule_of(settings: dict[str, Any]) -> str: # 'max' | 'top'
+    "How a method takes a score from a map."
+    return settings.get('fusion', {}).get('score', 'max')
 
 # %% ../nbs/17h_runtime.ipynb #4be91798
 def walk_patchcore(p: Package, x: np.ndarray) -> Answer: # [B,3,H,W] in [0,1]
@@ -276,10 +286,14 @@ def above(values: np.ndarray, threshold: float) -> np.ndarray: # bool
     return values > threshold + ROUNDING*max(1., abs(threshold))
 
 # %% ../nbs/17h_runtime.ipynb #8d46d2b6
-def decided(a: Answer, decision: dict[str, Any]) -> Answer: # the same, completed
+def decided(
+    a: Answer, decision: dict[str, Any],
+    inside: np.ndarray | None = None # [H,W] bool: the pixels that count; None: all
+) -> Answer:                         # the same, completed
     "The answer with verdict, mask and p-value."
     normal = np.sort(np.asarray(decision['normal_scores'], np.float64))
     a.anomalous, a.mask = above(a.score, decision['image_threshold']), above(a.map, decision['pixel_threshold'])
+    if inside is not None: a.mask &= inside
     if len(normal):
         beyond = len(normal) - np.searchsorted(normal, a.score.astype(np.float64), side='left')
         a.p_value = (1 + beyond)/(len(normal) + 1)
@@ -297,22 +311,68 @@ def read_images(
     notes.say()
     return np.round(x*255)/np.float32(255)
 
+# %% ../nbs/17h_runtime.ipynb #5ce01c41
+Opened = np.ndarray | Image.Image # a square [3,S,S]; where images are cut into tiles, the image as it is
+
+def opened(
+    p: Package, image: str | Path | tuple[str, bytes], # as for `read_images`
+    notes: Notes, max_pixels: int | None = None        # default: of the package
+) -> Opened:
+    "One image, ready to be judged."
+    most = max_pixels or p.settings['max_pixels']
+    if not p.cuts: return read_images([image], p.settings['image_size'], most)[0]
+    f, data = image if isinstance(image, tuple) else (image, None)
+    return read_whole(Path(f), most, notes, data)
+
+# %% ../nbs/17h_runtime.ipynb #aba837a5
+def judged_squares(p: Package, x: np.ndarray) -> Answer: # [B,3,S,S] in [0,1]
+    "Squares at the size of the networks, in batches, before region of interest and decision."
+    step, walk = p.settings['batch'], WALKS[p.settings['method']]
+    return Answer.concatenated([walk(p, x[k:k + step]) for k in range(0, len(x), step)])
+
+# %% ../nbs/17h_runtime.ipynb #bd121608
+def judged_whole(p: Package, im: Image.Image) -> Answer: # score and map
+    "An image of any size, tile by tile; tiles outside of the region of interest are not looked at."
+    inside, c = p.inside((im.height, im.width)), p.cuts
+    counts = lambda b: inside is None or bool(inside[b[1]:b[1] + b[3], b[0]:b[0] + b[2]].any())
+    m = whole_map(im, lambda x: judged_squares(p, x).map, c, p.settings['image_size'], p.settings['batch'], counts)
+    m = kept(m, c.shape)[None]
+    return Answer(map_score(m, rule_of(p.settings), c.area), m)
+
+# %% ../nbs/17h_runtime.ipynb #d6f6dbad
+def predict_opened(p: Package, images: Iterable[Opened]) -> Answer: # each as `opened` gives it
+    "The answer, with region of interest and decision."
+    if p.cuts: a = Answer.concatenated([judged_whole(p, im) for im in images])
+    else: a = judged_squares(p, np.stack(list(images)))
+    inside = p.inside(a.map.shape[-2:])
+    if inside is not None:
+        a.map = within(a.map, inside)
+        a.score = map_score(a.map[..., inside], rule_of(p.settings), p.cuts and p.cuts.area)
+    return decided(a, p.settings['decision'], inside)
+
 # %% ../nbs/17h_runtime.ipynb #8f3e91e6
 def predict_arrays(p: Package, x: np.ndarray) -> Answer: # [B,3,H,W] in [0,1]
-    "The answer for images at the size of the package, in batches. Raises PackageError for another size or range."
-    size, step = p.settings['image_size'], p.settings['batch']
-    if x.ndim != 4 or x.shape[1:] != (3, size, size) or not len(x):
-        raise PackageError(f"images of shape {x.shape}: expected [B,3,{size},{size}] with B ≥ 1")
+    """The answer for images at the size of the package, of a run on tiles at any size.
+
+    Raises PackageError for another size or range."""
+    size = p.settings['image_size']
+    if x.ndim != 4 or x.shape[1] != 3 or not x.size or not (p.cuts or x.shape[2:] == (size, size)):
+        raise PackageError(f"images of shape {x.shape}: expected [B,3,{'H,W' if p.cuts else f'{size},{size}'}] "
+                           "with B ≥ 1")
     if not np.isfinite(x).all() or x.min() < -1e-4 or x.max() > 1.0001:
         raise PackageError(f"images with values in {x.min():.3g}…{x.max():.3g}: expected finite values in [0,1]")
-    x, walk = np.asarray(x, np.float32), WALKS[p.settings['method']]
-    parts = [walk(p, x[k:k + step]) for k in range(0, len(x), step)]
-    return decided(Answer.concatenated(parts), p.settings['decision'])
+    if not p.cuts: return predict_opened(p, np.asarray(x, np.float32))
+    whole = np.round(x.clip(0, 1)*255).astype(np.uint8).transpose(0, 2, 3, 1)
+    return predict_opened(p, (Image.fromarray(np.ascontiguousarray(a)) for a in whole))
 
 # %% ../nbs/17h_runtime.ipynb #324cd1f3
 def predict(p: Package, images: Sequence[str | Path | tuple[str, bytes]]) -> Answer:
     "The answer for image files. Raises DataError for one that cannot be read."
-    return predict_arrays(p, read_images(images, p.settings['image_size'], p.settings['max_pixels']))
+    notes = Notes()
+    if p.cuts: a = predict_opened(p, (opened(p, f, notes) for f in images)) # one in memory at a time
+    else: a = predict_arrays(p, read_images(images, p.settings['image_size'], p.settings['max_pixels']))
+    notes.say()
+    return a
 
 # %% ../nbs/17h_runtime.ipynb #2a4969d2
 HEAT = np.array([[0, 0, 4], [87, 16, 110], [188, 55, 84], [249, 142, 9], [252, 255, 164]], np.float32)/255 # inferno

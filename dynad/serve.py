@@ -17,9 +17,10 @@ from PIL import Image
 
 from .collector import DataError, collect_places
 from .config import DynadError
-from .images import image_size
+from .images import Notes, image_size, resized_pixels
 from .paths import echo, lenient_streams
-from .runtime import Answer, Package, needed, overlay, predict, predict_arrays, read_images, regions
+from .runtime import (Answer, Opened, Package, judged_squares, needed, opened, overlay, predict, predict_opened,
+                           regions)
 
 # %% auto #0
 __all__ = ['NAME', 'LOOPBACK', 'INSTALL', 'ServeError', 'Limits', 'Counts', 'decoded', 'png', 'reply', 'Worker', 'body_of',
@@ -81,14 +82,15 @@ class Counts:
 # %% ../nbs/17j_serve.ipynb #4e4216a8
 NAME = 'image' # of what is posted, in errors; it has no path
 
-def decoded(data: bytes, size: int, limits: Limits
-           ) -> tuple[np.ndarray, tuple[int, int]]: # [3,size,size]; width, height
+def decoded(data: bytes, p: Package, limits: Limits
+           ) -> tuple[Opened, tuple[int, int]]: # what the package judges; width, height
     "The posted image. Raises ServeError that says what is wrong."
+    notes = Notes()
     try:
         wide, high = image_size(NAME, data=data)
         if wide*high > limits.pixels:
             raise ServeError(f"an image of {wide}×{high} pixels; this server takes {limits.pixels}", 413)
-        return read_images([(NAME, data)], size, limits.pixels)[0], (wide, high)
+        return opened(p, (NAME, data), notes, limits.pixels), (wide, high)
     except DataError as e: raise ServeError(str(e), 422) from None
 
 # %% ../nbs/17j_serve.ipynb #2c4f2d8c
@@ -99,15 +101,16 @@ def png(a: np.ndarray) -> str: # [H,W,3] uint8
     return base64.b64encode(out.getvalue()).decode()
 
 # %% ../nbs/17j_serve.ipynb #f3025dfe
-def reply(p: Package, x: np.ndarray, shape: tuple[int, int], a: Answer, wanted: set[str]) -> dict[str, Any]:
+def reply(p: Package, x: Opened, shape: tuple[int, int], a: Answer, wanted: set[str]) -> dict[str, Any]:
     "The answer to one image as JSON; regions in pixels of the image as it was sent."
-    d, (wide, high), size = p.settings['decision'], shape, p.settings['image_size']
+    d, (wide, high), (h, w) = p.settings['decision'], shape, a.map.shape[-2:]
     numbers = a.row(0)
     out = {'verdict': 'anomalous' if numbers.pop('anomalous') else 'normal', **numbers,
            'threshold': d['image_threshold'], 'anomalous_pixels': int(a.mask.sum()),
-           'regions': regions(a.mask[0], a.map[0], (wide/size, high/size))}
+           'regions': regions(a.mask[0], a.map[0], (wide/w, high/h))}
     if 'overlay' in wanted:
-        out['overlay'] = png(overlay(x, a.map[0], a.mask[0], max(2*d['pixel_threshold'], float(a.map.max()))))
+        image = resized_pixels(x, (w, h)) if isinstance(x, Image.Image) else x
+        out['overlay'] = png(overlay(image, a.map[0], a.mask[0], max(2*d['pixel_threshold'], float(a.map.max()))))
     if 'map' in wanted:
         file = io.BytesIO()
         np.save(file, a.map[0, 0])
@@ -121,7 +124,7 @@ class Worker:
         self.package, self.queue, self.threads = p, asyncio.Queue(), ThreadPoolExecutor(1, 'dynad')
         self.task: asyncio.Task | None = None
 
-    async def judge(self, x: np.ndarray) -> Answer: # [3,H,W]
+    async def judge(self, x: Opened) -> Answer:
         "The answer for one image."
         future = asyncio.get_running_loop().create_future()
         await self.queue.put((x, future))
@@ -134,8 +137,8 @@ class Worker:
             batch = [await self.queue.get()]
             while len(batch) < self.package.settings['batch'] and not self.queue.empty():
                 batch.append(self.queue.get_nowait())
-            x = np.stack([x for x, _ in batch])
-            try: found = await loop.run_in_executor(self.threads, predict_arrays, self.package, x)
+            images = [x for x, _ in batch]
+            try: found = await loop.run_in_executor(self.threads, predict_opened, self.package, images)
             except Exception as e: # the requests of this batch are told, the next ones are served
                 for _, f in batch: f.done() or f.set_exception(ServeError(f'{type(e).__name__}: {e}', 500))
                 continue
@@ -164,7 +167,7 @@ class Service:
         self.package, self.limits, self.counts, self.worker = p, limits, Counts(), None
         self.readers = ThreadPoolExecutor(2, 'dynad-read') # so many images are decoded at a time
         side = p.settings['image_size']
-        predict_arrays(p, np.zeros((1, 3, side, side), np.float32)) # networks loaded, errors seen now
+        judged_squares(p, np.zeros((1, 3, side, side), np.float32)) # networks loaded, errors seen now
 
     @asynccontextmanager
     async def life(self, app: Any):
@@ -178,8 +181,8 @@ class Service:
         "The reply to one request. Raises ServeError."
         wanted = {k for k in ('overlay', 'map') if request.query_params.get(k, '').lower() in ('1', 'true', 'yes')}
         data = await body_of(request, self.limits)
-        loop, size = asyncio.get_running_loop(), self.package.settings['image_size']
-        x, shape = await loop.run_in_executor(self.readers, decoded, data, size, self.limits)
+        loop = asyncio.get_running_loop()
+        x, shape = await loop.run_in_executor(self.readers, decoded, data, self.package, self.limits)
         del data
         answer = await self.worker.judge(x)
         return await loop.run_in_executor(self.readers, reply, self.package, x, shape, answer, wanted)
@@ -203,7 +206,8 @@ class Service:
         "GET /health: what is served."
         m, s = self.package.manifest, self.package.settings
         told = {'status': 'ok', 'method': s['method'], 'runtime': m['runtime'], 'int8': m['int8'], 'dynad': m['dynad'],
-                'image_size': s['image_size'], 'threshold': s['decision']['image_threshold'],
+                'image_size': s['image_size'], 'tile': self.package.cuts and self.package.cuts.tile,
+                'roi': 'roi' in self.package.arrays, 'threshold': s['decision']['image_threshold'],
                 'waiting': self.counts.waiting}
         return needed('starlette.responses').JSONResponse(told)
 

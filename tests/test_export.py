@@ -1,9 +1,12 @@
 "An exported package is the detector that it was made of, needs no torch, and is refused where it is not; its server keeps its limits."
 import io, json, os, subprocess, sys, threading
+from base64 import b64decode
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 for name in ('onnx', 'onnxruntime', 'starlette', 'uvicorn'): pytest.importorskip(name, reason=f"{name} is not installed: pip install 'dynad[export,serve]'")
@@ -13,6 +16,7 @@ from dynad.config import make_config
 from dynad.detector import DynAD
 from dynad.export import ExportError, check_target, export, exportable, imported, write_runtime
 from dynad.patchcore import PatchCore
+from dynad.regions import ROI, save_roi
 from dynad.runtime import Package, PackageError, needed, predict, predict_arrays, read_images, regions
 from dynad.serve import Limits, ServeError, Service, ask, load_test, make_app
 from dynad.store import StoreError
@@ -158,23 +162,28 @@ def test_int8_that_costs_too_much_is_refused(eight, smoke, monkeypatch, tmp_path
 
 # the server
 
-@pytest.fixture(scope='module')
-def server(package):
-    "A running server with tight limits."
+@contextmanager
+def running(package, limits):
+    "A running server; its address and its service."
     import socket, time, uvicorn
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    service = Service(package, Limits(bytes=400_000, pixels=300_000, waiting=6, seconds=1.))
-    running = uvicorn.Server(uvicorn.Config(make_app(service), port=port, log_level='error'))
-    thread = threading.Thread(target=running.run, daemon=True)
+    service = Service(package, limits)
+    server = uvicorn.Server(uvicorn.Config(make_app(service), port=port, log_level='error'))
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     end = time.time() + 20
-    while not running.started and time.time() < end: time.sleep(.01)
+    while not server.started and time.time() < end: time.sleep(.01)
     yield f'http://127.0.0.1:{port}', service
-    running.should_exit = True
+    server.should_exit = True
     thread.join(20)
     assert not thread.is_alive()
+
+@pytest.fixture(scope='module')
+def server(package):
+    "A running server with tight limits."
+    with running(package, Limits(bytes=400_000, pixels=300_000, waiting=6, seconds=1.)) as s: yield s
 
 def picture(side, **kw):
     out = io.BytesIO()
@@ -184,7 +193,6 @@ def picture(side, **kw):
 def test_posted_image_is_judged_as_the_file(server, package, files):
     got, mine = ask(server[0], files[-1].read_bytes(), 'overlay', 'map'), predict(package, [files[-1]])
     assert got['score'] == pytest.approx(float(mine.score[0]), abs=1e-5) and (got['verdict'] == 'anomalous') == bool(mine.anomalous[0])
-    from base64 import b64decode
     assert np.abs(np.load(io.BytesIO(b64decode(got['map']))) - mine.map[0, 0]).max() < 1e-5
     assert Image.open(io.BytesIO(b64decode(got['overlay']))).size == (64, 64)
     assert sum(r['area'] for r in got['regions']) == pytest.approx(got['anomalous_pixels']/64**2)
@@ -216,7 +224,7 @@ def test_other_names_and_routes(server):
 
 def test_an_error_ends_one_request_and_not_the_worker(server, package, files, monkeypatch):
     from dynad import serve
-    monkeypatch.setattr(serve, 'predict_arrays', lambda *a: 1/0)
+    monkeypatch.setattr(serve, 'predict_opened', lambda *a: 1/0)
     got = ask(server[0], files[0].read_bytes())
     monkeypatch.undo()
     assert got['status'] == 500 and 'ZeroDivisionError' in got['error'] and 'score' in ask(server[0], files[0].read_bytes())
@@ -240,3 +248,119 @@ def test_regions_are_those_of_scipy():
         found = regions(m, m*1., most=999)
         assert len(found) == label(m[0], np.ones((3, 3)))[1] and sum(r['area'] for r in found) == pytest.approx(m.mean())
     assert regions(np.zeros((1, 4, 4), bool), np.zeros((1, 4, 4))) == []
+
+# a region of interest, and tiles
+
+@pytest.fixture(scope='module')
+def left(tmp_path_factory):
+    "The left 45 % count."
+    return str(save_roi(ROI(np.arange(100)[None].repeat(60, 0) < 45), tmp_path_factory.mktemp('roi')/'roi.png'))
+
+def alone(package, images, cwd):
+    "The zip's answers, in a process that cannot import torch."
+    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+    done = subprocess.run([sys.executable, '-c', BLOCKED, str(package/'dynad_runtime.pyz'), 'predict', *map(str, images)], capture_output=True, text=True, cwd=cwd, env=env, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return {Path(r['image']): r for r in map(json.loads, done.stdout.splitlines())}
+
+def same_answers(method, out, files, cwd):
+    "Torch, the package and the zip alone say the same of these files."
+    theirs, mine, rows = method.predict(files), predict(Package(out, 1), files), alone(out, files, cwd)
+    assert theirs.map.shape == mine.map.shape and np.abs(theirs.map.numpy() - mine.map).max() < 2e-4*max(1, float(theirs.map.abs().max()))
+    assert np.array_equal(theirs.anomalous.numpy(), mine.anomalous) and np.array_equal(theirs.mask.numpy(), mine.mask)
+    assert np.abs(theirs.p_value.numpy() - mine.p_value).max() < 1e-9
+    assert [rows[f]['anomalous'] for f in files] == theirs.anomalous.tolist() and np.allclose([rows[f]['score'] for f in files], mine.score, atol=1e-5)
+    return mine
+
+def all_agree(c): return sum(d['verdicts that differ'] for d in c['compared'].values()) == 0
+
+@pytest.fixture(scope='module')
+def inside(smoke, left, tmp_path_factory):
+    "A package of a run with a region of interest, in int8 whatever it costs; the method; the float certificate before."
+    root, method = tmp_path_factory.mktemp('roi'), smoke[0].with_settings({'data.roi': left})
+    return root, export(method, root/'float', threads=1, defects=8), export(method, root/'int8', int8=True, most=100., threads=1, defects=8), method
+
+def test_region_of_interest(inside, smoke, files, tmp_path):
+    root, c, _, method = inside
+    assert c['roi'] == pytest.approx(.45) and all_agree(c) and 'region of interest' in ex.verdict_line(c)
+    mine = same_answers(method, root/'float', files, tmp_path)
+    assert not mine.mask[..., 29:].any() and not np.allclose(mine.score, smoke[0].predict(files).score) # the region decides
+    assert Package(root/'float', 1).settings['decision']['image_threshold'] != smoke[0].decision.image_threshold
+
+def test_region_of_interest_in_int8(inside, smoke):
+    "Scales are measured inside, as torch does."
+    root, _, _, method = inside
+    levels = Package(root/'int8', 1).settings['calibration']['levels']
+    T = torch.tensor([int(k) for k in levels])
+    far = lambda m: sum(np.abs(np.array(levels[str(k)]) - v).sum() for k, v in m.calibrated(T).levels.items())
+    assert far(method) < far(smoke[0])
+
+def test_certificate_of_a_region_without_a_defect(smoke, tmp_path):
+    "A corner of two pixels: verdicts are compared, what int8 costs cannot be measured."
+    corner = save_roi(ROI((np.indices((64, 64)) < 2).all(0)), tmp_path/'roi.png')
+    method = smoke[0].with_settings({'data.roi': str(corner)})
+    c = export(method, tmp_path/'out', threads=1, defects=2)
+    assert all_agree(c) and c['points']['torch'] == {}
+    with pytest.raises(ExportError, match='no synthetic defect lies in the region of interest.*without --int8'): export(method, tmp_path/'out', int8=True, threads=1, defects=2)
+
+TILES = {'data.tile': 64, 'data.stride': 48}
+FEW = {'denoiser.steps': 5, 'latents.finetune_steps': 1, 'adaptation.gamma': 0, 'denoiser.checkpoint_every': 10, 'data.max_tiles': 24, 'data.max_calibration': 6}
+
+@pytest.fixture(scope='module')
+def tiled(boards, tmp_path_factory):
+    "A run of the paper's method on tiles, and its package."
+    root = tmp_path_factory.mktemp('tiled')
+    with pytest.warns(UserWarning, match='drawn at random'): method = DynAD(make_config('smoke', {**FEW, **TILES})).fit(boards, root/'run', progress=False)
+    with pytest.warns(UserWarning, match='drawn at random'): return root/'out', export(root/'run', root/'out', threads=1, defects=4), method
+
+def strip(path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 300, 3), np.uint8)).save(path)
+    return path
+
+def test_tiles(tiled, files, tmp_path):
+    out, c, method = tiled
+    assert all_agree(c) and c['tiles']['tile'] == 64 and [d['images'] for d in c['compared'].values()] == [5, 4] and 'tiles of 64 pixels every 48' in ex.verdict_line(c)
+    mine = same_answers(method, out, [*files[:3], strip(tmp_path/'strip.png')], tmp_path)
+    assert mine.map.shape[-2:] == (128, 128)
+    x = np.stack([np.asarray(Image.open(files[0]).convert('RGB'))]).transpose(0, 3, 1, 2)/np.float32(255)
+    assert np.abs(predict_arrays(Package(out, 1), x).map - mine.map[:1]).max() < 1e-5
+
+@pytest.mark.filterwarnings('ignore:.*drawn at random')
+def test_tiles_in_int8(tiled, tmp_path):
+    c = export(tiled[2], tmp_path/'out', int8=True, most=100., threads=1, defects=2)
+    assert c['int8'] == ['unet', 'decoder'] and Package(tmp_path/'out', 1).cuts.tile == 64
+
+def test_tiles_with_context_in_a_region(boards, files, left, tmp_path):
+    PatchCore(make_config('smoke', {**TILES, 'data.context': .4, 'data.roi': left})).fit(boards, tmp_path/'run', progress=False)
+    c = export(tmp_path/'run', tmp_path/'out', threads=1, defects=4)
+    assert all_agree(c) and c['roi'] and c['tiles']['context'] == .4
+    mine = same_answers(PatchCore.open(tmp_path/'run', progress=False), tmp_path/'out', files[:4], tmp_path)
+    assert not mine.mask[..., 60:].any()
+
+def test_served_on_tiles(tiled, files, tmp_path):
+    package = Package(tiled[0], 1)
+    with running(package, Limits(pixels=300_000)) as (url, _):
+        for f in (files[-1], strip(tmp_path/'strip.png')):
+            got, mine = ask(url, f.read_bytes(), 'overlay', 'map'), predict(package, [f])
+            assert got['score'] == pytest.approx(float(mine.score[0]), abs=1e-5) and (got['verdict'] == 'anomalous') == bool(mine.anomalous[0])
+            assert np.load(io.BytesIO(b64decode(got['map']))).shape == (128, 128) and Image.open(io.BytesIO(b64decode(got['overlay']))).size == (128, 128)
+            with Image.open(f) as im: assert all(0 <= r['box'][0] < r['box'][2] <= im.width and r['box'][3] <= im.height for r in got['regions'])
+        assert load_test(url, [f.read_bytes() for f in files[:4]], requests=12, clients=3)['lost'] == 0
+
+def test_a_threshold_that_a_person_chose(smoke, tmp_path):
+    "The package decides as the run does."
+    import copy
+    from dataclasses import replace
+    from dynad.threshold import Chosen
+    method = copy.copy(smoke[0])
+    scores = method.learned_decision.normal_scores
+    method.choice = Chosen(at=float(np.sort(scores)[2]) + .01, scale=scores)
+    c = export(method, tmp_path/'out', threads=1, defects=4)
+    assert all_agree(c) and Package(tmp_path/'out', 1).settings['decision']['image_threshold'] == method.choice.at
+
+def test_a_later_format_is_refused(made, tmp_path):
+    "A package that this version would misread."
+    m = json.loads((made[0]/'manifest.json').read_text())
+    assert m['format'] == 2
+    (tmp_path/'manifest.json').write_text(json.dumps(m | {'format': 3}))
+    with pytest.raises(PackageError, match='format 3, and this dynad reads up to format 2'): Package(tmp_path)

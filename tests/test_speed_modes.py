@@ -44,6 +44,15 @@ def test_decoder_and_phi_rest_without_a_feature_map(smoke, images, monkeypatch):
     m.predict(images); handle.remove()
     assert seen == ['φ']
 
+@pytest.mark.filterwarnings('ignore:.*smallest and largest')
+def test_exact_on_the_scale_of_a_test_set(smoke, images, monkeypatch):
+    "What has no weight is left out there too: here the neighbour map and its bank."
+    full = smoke[0].with_settings({'fusion.neighbour': .5}).with_settings({'fusion.neighbour': 0., 'fusion.calibration': 'test'})
+    exact, want = full.with_settings({'speed': 'exact'}), full.predict(images)
+    monkeypatch.setattr('dynad.lean.neighbour_maps', lambda *a: 1/0)
+    monkeypatch.setattr('dynad.detector.walk', lambda *a: 1/0)
+    assert torch.equal(exact.predict(images).map, want.map)
+
 @pytest.mark.parametrize('reference,layers,want', [('input', (1, 2), ((1, 2), (1, 2))), ('decoded', (1,), ((2,), (1,))), ('input', (3,), ((2, 3), (3,)))])
 def test_no_deeper_than_what_is_compared(reference, layers, want):
     assert layers_of(make_config('smoke', {'fusion.reference': reference, 'fusion.layers': layers})) == want
@@ -116,3 +125,48 @@ def test_a_curve_is_kept_with_its_run(smoke, boards, tmp_path):
 
 def test_images_of_another_data_set_are_refused(smoke, boards):
     with pytest.raises(SpeedError, match='does not hold the held-out images'): with_images(open_run(smoke[1], progress=False), boards.limited(10, 4, 0))
+
+# what evaluate computes
+
+class Calls:
+    "How many images φ, the UNet and the decoder have seen."
+    def __init__(self, model, monkeypatch):
+        self.n = dict.fromkeys(('φ', 'UNet', 'D'), 0)
+        p, count = model.parts, lambda k, x: self.n.update({k: self.n[k] + len(x)})
+        self.handles = [p.phi.register_forward_hook(lambda net, x, y: count('φ', x[0])), p.denoiser.register_forward_hook(lambda net, x, y: count('UNet', x[0]))]
+        decode = p.autoencoder.decode
+        monkeypatch.setattr(p.autoencoder, 'decode', lambda z: count('D', z) or decode(z))
+
+    def __enter__(self): return self.n
+    def __exit__(self, *a): [h.remove() for h in self.handles]
+
+@pytest.mark.parametrize('lam, neighbour, rests', [(1., .5, ('D',)), (.5, 1., ('D', 'UNet')), (.5, .5, ())], ids=['no f_map', 'n_map alone', 'all'])
+def test_evaluate_computes_nothing_without_a_weight(smoke, boards, tmp_path, monkeypatch, lam, neighbour, rests):
+    "Calibration, thresholds and the test set: what has no weight is not computed, and every figure is that of the full walk."
+    from dynad.evaluate import evaluate
+    weights = {'fusion.lam': lam, 'fusion.neighbour': neighbour}
+    made = smoke[0].with_settings(weights) # the banks of patches and the features of held-out images are in its store
+    assert made.parts.spatial and made.held_out.features
+    bare = shutil.ignore_patterns('maps*', 'latent maps*', 'reconstructions*')
+    roots = [shutil.copytree(smoke[1], tmp_path/k, ignore=bare) for k in ('full', 'lean')]
+    monkeypatch.setattr(DynAD, 'reconstruction_errors', lambda self: {}) # of every possible T̂, whatever the weights
+    def evaluated(root, speed):
+        model = with_images(DynAD.open(root, progress=False), boards).with_settings(weights | {'speed': speed})
+        with Calls(model, monkeypatch) as n: e = evaluate(model, boards, n_boot=0, null_models=False, progress=False)
+        return e, n
+    (a, full), (b, lean) = map(evaluated, roots, ('full', 'exact'))
+    assert torch.equal(a.maps, b.maps) and torch.equal(a.scores, b.scores) and a.result['pro'] == b.result['pro'] and a.result['decision'] == b.result['decision']
+    assert all(full[k] > 0 for k in full) and all(lean[k] == 0 for k in rests)
+    assert lean['φ'] == (len(boards.test) if 'D' in rests else full['φ']) # each image once, for severity and neighbours alike
+    assert ('reconstructions' in b.result['seconds_by_stage']) == ('UNet' not in rests)
+    p = next(iter(b.method.predictions(b.images)))[1]
+    assert (p.feature_map is None) == bool(rests) and (p.latent_map is None) == ('UNet' in rests)
+
+def test_what_was_compared_in_full_is_read(smoke, boards, monkeypatch):
+    "A run that was evaluated before calls nothing for a faster setting of the same steps."
+    full = smoke[0].with_settings({'fusion.lam': 1.})
+    images = full.test_images(boards.test, boards)
+    want = torch.cat([p.map for _, p in full.predict_set(images)])
+    lean = full.with_settings({'speed': 'exact'})
+    with Calls(lean, monkeypatch) as n: got = torch.cat([p.map for _, p in lean.predict_set(images)])
+    assert torch.equal(got, want) and not any(n.values())

@@ -12,7 +12,7 @@ from dynad.data import load_masks, open_dataset
 from dynad.detector import DynAD
 from dynad.evaluate import evaluate
 from dynad.images import image_size, read_image, read_whole
-from dynad.method import open_run
+from dynad.method import method_named, open_run
 from dynad.patchcore import PatchCore
 from dynad.regions import ROI, save_roi
 from dynad.report import write_report
@@ -156,13 +156,35 @@ def test_the_papers_method_on_tiles(few, tmp_path):
     with pytest.raises(ConfigError, match='fitted on tiles'): Session(again, boards)
     assert write_report(evaluate(again, boards, n_boot=0, progress=False), tmp_path/'page').exists() # without T̂, distances and reconstructions
 
+LESS = {'data.max_tiles': 24, 'data.max_calibration': 6, **TILES}
+RAN_TINY = {'widths': (32, 64), 'attention': (), 'layers_per_block': 1, 'steps': 6, 'batch': 4, 'dims': 12, 'start': 10}
+OTHERS = {'padim': {'options': {'dims': 30}}, 'spade': {'options': {'K': 4}}, 'simplenet': {'options': {'steps': 6, 'hidden': 64, 'batch': 4}}, 'skip_ganomaly': {'options': {'widths': [8, 16], 'steps': 6, 'batch': 4}},
+          'static': SMOKE, 'ddad': SMOKE, 'ran': {'options': RAN_TINY}}
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', OTHERS)
+def test_every_other_method_on_tiles(few, tmp_path, name):
+    "Fitted on tiles, opened again, asked for whole images and strips, evaluated: score and verdict are of the image."
+    model = method_named(name)(make_config('smoke', LESS | OTHERS[name], method=name)).fit(few, tmp_path/'run', progress=False)
+    assert len(model.training_set) == 24 and len(model.decision.normal_scores) == 5
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 200, 3), np.uint8)).save(tmp_path/'strip.png')
+    files = [s.image for s in few.test[:2]]
+    again = open_run(tmp_path/'run', progress=False)
+    p = again.predict([*files, tmp_path/'strip.png'])
+    assert again.decision == model.decision and p.map.shape == (3, 1, 128, 128) and torch.allclose(p.score, again.score_of(p.map.flatten(2)))
+    assert torch.allclose(p.map[:2], again.predict(files).map, atol=1e-5) and torch.isfinite(p.map).all() and p.map[0].std() > 0
+    seams = p.map[:2].diff(dim=-1).abs().mean((0, 1, 2))
+    assert seams[[47, 63]].mean() < 3*seams.mean() # where tiles begin and end
+    e = evaluate(again, few, n_boot=0, progress=False)
+    assert torch.allclose(e.scores[:2], p.score[:2], rtol=1e-4, atol=1e-5) and write_report(e, tmp_path/'page').exists()
+
 # twelve megapixels
 
 BIG = """
 import json, sys
 from pathlib import Path
 from dynad.machine import peak_memory_mb as peak
-from dynad.method import open_run
+from dynad.method import method_named, open_run
 from dynad.output import write_predictions
 run, big, out = map(Path, sys.argv[1:])
 m = open_run(run, progress=False)
