@@ -162,8 +162,8 @@ def printed(
 
 # %% ../nbs/19_experiments.ipynb #43ebce7b
 def plain_name(s: str) -> str:
-    "A name of a row or method in the form in which names are compared: no case, parentheses or separators."
-    return str(s).split('(')[0].strip().lower().replace('_', ' ')
+    "A name of a row or method in the form in which names are compared: no case, parentheses, separators or hyphens."
+    return str(s).split('(')[0].strip().lower().replace('_', ' ').replace('-', '')
 
 # %% ../nbs/19_experiments.ipynb #44458654
 def printed_value(
