@@ -19,7 +19,7 @@ from .experiments import MAIN, METRICS
 from .record import Record
 from .show import Figure
 from .subjects import Subject, fitted, measure, null_rows, paired
-from .systems import Bar, system
+from .systems import Bar, check_methods, system
 
 # %% auto #0
 __all__ = ['COLOURS', 'enter', 'enter_nulls', 'enter_difference', 'verdict', 'provenance', 'conclude', 'Lines', 'said',
@@ -141,6 +141,7 @@ def enter_systems(
         if found.status != 'done': record.not_run[found.title] = f'{found.status}: {found.reason}'
         else:
             enter(record, row, found.title, found.measured, metrics, subject=subject)
+            for w in found.measured['warnings']: record.note(f"{found.title.partition(' (')[0]} warned: {w}.")
             if against is not None: against.add(found.title, ours, found.measured, metrics, n_boot)
         if bar: bar.next()
 
@@ -202,6 +203,7 @@ def by_class(
     methods: list[str] = ()           # the other systems
 ) -> pd.DataFrame:                    # what the oracle chose
     "Fixed settings, null models, oracle and other systems of every class and seed (Tables 1, 2, 3, 7, 8)."
+    check_methods(methods)
     chosen, against = [], Differences()
     bar = Bar(len(found)*len(seeds)*(len(methods) + 2), 'fits and measurements')
     for s, seed in ((s, seed) for s in found for seed in seeds):

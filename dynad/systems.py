@@ -19,10 +19,11 @@ from .guard import tqdm
 from .method import Method, method_named
 from .store import Store, atomic_write, load_json, load_tensors
 from .subjects import Subject, fitted, measure, pool
-from .task import NOT_HERE, packed, refusal, unpacked
+from .task import NOT_HERE, own_warnings, packed, refusal, unpacked
 
 # %% auto #0
-__all__ = ['QUICK', 'SMOKE', 'OF_ANOMALIB', 'reason_of', 'Bar', 'measured_by', 'System', 'fitted_by', 'system', 'systems']
+__all__ = ['QUICK', 'SMOKE', 'OF_ANOMALIB', 'reason_of', 'Bar', 'measured_by', 'check_methods', 'System', 'fitted_by', 'system',
+           'systems']
 
 # %% ../nbs/19aa_systems.ipynb #9d90b87e
 QUICK = ('patchcore', 'padim', 'spade', 'simplenet', 'skip_ganomaly', 'static', 'ddad', 'ran')
@@ -71,23 +72,31 @@ def measured_by(
     seed: int = 0,
     n_boot: int = 1000,
     progress: bool = False
-) -> dict[str, Any]:         # as `measure`, without maps and masks
+) -> dict[str, Any]:         # as `measure`, without maps and masks; and what the fit warned of
     "A method fitted and measured on a subject, or read from the pool where that was done before."
-    model, data = fitted(subject, preset, seed, SMOKE.get(method) if preset == 'smoke' else None, progress, method)
+    settings = SMOKE.get(method) if preset == 'smoke' else None
+    with own_warnings() as said: model, data = fitted(subject, preset, seed, settings, progress, method)
     key = dict(prediction=model.prediction_key, images=data.fingerprint, mask_rule=model.config.data.mask_rule,
                seed=seed, n_boot=n_boot, version=__version__)
-    folder = Store(pool()).stage('measured', key, lambda work: _keep(measure(model, data, n_boot), work))
+    folder = Store(pool()).stage('measured', key, lambda work: _keep(measure(model, data, n_boot), said, work))
     saved, metrics = dict(load_tensors(folder/'data.safetensors')), load_json(folder/'metrics.json', 'n')
     labels = torch.tensor([s.label for s in data.test])
     return metrics | {'scores': saved['scores'], 'labels': labels, 'maps': None, 'masks': None, 'has_mask': None,
                       'pixels': unpacked(saved) if 'neg_n' in saved else None, 'config': model.config}
 
-def _keep(m: dict[str, Any], work: Path) -> dict[str, torch.Tensor]:
+def _keep(m: dict[str, Any], warnings: list[str], work: Path) -> dict[str, torch.Tensor]:
     "The metrics as JSON; scores and pixels are returned."
-    numbers = {k: v for k, v in m.items() if isinstance(v, dict) and 'value' in v} | {k: m[k] for k in ('n', 'seed')}
-    atomic_write(work/'metrics.json', json.dumps(numbers, allow_nan=False))
+    numbers = {k: v for k, v in m.items() if isinstance(v, dict) and 'value' in v}
+    atomic_write(work/'metrics.json', json.dumps(numbers | dict(n=m['n'], seed=m['seed'], warnings=warnings)))
     some = m['pixels'] is not None and m['pixels'].neg
     return {'scores': m['scores'].float(), **(packed(m['pixels']) if some else {})}
+
+# %% ../nbs/19aa_systems.ipynb #5d1f0a10
+def check_methods(
+    methods: list[str] | tuple[str, ...]
+) -> None:
+    "Raises ConfigError for a name that is no method, before anything is fitted."
+    for m in (m for m in methods if m not in NOT_HERE): method_named(m)
 
 # %% ../nbs/19aa_systems.ipynb #4877905f
 @dataclass(frozen=True)
@@ -117,7 +126,9 @@ def fitted_by(
 ) -> tuple[str, Method | None, str]: # title, the fitted method, or why there is none
     "A method fitted in the pool, with the settings of `measured_by`."
     settings = SMOKE.get(method) if preset == 'smoke' else None
-    title, model, status, why = _tried(method, lambda: fitted(subject, preset, seed, settings, method=method)[0])
+    with own_warnings():
+        found = _tried(method, lambda: fitted(subject, preset, seed, settings, method=method)[0])
+    title, model, status, why = found
     return title, model, why and f'{status}: {why}'
 
 # %% ../nbs/19aa_systems.ipynb #29bf10d6
@@ -136,7 +147,7 @@ def systems(
     bar: Bar | None = None # that counts them; None: one of its own
 ) -> Iterator[System]:
     "Every method on every subject with every seed, in that order."
-    for m in (m for m in methods if m not in NOT_HERE): method_named(m) # a misspelt name is said before any fit
+    check_methods(methods)
     todo = [(s, seed, m) for s in found for seed in seeds for m in methods]
     bar = bar or Bar(len(todo), 'systems')
     for s, seed, m in todo:
