@@ -141,7 +141,7 @@ def enter_systems(
         if found.status != 'done': record.not_run[found.title] = f'{found.status}: {found.reason}'
         else:
             enter(record, row, found.title, found.measured, metrics, subject=subject)
-            for w in found.measured['warnings']: record.note(f"{found.title.partition(' (')[0]} warned: {w}.")
+            for w in found.measured['warnings']: record.note(f"{found.title}: {w.removeprefix(found.title + ': ')}.")
             if against is not None: against.add(found.title, ours, found.measured, metrics, n_boot)
         if bar: bar.next()
 
@@ -221,7 +221,7 @@ def by_class(
     return pd.DataFrame(chosen)
 
 # %% ../nbs/19f_findings.ipynb #6cf40bf1
-COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9')
+COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9', '#7F3C8D', '#8C6D31', '#000000', '#B5B500')
 
 def _dot_rows(record: Record, metrics: tuple[str, ...], nulls: bool) -> pd.DataFrame:
     "Rows to draw and, in the column `place`, the line on which each is drawn."
