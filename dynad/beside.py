@@ -98,7 +98,8 @@ def side_by_side(
     for c in [*ordered, *record.not_run, *absent]:
         known = title.get(plain_name(c))
         has = c in ordered
-        on = provenance(record) if has else record.not_run.get(c) or reason_of(c) or 'not asked for'
+        on = '; '.join(filter(None, (provenance(record), record.remarks.get(c)))) if has else (
+            record.not_run.get(c) or reason_of(c) or 'not asked for')
         name = f'{c} (null model)' if c in NULLS else c
         lines[name] = {**{(f'printed: {said}', METRICS[k]): text_cell(values.get((known, k)), k) for k in metrics},
                        **{('computed here', METRICS[k]): computed_cell(record, c, k, rows) for k in metrics},
@@ -129,6 +130,8 @@ def opening(record: Record, metrics: tuple[str, ...] = MAIN) -> Lines:
     about = ' These are stand-in images: nothing here supports or contradicts a printed number.'
     end = about if record.stand_in else ''
     missing = f" Without a figure: {', '.join(record.not_run)}." if record.not_run else ''
+    short = ', '.join(f'{c} {w}' for c, w in record.remarks.items())
+    short = short and f' Not at full length: {short}.'
     points = [n for n in record.notes if ', points: ' in n]
     rest = [n for n in record.notes if n not in points]
-    return Lines([f'**{said}; on {provenance(record)}.**{end}{missing}', *points, *rest])
+    return Lines([f'**{said}; on {provenance(record)}.**{end}{short}{missing}', *points, *rest])

@@ -19,7 +19,7 @@ from .experiments import MAIN, METRICS
 from .record import Record
 from .show import Figure
 from .subjects import Subject, fitted, measure, null_rows, paired
-from .systems import Bar, check_methods, system
+from .systems import Bar, check_methods, shortened, system
 
 # %% auto #0
 __all__ = ['COLOURS', 'enter', 'enter_nulls', 'enter_difference', 'verdict', 'provenance', 'conclude', 'Lines', 'said',
@@ -141,6 +141,7 @@ def enter_systems(
         if found.status != 'done': record.not_run[found.title] = f'{found.status}: {found.reason}'
         else:
             enter(record, row, found.title, found.measured, metrics, subject=subject)
+            if said := shortened(name, preset): record.remarks[found.title] = said
             for w in found.measured['warnings']: record.note(f"{found.title}: {w.removeprefix(found.title + ': ')}.")
             if against is not None: against.add(found.title, ours, found.measured, metrics, n_boot)
         if bar: bar.next()

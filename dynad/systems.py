@@ -22,13 +22,19 @@ from .subjects import Subject, fitted, measure, pool
 from .task import NOT_HERE, own_warnings, packed, refusal, unpacked
 
 # %% auto #0
-__all__ = ['QUICK', 'SMOKE', 'OF_ANOMALIB', 'reason_of', 'Bar', 'measured_by', 'check_methods', 'System', 'fitted_by', 'system',
-           'systems']
+__all__ = ['QUICK', 'SMOKE', 'OF_ANOMALIB', 'shortened', 'reason_of', 'Bar', 'measured_by', 'check_methods', 'System',
+           'fitted_by', 'system', 'systems']
 
 # %% ../nbs/19aa_systems.ipynb #9d90b87e
 QUICK = ('patchcore', 'padim', 'spade', 'simplenet', 'skip_ganomaly', 'static', 'ddad', 'ran')
 SMOKE = {'simplenet': {'options.steps': 150}, 'skip_ganomaly': {'options.steps': 40}} # a test of the machinery only
 OF_ANOMALIB = {'rd4ad': 'RD4AD', 'draem': 'DRAEM', 'fastflow': 'FastFlow', 'cfa': 'CFA'} # that the paper prints
+
+def shortened(method: str, preset: str) -> str: # '' where nothing is
+    "What a row says of a training that is shorter than the method's own."
+    if preset != 'smoke' or method not in SMOKE: return ''
+    usual = method_named(method).Options().steps
+    return f"trained for {SMOKE[method]['options.steps']} of its {usual} steps"
 
 def reason_of(
     printed: str # a system as the paper names it

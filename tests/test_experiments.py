@@ -16,7 +16,7 @@ from dynad.record import Record, compared
 from dynad.subjects import (
     NULLS, OPENED, find_set, fitted, measure, null_rows, paired, slim, subjects)
 from dynad.show import curve
-from dynad.systems import Bar, check_methods, measured_by, reason_of, systems
+from dynad.systems import Bar, check_methods, measured_by, reason_of, shortened, systems
 
 QUICK = {'denoiser.steps': 10, 'latents.finetune_steps': 2, 'denoiser.checkpoint_every': 10}
 PARAMETERS = dict(data='auto', preset='smoke', seeds=[0], n_boot=20)
@@ -94,8 +94,9 @@ def test_other_images_are_stand_ins_whatever_their_name(tmp_path, monkeypatch):
     for name in ('cookies', 'mvtec_leather_part', 'visa_like'): (tmp_path/name/'train'/'good').mkdir(parents=True)
     monkeypatch.setenv('DYNAD_DATA', str(tmp_path))
     assert [(s.label, s.real) for s in subjects('cookies,mvtec_leather_part')] == [('cookies (stand-in)', None), ('mvtec leather part (stand-in)', None)]
+    (tmp_path/'visa_like'/'remark.txt').write_text('images halved\n')
     s, = subjects(str(tmp_path/'visa_like'))
-    assert s.real is None and s.label == 'visa like (stand-in)'
+    assert s.real is None and s.label == 'visa like (stand-in; images halved)'
     assert [s.label for s in subjects('elpv/mono')] == ['ELPV solar cells mono (stand-in)']
 
 @pytest.mark.parametrize('data, wanted, said', [
@@ -343,6 +344,15 @@ def test_the_opening_says_what_the_images_are(run, board, broken, tmp_path):
     first, *rest = opening(r, ('i_auroc', 'pro'))
     assert 'synthetic board (stand-in); smoke preset' in first and 'nothing here supports or contradicts a printed number' in first and 'UniAD' in first
     assert sorted(rest) == sorted(r.notes) and all('synthetic board (stand-in)' in n for n in rest if 'points' in n)
+
+def test_a_training_that_was_cut_short_says_so_in_its_line(run, board, pool, tmp_path):
+    r = Record('table1', tmp_path, PARAMETERS)
+    enter(r, None, 'Ours', m := measure(*run, 20), ('pro',), subject=board)
+    enter_systems(r, board, ['simplenet', 'padim'], 'smoke', m, ('pro',), 20)
+    on = (df := side_by_side(r, ('pro',)).df)[df.columns[-1]]
+    assert on['SimpleNet'].endswith('; trained for 150 of its 600 steps') and 'steps' not in on['PaDiM']
+    assert 'Not at full length: SimpleNet trained for 150 of its 600 steps' in opening(r, ('pro',))[0]
+    assert shortened('simplenet', 'small') == '' and json.loads(r.save().read_text())['remarks'].keys() == {'SimpleNet'}
 
 def test_long_tables_are_folded_and_whole(run, board, broken, tmp_path):
     r = beside(Record('table3', tmp_path, PARAMETERS), board, run)
