@@ -20,7 +20,7 @@ from .record import comparison_table, text_cell
 from .runner import PROFILES, Job, RunnerError, outdated, papers_folder, plan, read_json, swap_folder
 
 # %% auto #0
-__all__ = ['formula', 'notebook_html', 'status', 'paper_prints', 'headline', 'split_status', 'front_row', 'book_jobs',
+__all__ = ['formula', 'notebook_html', 'status', 'paper_prints', 'headline', 'split_status', 'front_row', 'book_jobs', 'notes_of',
            'write_page', 'BookSection', 'write_section', 'write_book']
 
 # %% ../nbs/19e_book.ipynb #f0b8df68
@@ -227,6 +227,17 @@ def _fine_print(result: dict[str, Any]) -> str:
     keys = ('parameters', 'data', 'versions', 'commit', 'hardware', 'finished')
     return json.dumps({k: result.get(k) for k in keys}, indent=1, ensure_ascii=False) if result else ''
 
+# %% ../nbs/19e_book.ipynb #5d1f0a20
+def notes_of(
+    result: dict[str, Any] # <target>.json
+) -> list[str]:
+    "What a page says before its table: where systems stand, what was cut short, what did not run; other remarks last."
+    notes = result.get('notes', [])
+    first = [n for n in notes if ', points: ' in n]
+    short = [f'{c}: {w}.' for c, w in result.get('remarks', {}).items()]
+    absent = [f'{c}: {w}.' for c, w in result.get('not_run', {}).items()]
+    return [*first, *short, *absent, *(n for n in notes if n not in first)]
+
 # %% ../nbs/19e_book.ipynb #ab6bb5e7
 def write_page(
     folder: Path,                   # of the profile's pages
@@ -247,7 +258,7 @@ def write_page(
     machine = h.get('gpu') or f"{h.get('cpu', '')}, {h.get('cores', '?')} cores"
     text = render('book_page.html', r=row, profile=job.profile, style=_style(_pygments()), before=before, after=after,
                   data=result.get('data', []), machine=machine, figures=figures,
-                  json=name, notes=result.get('notes', []), trace=(failure or {}).get('traceback', ''),
+                  json=name, notes=notes_of(result), trace=(failure or {}).get('traceback', ''),
                   table=_comparison(result), fine=_fine_print(result),
                   body=Markup(notebook_html(executed)) if executed.is_file() else '')
     (folder/f'{job.name}.html').write_text(text, encoding='utf-8')

@@ -23,8 +23,8 @@ from .show import Figure, grid, overlay
 from .paths import expanded, printable
 
 # %% auto #0
-__all__ = ['check_mask_size', 'FindingWarning', 'open_dataset', 'open_folder', 'load_images', 'with_mask_rule', 'load_masks',
-           'contact_sheet']
+__all__ = ['check_mask_size', 'FindingWarning', 'folder_remark', 'open_dataset', 'open_folder', 'load_images', 'with_mask_rule',
+           'load_masks', 'contact_sheet']
 
 # %% ../nbs/03b_data.ipynb #d307e875
 def check_mask_size(sample: Sample, notes: Notes) -> None:
@@ -72,7 +72,7 @@ def _choose_category(
 # %% ../nbs/03b_data.ipynb #11125036
 class FindingWarning(UserWarning): "Something in a folder of images is not used, or cannot be measured."
 
-def _remark(*folders: Path) -> str:
+def folder_remark(*folders: Path) -> str:
     "What a folder of images says of itself, in the file remark.txt of the first folder that has one."
     for file in (f/'remark.txt' for f in folders):
         try: return printable(' '.join(file.read_text(encoding='utf-8', errors='replace').split()))[:1000]
@@ -97,7 +97,8 @@ def _opened(path: str | Path, layout: str, category: str | None, seed: int, stri
         root, name, category = root/below, f'{name}/{below}', below
     elif category is not None and not LAYOUTS[layout].nested: name = f'{name}/{category}'
     samples, findings = LAYOUTS[layout].read(root, category, seed)
-    data = AnomalyDataset(name, root, layout, category, tuple(samples), tuple(findings), _remark(root, given))
+    data = AnomalyDataset(name, root, layout, category, tuple(samples), tuple(findings),
+                          folder_remark(root, given))
     if strict: check_strict(data.findings, data.root)
     notes = Notes()
     for _ in mapped(lambda s: check_mask_size(s, notes), data.samples, 'sizes'): pass

@@ -19,10 +19,12 @@ from .experiments import MAIN, METRICS
 from .record import Record
 from .show import Figure
 from .subjects import Subject, fitted, measure, null_rows, paired
+from .systems import Bar, check_methods, shortened, system
 
 # %% auto #0
-__all__ = ['COLOURS', 'enter', 'enter_nulls', 'enter_difference', 'verdict', 'provenance', 'conclude', 'Lines', 'said', 'oracle',
-           'by_class', 'dots', 'read_results', 'rows_of', 'over_seeds', 'results_table', 'mean_pair', 'leads']
+__all__ = ['COLOURS', 'enter', 'enter_nulls', 'enter_difference', 'verdict', 'provenance', 'conclude', 'Lines', 'said',
+           'enter_systems', 'Differences', 'oracle', 'by_class', 'dots', 'read_results', 'rows_of', 'over_seeds',
+           'results_table', 'mean_pair', 'leads']
 
 # %% ../nbs/19f_findings.ipynb #44245d92
 def enter(
@@ -44,13 +46,17 @@ def enter_nulls(
     model: DynAD, dataset: AnomalyDataset, subject: Subject,
     n_boot: int = 1000,
     metrics: tuple[str, ...] = MAIN,
-    row: str | None = None              # None: each is a row; else the row in which each is a column; '': the subject's
+    row: str | None = None,             # None: each is a row; else the row in which each is a column; '': the subject's
+    baseline: bool = True               # False: PatchCore is among the methods that are compared anyway
 ) -> dict[str, dict[str, Any]]:         # as `null_rows`
-    "The null models (SPEC §11)."
+    "The null models (SPEC §11), and the baseline beside them: PatchCore on the same images, unadapted φ and preset."
     found = null_rows(model, dataset, n_boot)
-    for name, m in found.items():
-        place = (name, 'Ours') if row is None else (row or None, name)
-        enter(record, *place, m, metrics, subject=subject, null=True)
+    place = lambda name, own: (name, own) if row is None else (row or None, name)
+    for name, m in found.items(): enter(record, *place(name, 'Ours'), m, metrics, subject=subject, null=True)
+    if not baseline: return found
+    other = system(subject, 'patchcore', model.config.preset, model.config.seed, n_boot)
+    if other.measured: enter(record, *place('PatchCore', 'PatchCore'), other.measured, metrics, subject=subject)
+    else: record.not_run['PatchCore'] = f'{other.status}: {other.reason}'
     return found
 
 # %% ../nbs/19f_findings.ipynb #fe5171d4
@@ -116,6 +122,56 @@ def said(record: Record) -> Lines:
     "The notes of a record, as a list to show."
     return Lines(record.notes)
 
+# %% ../nbs/19f_findings.ipynb #5d1f0a01
+def enter_systems(
+    record: Record, subject: Subject,
+    methods: list[str],
+    preset: str,
+    ours: dict[str, Any],               # of `measure`: whose seed is taken
+    metrics: tuple[str, ...] = MAIN,
+    n_boot: int = 1000,
+    row: str | None = None,             # None: the subject's
+    against: Differences | None = None, # that takes the differences
+    bar: Bar | None = None              # that counts the methods
+) -> None:
+    "Other systems on one subject as columns of its row; of those without a figure the reason, in `record.not_run`."
+    for name in methods:
+        if bar: bar.step(f"{name} on {subject.label}, {preset} preset, seed {ours['seed']}")
+        found = system(subject, name, preset, ours['seed'], n_boot)
+        if found.status != 'done': record.not_run[found.title] = f'{found.status}: {found.reason}'
+        else:
+            enter(record, row, found.title, found.measured, metrics, subject=subject)
+            if said := shortened(name, preset): record.remarks[found.title] = said
+            for w in found.measured['warnings']: record.note(f"{found.title}: {w.removeprefix(found.title + ': ')}.")
+            if against is not None: against.add(found.title, ours, found.measured, metrics, n_boot)
+        if bar: bar.next()
+
+# %% ../nbs/19f_findings.ipynb #5d1f0a03
+class Differences:
+    "Differences of one method from others, per metric, over data sets and seeds."
+    def __init__(self, own: str = 'Ours'): self.own, self.found = own, {}
+
+    def add(self, name: str, ours: dict, other: dict, metrics: tuple[str, ...] = MAIN, n_boot: int = 1000) -> None:
+        "Ours less another, both of `measure` on the same images."
+        for k in (k for k in metrics if ours.get(k) and other.get(k)):
+            self.found.setdefault(k, {}).setdefault(name, []).append(paired(ours, other, k, n_boot, ours['seed']))
+
+    def groups(self, metric: str) -> dict[str, list[str]]: # 'above', 'below', 'not settled against' -> others
+        "The others of one metric by what the intervals settle."
+        out = {'above': [], 'below': [], 'not settled against': []}
+        for name, d in self.found.get(metric, {}).items():
+            known = [x for x in d if x['low'] is not None]
+            up, down = (known and all(f(x) for x in known) for f in (lambda x: x['low'] > 0, lambda x: x['high'] < 0))
+            points = f"{100*np.mean([x['difference'] for x in d]):+.1f}"
+            if len(known) == 1: points += f" [{100*known[0]['low']:+.1f}, {100*known[0]['high']:+.1f}]"
+            out['above' if up else 'below' if down else 'not settled against'].append(f'{name} ({points})')
+        return out
+
+    def standing(self, record: Record, metric: str) -> str:
+        "One sentence; above and below: settled in every run."
+        said = '; '.join(f"{word} {', '.join(names)}" for word, names in self.groups(metric).items() if names)
+        return f"{METRICS[metric]}, points: {self.own} {said or 'compared with nothing'}; on {provenance(record)}."
+
 # %% ../nbs/19f_findings.ipynb #70e045c6
 def oracle(
     model: DynAD, dataset: AnomalyDataset,
@@ -144,24 +200,29 @@ def by_class(
     metrics: tuple[str, ...] = MAIN,
     n_boot: int = 1000,
     grid: list[dict[str, Any]] = (),  # for the oracle
-    row: str | None = None            # None: each class its own row
+    row: str | None = None,           # None: each class its own row
+    methods: list[str] = ()           # the other systems
 ) -> pd.DataFrame:                    # what the oracle chose
-    "Fixed settings, null models and oracle of every class and seed (Tables 1, 2, 3, 7, 8)."
-    chosen, against = [], {}
+    "Fixed settings, null models, oracle and other systems of every class and seed (Tables 1, 2, 3, 7, 8)."
+    check_methods(methods)
+    chosen, against = [], Differences()
+    bar = Bar(len(found)*len(seeds)*(len(methods) + 2), 'fits and measurements')
     for s, seed in ((s, seed) for s in found for seed in seeds):
+        bar.step(f'DynAD on {s.label}, {preset} preset, seed {seed}')
         model, data = fitted(s, preset, seed)
         fixed, place = measure(model, data, n_boot), row if s.real else None
         enter(record, place, 'Ours', fixed, metrics, subject=s)
-        for name, m in enter_nulls(record, model, data, s, n_boot, metrics, row=place or '').items():
-            for k in (x for x in metrics if m.get(x)):
-                claim = f'Ours above {name}, {METRICS[k]}'
-                against.setdefault(claim, []).append(paired(fixed, m, k, n_boot, seed))
+        nulls = enter_nulls(record, model, data, s, n_boot, metrics, place or '', 'patchcore' not in methods)
+        for name, m in nulls.items(): against.add(name, fixed, m, metrics, n_boot)
+        bar.next('the oracle')
         if grid: chosen.append(_enter_oracle(record, model, data, s, fixed, metrics, n_boot, grid, place))
-    for claim, differences in against.items(): conclude(record, claim, differences)
+        bar.next()
+        enter_systems(record, s, methods, preset, fixed, metrics, n_boot, place, against, bar)
+    for k in metrics: record.note(against.standing(record, k))
     return pd.DataFrame(chosen)
 
 # %% ../nbs/19f_findings.ipynb #6cf40bf1
-COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9')
+COLOURS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9', '#7F3C8D', '#8C6D31', '#000000', '#B5B500')
 
 def _dot_rows(record: Record, metrics: tuple[str, ...], nulls: bool) -> pd.DataFrame:
     "Rows to draw and, in the column `place`, the line on which each is drawn."

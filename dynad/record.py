@@ -53,6 +53,8 @@ class Record:
         self.start, self.began = time.perf_counter(), time.time()
         self.rows: list[dict[str, Any]] = []
         self.notes: list[str] = []
+        self.not_run: dict[str, str] = {} # system -> why it has no figure
+        self.remarks: dict[str, str] = {} # system -> what its figures must not be read without
         self.figures: list[str] = []
         self.settings: dict[str, dict] = {}
         self._subjects: dict[str, Subject] = {}
@@ -329,7 +331,8 @@ def save(self: Record) -> Path:
     data = [dict(name=s.name, label=s.label, real=s.real, whole=s.whole, fingerprint=s.opened.fingerprint,
                  train=len(s.opened.train), test=len(s.opened.test)) for s in self.subjects]
     out = dict(target=self.target, stand_in=self.stand_in, sets=self.sets, parameters=self.parameters, rows=self.rows,
-               comparison=compared(self), notes=self.notes, figures=self.figures, data=data, settings=self.settings,
+               comparison=compared(self), notes=self.notes, not_run=self.not_run, remarks=self.remarks,
+               figures=self.figures, data=data, settings=self.settings,
                versions=versions(), commit=_git_commit(), hardware=machine(), minutes=round(self.minutes, 3),
                finished=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
     text = json.dumps(out, indent=1, ensure_ascii=False, allow_nan=False)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .checks import DataWarning
 from .config import Config, ConfigError, data_root, make_config
-from .data import AnomalyDataset, load_masks, open_dataset, with_mask_rule
+from .data import AnomalyDataset, folder_remark, load_masks, open_dataset, with_mask_rule
 from .detector import DynAD, untrained
 from .download import count, missing
 from .evaluate import KEYS, all_metrics
@@ -133,7 +133,9 @@ def _folder(word: str) -> Subject:
     place = next((p for p in ([root/word] if root else []) + [Path(word).expanduser()] if p.is_dir()), None)
     if place is not None:
         name = place.name if Path(word).is_absolute() else word
-        return Subject(name, f"{place.name.replace('_', ' ')} (stand-in)", source=str(place.resolve()))
+        said = folder_remark(place).partition('.')[0] # its first sentence
+        label = f"{place.name.replace('_', ' ')} (stand-in{said and '; ' + said})"
+        return Subject(name, label, source=str(place.resolve()))
     if root is None: have = 'DYNAD_DATA is not set'
     elif not root.is_dir(): have = f'{root} does not exist'
     else: have = ', '.join(sorted(p.name for p in root.iterdir() if p.is_dir()))

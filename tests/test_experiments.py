@@ -8,12 +8,15 @@ from PIL import Image
 
 from dynad.config import ConfigError
 from dynad.download import PUBLISHED
-import dynad.findings, dynad.subjects
-from dynad.findings import by_class, enter, enter_difference, verdict
+import dynad.findings, dynad.subjects, dynad.systems
+from dynad.beside import long_comparison, opening, printed_table, side_by_side
+from dynad.findings import Differences, by_class, enter, enter_difference, enter_nulls, enter_systems, verdict
+from dynad.method import METHODS, register
 from dynad.record import Record, compared
 from dynad.subjects import (
     NULLS, OPENED, find_set, fitted, measure, null_rows, paired, slim, subjects)
 from dynad.show import curve
+from dynad.systems import Bar, check_methods, measured_by, reason_of, shortened, systems
 
 QUICK = {'denoiser.steps': 10, 'latents.finetune_steps': 2, 'denoiser.checkpoint_every': 10}
 PARAMETERS = dict(data='auto', preset='smoke', seeds=[0], n_boot=20)
@@ -91,8 +94,9 @@ def test_other_images_are_stand_ins_whatever_their_name(tmp_path, monkeypatch):
     for name in ('cookies', 'mvtec_leather_part', 'visa_like'): (tmp_path/name/'train'/'good').mkdir(parents=True)
     monkeypatch.setenv('DYNAD_DATA', str(tmp_path))
     assert [(s.label, s.real) for s in subjects('cookies,mvtec_leather_part')] == [('cookies (stand-in)', None), ('mvtec leather part (stand-in)', None)]
+    (tmp_path/'visa_like'/'remark.txt').write_text('images halved\n')
     s, = subjects(str(tmp_path/'visa_like'))
-    assert s.real is None and s.label == 'visa like (stand-in)'
+    assert s.real is None and s.label == 'visa like (stand-in; images halved)'
     assert [s.label for s in subjects('elpv/mono')] == ['ELPV solar cells mono (stand-in)']
 
 @pytest.mark.parametrize('data, wanted, said', [
@@ -275,6 +279,108 @@ def test_a_difference_carries_both_sides(run, board, tmp_path):
     enter_difference(r, 'x', 'a − b', measure(a, run[1], 20), measure(b, run[1], 20), ('pro',), 20, subject=board)
     enter(r, 'x', 'a', measure(a, run[1], 0), ('pro',), subject=board, model=b) # what was measured wins
     assert [(r.settings[x['settings']]['fusion']['lam'], x['against'] and r.settings[x['against']]['fusion']['lam']) for x in r.rows] == [(.2, .9), (.2, None)]
+
+# other systems
+
+@pytest.fixture
+def broken():
+    "A method that fails when it is asked."
+    from dynad.method import method_named
+    class Broken(method_named('padim')):
+        name, title = 'broken', 'broken (toy)'
+        def predict_batch(self, images, rows): raise ZeroDivisionError('as a bug would')
+    register(Broken)
+    yield
+    METHODS.pop('broken')
+
+def test_a_system_that_fails_is_a_row_with_its_reason_and_the_others_finish(board, pool, broken):
+    rows = list(systems([board], ['broken', 'padim', 'uniad'], n_boot=20))
+    assert [(r.title, r.status) for r in rows] == [('broken (toy)', 'failed'), ('PaDiM', 'done'), ('UniAD', 'not run')]
+    assert rows[0].reason == 'ZeroDivisionError: as a bug would' and 'it would take' in rows[2].reason
+    assert rows[0].measured is rows[2].measured is None and rows[1].measured['pro']['low'] is not None
+
+def test_a_misspelt_system_is_said_before_any_fit(board, pool, monkeypatch, tmp_path):
+    monkeypatch.setattr(dynad.systems, 'fitted', lambda *a, **k: pytest.fail('fitted something'))
+    monkeypatch.setattr(dynad.findings, 'fitted', lambda *a, **k: pytest.fail('fitted something'))
+    with pytest.raises(ConfigError, match="method = 'padm' is not known; did you mean 'padim'|padm"): check_methods(['padm'])
+    for ask in (lambda: list(systems([board], ['patchcore', 'padm'])), lambda: by_class(Record('table1', tmp_path, PARAMETERS), [board], 'smoke', [0], methods=['padm'])):
+        with pytest.raises(ConfigError, match="'padm'"): ask()
+
+def test_systems_share_their_fits_and_measurements(board, pool, monkeypatch):
+    first = measured_by(board, 'padim', n_boot=20)
+    stages = lambda: sorted(str(p.relative_to(pool)) for p in (pool/'stages').glob('*/*') if p.is_dir())
+    before = stages()
+    monkeypatch.setattr(dynad.systems, 'measure', lambda *a, **k: pytest.fail('measured again'))
+    again = measured_by(board, 'padim', n_boot=20)
+    assert again['pro'] == first['pro'] and torch.equal(again['scores'], first['scores']) and stages() == before
+    assert paired(again, first, 'pro', 20) == dict(difference=0, low=0, high=0)
+    monkeypatch.undo()
+    os.environ['DYNAD_POOL'] = str(pool)
+    whole = measure(*fitted(board, method='padim'), n_boot=20)
+    assert all(whole[k] == first[k] for k in ('i_auroc', 'p_auroc', 'pro')) and paired(whole, first, 'pro', 20)['difference'] == 0
+
+def beside(record, board, run, metrics=('i_auroc', 'pro')):
+    m, against = measure(*run, 20), Differences()
+    enter(record, None, 'Ours', m, metrics, subject=board)
+    enter_systems(record, board, ['patchcore', 'padim', 'uniad', 'broken'], 'smoke', m, metrics, 20, None, against, bar := Bar(4, 'systems'))
+    for k in metrics: record.note(against.standing(record, k))
+    assert repr(bar).startswith('systems: 4 of 4')
+    return record
+
+def test_computed_columns_beside_the_printed_ones(run, board, broken, tmp_path):
+    r = beside(Record('table1', tmp_path, PARAMETERS), board, run)
+    df = side_by_side(r, ('i_auroc', 'pro')).df
+    here, on, paper = df['computed here'], df[df.columns[-1]], df['printed: VisA, average']
+    assert (here.loc[['Ours', 'PatchCore', 'PaDiM']] != '—').all(axis=None) and (here.loc[['UniAD', 'broken (toy)', 'DRAEM']] == '—').all(axis=None)
+    assert on[['Ours', 'PatchCore', 'PaDiM']].str.contains('synthetic board (stand-in); smoke preset', regex=False).all()
+    assert on['broken (toy)'] == 'failed: ZeroDivisionError: as a bug would' and on['DRAEM'] == reason_of('DRAEM') and on['UniAD'].startswith('not run: ')
+    assert paper.loc['PatchCore'].tolist() == ['95.1', '91.2'] and paper.loc['Ours'].tolist() == ['96.0', '94.1'] and paper.loc['UniAD'].tolist() == ['—', '—']
+    assert set(long_comparison(r).df.paper) == {'—'} and long_comparison(r).df.data.str.contains('stand-in').all()
+    saved = json.loads(r.save().read_text())
+    assert set(saved['not_run']) == {'UniAD', 'broken (toy)'} and {'PatchCore', 'PaDiM'} <= {x['column'] for x in saved['rows']}
+
+def test_the_opening_says_what_the_images_are(run, board, broken, tmp_path):
+    r = beside(Record('table1', tmp_path, PARAMETERS), board, run)
+    first, *rest = opening(r, ('i_auroc', 'pro'))
+    assert 'synthetic board (stand-in); smoke preset' in first and 'nothing here supports or contradicts a printed number' in first and 'UniAD' in first
+    assert sorted(rest) == sorted(r.notes) and all('synthetic board (stand-in)' in n for n in rest if 'points' in n)
+
+def test_a_training_that_was_cut_short_says_so_in_its_line(run, board, pool, tmp_path):
+    r = Record('table1', tmp_path, PARAMETERS)
+    enter(r, None, 'Ours', m := measure(*run, 20), ('pro',), subject=board)
+    enter_systems(r, board, ['simplenet', 'padim'], 'smoke', m, ('pro',), 20)
+    on = (df := side_by_side(r, ('pro',)).df)[df.columns[-1]]
+    assert on['SimpleNet'].endswith('; trained for 150 of its 600 steps') and 'steps' not in on['PaDiM']
+    assert 'Not at full length: SimpleNet trained for 150 of its 600 steps' in opening(r, ('pro',))[0]
+    assert shortened('simplenet', 'small') == '' and json.loads(r.save().read_text())['remarks'].keys() == {'SimpleNet'}
+
+def test_long_tables_are_folded_and_whole(run, board, broken, tmp_path):
+    r = beside(Record('table3', tmp_path, PARAMETERS), board, run)
+    for t, n in ((printed_table(r), 17), (long_comparison(r), len(compared(r)))):
+        html = t._repr_html_()
+        assert html.startswith('<details><summary>') and html.count('<tr') >= n and '...' not in html and t.caption in repr(t)
+
+def test_on_the_whole_category_the_printed_row_is_its_own(real, tmp_path):
+    s = subjects('btad/01')[0]
+    r = Record('table2', tmp_path, PARAMETERS | {'preset': 'paper'}).add(None, 'PatchCore', 'pro', .5, .4, .6, n=70, seed=0, subject=s)
+    df = side_by_side(r, ('pro',)).df
+    [value] = df.loc['PatchCore', 'printed: BTAD, class 01'].tolist()
+    assert float(value) == compared(r)[0]['paper'] and not opening(r, ('pro',))[0].endswith('number.')
+
+def test_what_the_intervals_settle_against_many():
+    d = lambda v, low, high: dict(difference=v, low=low, high=high)
+    a = Differences()
+    a.found = {'pro': {'lower': [d(.1, .05, .2)], 'higher': [d(-.1, -.2, -.05)], 'near': [d(.01, -.1, .1)], 'twice': [d(.1, .05, .2), d(.1, -.05, .2)], 'bare': [d(.1, None, None)]}}
+    assert a.groups('pro') == {'above': ['lower (+10.0 [+5.0, +20.0])'], 'below': ['higher (-10.0 [-20.0, -5.0])'],
+                               'not settled against': ['near (+1.0 [-10.0, +10.0])', 'twice (+10.0)', 'bare (+10.0)']}
+
+def test_a_baseline_stands_beside_the_null_models(run, board, tmp_path):
+    for row, place in ((None, ('PatchCore', 'PatchCore')), ('', (board.label, 'PatchCore')), ('x', ('x', 'PatchCore'))):
+        r = Record('table5', tmp_path, PARAMETERS)
+        assert tuple(enter_nulls(r, *run, board, 20, ('pro',), row)) == NULLS
+        [b] = [x for x in r.rows if x['column'] == 'PatchCore']
+        assert (b['row'], b['column']) == place and not b['null'] and r.settings[b['settings']]['method'] == 'patchcore'
+    assert not [x for x in r.rows if x['column'] == 'PatchCore' and x['null']]
 
 # notebooks of nbs/papers, their cells run here with a detector that is trained in a second
 

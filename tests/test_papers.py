@@ -9,8 +9,10 @@ import torch
 from bs4 import BeautifulSoup
 
 from dynad.data import to_float
-from dynad.experiments import EXPERIMENTS, TARGETS
+from dynad.experiments import EXPERIMENTS, METRICS, TARGETS, plain_name, printed
+from dynad.method import method_named
 from dynad.subjects import NULLS, area_groups
+from dynad.systems import OF_ANOMALIB, QUICK, reason_of
 
 PAPERS = Path(__file__).parent.parent/'nbs'/'papers'
 RECORDED = [e.name for e in EXPERIMENTS if e.kind != 'figure']
@@ -88,7 +90,7 @@ def test_stand_in_data_are_named(path):
 @tables
 def test_no_printed_number_beside_stand_in_data(path):
     last = code(read(path))[-1]
-    assert last.source.strip() == 'record.save(); record.comparison()'
+    assert last.source.strip() in ('record.save(); record.comparison()', 'record.save(); long_comparison(record)')
     [html] = [o.data['text/html'] for o in last.outputs if 'text/html' in o.get('data', {})]
     page = BeautifulSoup(html, 'html.parser')
     heads = [h.text for h in page.thead.tr.find_all('th') if h.text]
@@ -100,11 +102,94 @@ def test_no_printed_number_beside_stand_in_data(path):
         assert named or path.stem in TIMES and r['data'] == '—' # neighbours among random vectors
         assert r['paper'] == r['difference'] == '—' and r['ours'] != '—'
 
+# the other systems
+
+BESIDE = [e.name for e in EXPERIMENTS if any(t in ('table1', 'table2', 'table3', 'table4', 'table8', 'table9') for t in e.tables)]
+beside = pytest.mark.parametrize('path', [PAPERS/f'{n}.ipynb' for n in BESIDE], ids=BESIDE)
+
+def short_table(path):
+    "The lines of `side_by_side`: system -> (heading, metric) -> text."
+    [html] = [o.data['text/html'] for c in code(read(path)) if 'side_by_side(record' in c.source for o in c.outputs if 'text/html' in o.get('data', {})]
+    page = BeautifulSoup(html, 'html.parser')
+    assert page.find('details') is None # it is not folded
+    spans = [h for h in page.thead.find_all('tr')[0].find_all('th')[1:]]
+    tops = [h.text for h in spans for _ in range(int(h.get('colspan', 1)))]
+    heads = list(zip(tops, (h.text for h in page.thead.find_all('tr')[1].find_all('th')[1:]), strict=True))
+    rows = {r.th.text: dict(zip(heads, (d.text for d in r.find_all('td')), strict=True)) for r in page.tbody.find_all('tr')}
+    return page.p.text, rows
+
+@beside
+def test_every_system_that_runs_has_a_computed_column(path):
+    "At the default `methods`, which are all that run without extras and are quick."
+    methods, *_ = parameters(read(path))['methods']
+    assert set(methods) == set(QUICK)
+    _, rows = short_table(path)
+    for m in ('Ours', *(method_named(m).title for m in QUICK), *(f'{n} (null model)' for n in NULLS)):
+        computed = [v for (top, _), v in rows[m].items() if top == 'computed here']
+        assert computed and any(v != '—' for v in computed), m
+
+@beside
+def test_every_printed_system_has_a_line(path):
+    tables = TARGETS[path.stem].tables
+    _, rows = short_table(path)
+    for system in {c for t in tables for c in printed(t).column}:
+        [line] = [r for name, r in rows.items() if plain_name(name) == plain_name(system)]
+        why = next(v for (top, _), v in line.items() if top.startswith('computed on'))
+        if all(v == '—' for (top, _), v in line.items() if top == 'computed here'): # a reason instead
+            assert why == reason_of(system) and (system in OF_ANOMALIB.values() or 'it would take' in why)
+
+@beside
+def test_computed_figures_say_what_they_rest_on_and_leave_the_paper_its_columns(path):
+    caption, rows = short_table(path)
+    cut = [v for line in rows.values() for (top, _), v in line.items() if top.startswith('computed on') and 'steps' in v]
+    assert len(cut) == (0 if path.stem == 'table9' else 2) # a shorter training is said in its line
+    about = r'synthetic board \(stand-in\); smoke preset, a test of the machinery; seed 0'
+    assert re.search(about, caption)
+    numbers = {(plain_name(r.column), METRICS[r.metric]): r.value for t in TARGETS[path.stem].tables for r in printed(t).query("row == 'average'").itertuples()}
+    for name, line in rows.items():
+        for (top, metric), v in line.items():
+            if top.startswith('printed') and v != '—': assert float(v) == pytest.approx(numbers[plain_name(name), metric])
+            if top == 'computed here' and v != '—':
+                assert re.search(about, next(v for (top, _), v in line.items() if top.startswith('computed on')))
+
+@beside
+def test_a_table_opens_with_what_was_found_and_folds_what_is_long(path):
+    cells = code(read(path))
+    place = lambda text: next(i for i, c in enumerate(cells) if text in c.source)
+    words = place('said(record)' if path.stem == 'table9' else 'opening(record')
+    assert words < place('side_by_side(record') < place('printed_table(record)') < place('long_comparison(record)')
+    assert 'stand-in' in ''.join(cells[words].outputs[0].data['text/plain'])
+    for text in ('printed_table(record)', 'long_comparison(record)'):
+        [html] = [o.data['text/html'] for o in cells[place(text)].outputs]
+        assert BeautifulSoup(html, 'html.parser').find('details').summary.text
+    # the bar has ended and left one line
+    bars = [o.data['text/plain'] for c in cells for o in c.outputs if '<progress' in o.get('data', {}).get('text/html', '')]
+    assert bars and all((m := re.match(r'[a-z ]+: (\d+) of (\d+)', b)) and m[1] == m[2] for b in bars)
+
+@beside
+def test_the_other_systems_are_rows_of_the_record_too(path):
+    [html] = [o.data['text/html'] for o in code(read(path))[-1].outputs]
+    for m in QUICK: assert method_named(m).title in html
+
+def test_figure_8_reconstructs_with_every_system_that_does():
+    nb = read(PAPERS/'fig8.ipynb')
+    [html] = [o.data['text/html'] for o in code(nb)[-1].outputs]
+    rows = [[x.text for x in r.find_all(['th', 'td'])] for r in BeautifulSoup(html, 'html.parser').tbody.find_all('tr')]
+    for m in ('static', 'ddad', 'ran'): assert sum(method_named(m).title in r for r in rows) == 3, m
+    assert all(any('stand-in' in x and 'smoke' in x for x in r) for r in rows)
+    assert any('synthetic board (stand-in)' in t and 'Change inside' in t for t in texts(nb))
+
 @recorded
 def test_null_rows(path):
     if path.stem in TIMES: return
     html = ''.join(t for t in texts(read(path)))
     assert all(n in html for n in NULLS)
+
+@recorded
+def test_a_baseline_stands_beside_the_null_models(path):
+    "README says so of every figure."
+    if path.stem in TIMES or path.stem == 'parity': return
+    assert 'PatchCore' in ''.join(o.data.get('text/html', '') for o in code(read(path))[-1].outputs)
 
 @each
 def test_size_and_shape(path):
