@@ -18,7 +18,7 @@ from .data import AnomalyDataset
 from .decision import DecisionBench
 from .demo import demo_run
 from .detector import DynAD
-from .learning import Learned, relearn
+from .learning import Learned, relearn, with_recall
 from .explorer_model import ExplorerModel, setting_text
 from .explorer_parts import (
     PANELS, Controls, CopyCell, ExplorerPanels, Gallery,
@@ -91,7 +91,8 @@ def _build(self: Explorer) -> None:
     self.inspect = InspectTab(self.model)
     self.tabs = W.Tab([self.inspect.ui, row([left, right])], layout=W.Layout(flex='1 1 480px', min_width='300px'))
     for k, name in enumerate(('Inspect', 'Maps and sliders')): self.tabs.set_title(k, name)
-    self.bench, self.marking = DecisionBench(), MarkBar(self._target, self._learn, self._use)
+    self.bench, self.marking = DecisionBench(), MarkBar(self._target, self._learn, self._use, self._recall)
+    self.threads.append(self.marking.thread)
     self._as_opened, self._marked = self.session.model, None  # the image that the marks in view are about
     self.add_tab('Decide', W.VBox([self.bench.ui, self.marking.ui]))
     self.assemble([W.HTML(title_html(self.session)), self.recalled, self.message,
@@ -252,6 +253,11 @@ def _learn(self: Explorer) -> tuple[DynAD, Learned]:
     s = self.session
     fitted = None if s.model.info is None else fitted_dataset(s.model.info, s.config)
     with s.lock: return relearn(self._as_opened, s.dataset, fitted=fitted)
+
+@patch
+def _recall(self: Explorer, method: DynAD, learned: Learned, alive: Callable[[], bool]) -> Learned | None:
+    "What that costs, between the other work."
+    return with_recall(learned, self._as_opened, method, alive=alive, lock=self.session.lock)
 
 @patch
 def _use(self: Explorer, method: DynAD | None) -> None:

@@ -5,8 +5,9 @@
 # %% ../nbs/17m_learning.ipynb #91b91203
 from __future__ import annotations
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ from .marks import Mark, MarkError, marked_images, marks_in_force
 from .method import Method, above
 
 # %% auto #0
-__all__ = ['give_pixels', 'Flip', 'Learned', 'called', 'relearn', 'normal_marks', 'learned_lines']
+__all__ = ['SLICE', 'give_pixels', 'Flip', 'Learned', 'called', 'relearn', 'with_recall', 'normal_marks', 'learned_lines',
+           'recall_line']
 
 # %% ../nbs/17m_learning.ipynb #5a3caece
 def give_pixels(
@@ -61,10 +63,10 @@ class Learned:
     unlabelled: bool = False         # nobody knows which of the images at hand are anomalous
 
 # %% ../nbs/17m_learning.ipynb #8fbf76d9
-def called(method: Method, images: ImageSet) -> tuple[torch.Tensor, torch.Tensor]: # scores [N], anomalous [N] bool
-    "The verdicts about a set at the threshold in force."
-    scores = torch.empty(len(images))
-    for rows, p in method.predict_set(images): scores[rows] = p.score.float()
+def called(method: Method, images: ImageSet, rows: list[int] | None = None # default: all
+           ) -> tuple[torch.Tensor, torch.Tensor]: # scores, anomalous (bool): [N], as long as `rows`
+    "The verdicts about images of a set at the threshold in force."
+    scores = torch.cat([p.score.float() for _, p in method.predict_set(images, rows)])
     return scores, above(scores, method.decision.image_threshold)
 
 # %% ../nbs/17m_learning.ipynb #42b09ea7
@@ -72,10 +74,10 @@ def relearn(
     method: Method,                     # opened
     dataset: AnomalyDataset,            # its test images are those at hand
     marks: Sequence[Mark] | None = None,# default: all that are marked as normal in the run
-    defects: int | None = None,         # synthetic ones, 0: none; default: as many as a fit chooses by
+    defects: int = 0,                   # synthetic ones whose recall is measured at once; see `with_recall`
     fitted: AnomalyDataset | None = None# that the run was fitted on; default: `dataset`
 ) -> tuple[Method, Learned]:            # the method that has learned; what has changed
-    "Learn from marked images, and measure it; nothing is kept yet. Raises MarkError where nothing is marked as normal."
+    "Learn from marked images, and see what flips; nothing is kept yet. Raises MarkError where none is marked as normal."
     start, c = time.perf_counter(), method.config
     marks = normal_marks(method.root) if marks is None else list(marks)
     if not marks:
@@ -92,15 +94,32 @@ def relearn(
         flips = [Flip(x.name, kinds[i], bool(was[i]), bool(now[i]), (float(s[i]), float(t[i])))
                  for i, x in enumerate(dataset.test) if was[i] != now[i]]
         found, false = (tuple(int((v & of).sum()) for v in (was, now)) for of in (y, ~y))
-    recall, n = None, N_DEFECTS if defects is None else defects
-    if n:
-        bad = synthetic_set(method.held_out_set, n, c.seed)
-        recall = tuple(float(called(m, bad)[1].float().mean()) for m in (method, after))
     thresholds = method.decision.image_threshold, after.decision.image_threshold
     still = int(called(after, after.normals)[1].sum())
-    return after, Learned(len(marks), still, thresholds, flips, found, false, len(dataset.test), recall, n,
-                          method.absorbs + ('the threshold',), time.perf_counter() - start,
-                          bool(kinds) and set(kinds) == {'unlabelled'})
+    learned = Learned(len(marks), still, thresholds, flips, found, false, len(dataset.test), None, 0,
+                      method.absorbs + ('the threshold',), time.perf_counter() - start,
+                      bool(kinds) and set(kinds) == {'unlabelled'})
+    return after, with_recall(learned, method, after, defects) if defects else learned
+
+# %% ../nbs/17m_learning.ipynb #42b09eb1
+SLICE = 8 # images between two looks at `alive`
+
+def with_recall(
+    learned: Learned,
+    before: Method, after: Method,
+    n: int = N_DEFECTS,                              # synthetic defects; default: as many as a fit chooses by
+    alive: Callable[[], bool] = lambda: True,        # False: nobody wants it any more
+    lock: AbstractContextManager = nullcontext()     # held while a model is called, for a few images at a time
+) -> Learned | None:                                 # None: no longer alive
+    "The same with the recall on synthetic defects in the run's held-out normal images; needs `give_pixels`."
+    bad, found = synthetic_set(before.held_out_set, n, before.config.seed), []
+    for m in (before, after):
+        hits = []
+        for a in range(0, n, SLICE):
+            if not alive(): return None
+            with lock: hits.append(called(m, bad, list(range(a, min(a + SLICE, n))))[1])
+        found.append(float(torch.cat(hits).float().mean()))
+    return replace(learned, recall=tuple(found), defects=n)
 
 # %% ../nbs/17m_learning.ipynb #973ecd70
 def normal_marks(root: Path) -> list[Mark]:
@@ -121,7 +140,9 @@ def learned_lines(l: Learned) -> list[str]:
     word = {True: 'anomalous', False: 'normal'}
     out += [f'  {f.image} ({f.kind}): {word[f.before]} → {word[f.after]} '
             f'(score {f.score[0]:.3g} → {f.score[1]:.3g})' for f in l.flips]
-    if l.recall:
-        out.append(f'recall on {l.defects} synthetic defects in held-out normal images '
-                   f'{l.recall[0]:.0%} → {l.recall[1]:.0%}')
-    return out
+    return out + ([recall_line(l)] if l.recall else [])
+
+def recall_line(l: Learned) -> str:
+    "What `with_recall` has measured."
+    return (f'recall on {l.defects} synthetic defects in held-out normal images '
+            f'{l.recall[0]:.0%} → {l.recall[1]:.0%}')

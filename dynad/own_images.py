@@ -23,7 +23,7 @@ from .collector import DataError, collect, count, list_images, summary_line
 from .explorer import Explorer
 from .images import read_image
 from .inspection import Inspector, losses_figure, result_sheet, save_uploads, scores_html
-from .learning import Learned, relearn
+from .learning import Learned, relearn, with_recall
 from .marking import MarkBar, Target
 from .marks import marks_in_force, pixels_key
 from .paths import expanded, printable
@@ -149,7 +149,8 @@ def _build(self: OwnImages, normal: str, new: str, preset: str) -> None:
     self.status, self.answer, self.warnings, self.scores = W.HTML(), W.HTML(), W.HTML(), W.HTML()
     self.loss_curve = W.Image(format='png', layout=W.Layout(width='100%', max_width='900px', display='none'))
     self.sheet, self.explorer, self.below = ResultSheet(), None, W.VBox()
-    self.bench, self.marking = DecisionBench(), MarkBar(self._target, self._learn, self._use)
+    self.bench, self.marking = DecisionBench(), MarkBar(self._target, self._learn, self._use, self._recall)
+    self.threads.append(self.marking.thread)
     self.bench.moved = self._threshold_tried
     self.bench.keep = lambda chosen: self.model.inspected_by.keep_choice(chosen)
     self.which = labelled(W.Dropdown, 'image', 60, layout=dict(max_width='560px'))
@@ -422,6 +423,11 @@ def _learn(self: OwnImages) -> tuple[DynAD, Learned]:
     self._as_inspected = self.model.inspected_by
     fitted = fitted_dataset(self._as_inspected.info, self._as_inspected.config)
     return relearn(self._as_inspected, with_unlabelled(fitted, self.model.files), fitted=fitted)
+
+@patch
+def _recall(self: OwnImages, detector: DynAD, learned: Learned, alive: Callable[[], bool]) -> Learned | None:
+    "What that costs; it gives way to an inspection."
+    return with_recall(learned, self._as_inspected, detector, alive=alive, lock=self.lock)
 
 @patch
 def _use(self: OwnImages, detector: DynAD | None) -> None:
