@@ -252,7 +252,7 @@ def _learn(self: Explorer) -> tuple[DynAD, Learned]:
     "The method with the images that are marked as normal, and what that changes on the images shown."
     s = self.session
     fitted = None if s.model.info is None else fitted_dataset(s.model.info, s.config)
-    with s.lock: return relearn(self._as_opened, s.dataset, fitted=fitted)
+    with s.lock: return relearn(self._as_opened, s.dataset, fitted=fitted, images=s.test_set)
 
 @patch
 def _recall(self: Explorer, method: DynAD, learned: Learned, alive: Callable[[], bool]) -> Learned | None:

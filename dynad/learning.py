@@ -14,13 +14,15 @@ import torch
 
 from .cache import ImageSet
 from .choosing import N_DEFECTS, synthetic_set
-from .data import AnomalyDataset, DataError, images_key, load_images, split_normal
-from .marks import Mark, MarkError, marked_images, marks_in_force
+from .data import AnomalyDataset, DataError, Sample, images_key, load_images, split_normal
+from .images import read_image
+from .marks import Mark, MarkError, marked_images, marks_in_force, pixels_key
 from .method import Method, above
+from .paths import printable
 
 # %% auto #0
-__all__ = ['SLICE', 'give_pixels', 'Flip', 'Learned', 'called', 'relearn', 'with_recall', 'normal_marks', 'learned_lines',
-           'recall_line']
+__all__ = ['SLICE', 'give_pixels', 'Flip', 'Learned', 'called', 'relearn', 'with_recall', 'same_images', 'normal_marks',
+           'learned_lines', 'recall_line']
 
 # %% ../nbs/17m_learning.ipynb #5a3caece
 def give_pixels(
@@ -75,7 +77,8 @@ def relearn(
     dataset: AnomalyDataset,            # its test images are those at hand
     marks: Sequence[Mark] | None = None,# default: all that are marked as normal in the run
     defects: int = 0,                   # synthetic ones whose recall is measured at once; see `with_recall`
-    fitted: AnomalyDataset | None = None# that the run was fitted on; default: `dataset`
+    fitted: AnomalyDataset | None = None,# that the run was fitted on; default: `dataset`
+    images: ImageSet | None = None      # those at hand, if they are open; default: opened now
 ) -> tuple[Method, Learned]:            # the method that has learned; what has changed
     "Learn from marked images, and see what flips; nothing is kept yet. Raises MarkError where none is marked as normal."
     start, c = time.perf_counter(), method.config
@@ -84,8 +87,10 @@ def relearn(
         raise MarkError(f"{method.root}: no image is marked as normal; "
                         "mark false alarms with `dynad mark RUN IMAGE --normal`")
     give_pixels(method, fitted or dataset)
-    after = method.with_normals(marked_images(method.root, marks, c.data.image_size, c.data.max_pixels))
-    sets = [method.test_images(dataset.test, dataset)] if dataset.test else []
+    if images is None and dataset.test: images = method.test_images(dataset.test, dataset)
+    marked = marked_images(method.root, marks, c.data.image_size, c.data.max_pixels)
+    after = method.with_normals(marked, (images, same_images(dataset.test, marks, method)) if images else None)
+    sets = [images] if images else []
     kinds = [s.defect for s in dataset.test]
     flips, found, false = [], (0, 0), (0, 0)
     if sets:
@@ -120,6 +125,13 @@ def with_recall(
             with lock: hits.append(called(m, bad, list(range(a, min(a + SLICE, n))))[1])
         found.append(float(torch.cat(hits).float().mean()))
     return replace(learned, recall=tuple(found), defects=n)
+
+# %% ../nbs/17m_learning.ipynb #42b09eb2
+def same_images(samples: Sequence[Sample], marks: Sequence[Mark], method: Method) -> dict[int, int]:
+    "Which of these samples are marked images, by name and pixels: position -> which mark."
+    c, at = method.config.data, {m.file: k for k, m in enumerate(marks)}
+    named = ((i, at[name]) for i, s in enumerate(samples) if (name := printable(s.image)) in at)
+    return {i: k for i, k in named if pixels_key(read_image(samples[i].image, c.image_size, c.max_pixels)) == marks[k].pixels}
 
 # %% ../nbs/17m_learning.ipynb #973ecd70
 def normal_marks(root: Path) -> list[Mark]:
