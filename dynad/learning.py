@@ -131,7 +131,8 @@ def same_images(samples: Sequence[Sample], marks: Sequence[Mark], method: Method
     "Which of these samples are marked images, by name and pixels: position -> which mark."
     c, at = method.config.data, {m.file: k for k, m in enumerate(marks)}
     named = ((i, at[name]) for i, s in enumerate(samples) if (name := printable(s.image)) in at)
-    return {i: k for i, k in named if pixels_key(read_image(samples[i].image, c.image_size, c.max_pixels)) == marks[k].pixels}
+    seen = lambda i: pixels_key(read_image(samples[i].image, c.image_size, c.max_pixels))
+    return {i: k for i, k in named if seen(i) == marks[k].pixels}
 
 # %% ../nbs/17m_learning.ipynb #973ecd70
 def normal_marks(root: Path) -> list[Mark]:

@@ -25,7 +25,7 @@ class FrontError(DynadError, ValueError):
 @dataclass(frozen=True)
 class Place:
     "What is opened."
-    kind: str          # 'demo', 'run', 'own' (a folder of `OwnImages`) or 'images'
+    kind: str          # 'demo', 'run', 'own' (a folder of `OwnImages`, or an empty one) or 'images'
     path: Path | None  # None for the demo
 
 # %% ../nbs/18n_server.ipynb #4b3f5e1f
@@ -44,8 +44,9 @@ def place_of(
     if (p/'run.json').is_file(): return Place('run', p)
     if (p/'config.json').is_file() and (p/'stages').is_dir():
         raise FrontError(f"{printable(p)}: its fit is not finished; the same `dynad fit` goes on where it stopped")
+    if not any(not f.name.startswith('.') for f in p.iterdir()): return Place('own', p) # to be filled
     if not _holds_images(p): raise FrontError(f"{printable(p)}: no run and no image in there; name a run directory "
-                                              "of `dynad fit`, or a folder of images")
+                                              "of `dynad fit`, a folder of images, or an empty one")
     return Place('images', p)
 
 def _holds_images(folder: Path) -> bool:

@@ -213,6 +213,47 @@ def test_browser_open(view, tmp_path, monkeypatch):
         assert view.unexpected() == []
     assert process.poll() is not None and not list(tmp_path.glob('dynad-open-*'))
 
+def test_browser_from_an_empty_folder(view, tmp_path, boards, monkeypatch):
+    "`dynad open EMPTY`, without a line of code: images are dropped, fitted, one of one's own is judged, said to be wrong, learned from."
+    pytest.importorskip('voila', reason='voila is not installed')
+    from dynad.server import place_of, server as front_server
+    monkeypatch.setenv('TMPDIR', str(tmp_path))
+    (tmp_path/'mine').mkdir()
+    page = view.page
+    page.set_viewport_size(dict(width=1280, height=1000))
+    text = lambda: page.locator('.dynad-x').first.inner_text()
+    look = lambda name: page.screenshot(path=Path(SHOTS or tmp_path)/f'empty_{name}.png', full_page=True)
+    def drop(which, files):
+        with page.expect_file_chooser() as chooser: page.locator('.widget-upload', has_text=which).first.click()
+        chooser.value.set_files([str(f) for f in files])
+    press = lambda name: page.locator('.dynad-x button', has_text=re.compile(rf'^\s*{name}\s*$')).first.click()
+    with front_server(place_of(tmp_path/'mine'), tmp_path/'keep') as (url, _):
+        page.goto(url, timeout=WAIT*1000)
+        view.until(lambda: page.locator('.widget-upload', has_text='drop normal images').is_visible(), WAIT, 'the page')
+        look('1_page')
+        drop('drop normal images', [s.image for s in boards.train[:16]])
+        view.until(lambda: '16 dropped so far' in text(), WAIT, 'the upload')
+        page.locator('.widget-dropdown', has_text='preset').locator('select').select_option('smoke (a test)')
+        press('fit')
+        view.until(lambda: 'fitted on ' in text() or page.locator('.dynad-error').count(), WAIT, 'the fit')
+        view.until(lambda: 'Nobody knows yet how much it finds' in text(), WAIT, 'the verdict on the run')
+        look('2_fitted')
+        bad = [s for s in boards.test if s.label][:3]
+        drop('drop new images', [s.image for s in bad])
+        view.until(lambda: 'of 3 classified as anomalous' in text() and page.locator('.dynad-sheet img').count() == 12, WAIT, 'the judgement')
+        assert 'preset smoke: a test' in text()
+        press('this is normal')
+        view.until(lambda: 'This image is marked as normal' in text(), 60, 'the mark')
+        press('learn from the marks')
+        view.until(lambda: '1 marked image joined' in text(), WAIT, 'what it changes')
+        view.until(lambda: re.search(r'recall on 56 synthetic defects in held-out normal images \d+% → \d+%', text()), WAIT, 'what it costs')
+        look('3_judged')
+        press('keep in the run')
+        view.until(lambda: 'every view have learned it' in text(), 60, 'kept')
+        assert not page.locator('.dynad-error').count() and view.unexpected() == []
+    log = [json.loads(l) for l in (tmp_path/'mine'/'run'/'marks.jsonl').read_text().splitlines()]
+    assert [m['what'] for m in log] == ['normal'] and json.loads((tmp_path/'mine'/'run'/'learned.json').read_text())['normals'] == [log[0]['pixels']]
+
 def test_browser_strip_of_two_thousand(view):
     "Only what is in view exists; a scroll through all of it never holds the page."
     from dynad.charts import template_text

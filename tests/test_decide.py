@@ -256,6 +256,22 @@ def test_the_bench_decides_in_the_explorer(run):
         assert open_run(run, progress=False).decision.chosen is None
     finally: x.close()
 
+def test_the_verdict_in_the_explorer(run):
+    "Made when somebody looks; claims, severity and evidence are those of `evaluate`; again after another threshold."
+    x = Explorer(run, prefetch=False)
+    try:
+        x.wait(300)
+        assert x.verdict.found is None and x.verdict.text.value == ''
+        x.tabs.selected_index = next(k for k, w in enumerate(x.tabs.children) if w is x.verdict.ui)
+        x.wait(300)
+        e = evaluate(open_run(run, progress=False), x.session.dataset, n_boot=200, null_models=False)
+        assert x.verdict.message.value == '' and x.verdict.found == e.result['verdict'] and len(x.verdict.found) > 2
+        for c in x.verdict.found: assert c['claim'].replace("'", '&#x27;') in x.verdict.text.value and f'class="dynad-{c["severity"]}"' in x.verdict.text.value
+        x.session.model.keep_choice(Chosen(at=1e6))                      # nothing is found any more
+        x.verdict.again.click(); x.wait(300)
+        assert any('misses most defects' in c['claim'] for c in x.verdict.found)
+    finally: x.close()
+
 def test_marks_in_the_explorer(run):
     x = Explorer(run, prefetch=False)
     try:

@@ -19,7 +19,9 @@ def test_what_is_named(tmp_path, smoke, boards):
     (tmp_path/'cut'/'stages').mkdir(parents=True); (tmp_path/'cut'/'config.json').write_text('{}')
     for path, text in ((tmp_path/'none', 'no such folder; name a run'), (tmp_path/'own'/'own_images.json', 'a file, not a folder'), (tmp_path/'cut', 'its fit is not finished')):
         with pytest.raises(FrontError, match=text): place_of(path)
-    (tmp_path/'empty').mkdir()
+    (tmp_path/'empty').mkdir(); (tmp_path/'empty'/'.hidden').touch()
+    assert place_of(tmp_path/'empty').kind == 'own'                    # a workplace to be filled
+    (tmp_path/'empty'/'notes.txt').touch()
     with pytest.raises(FrontError, match='no run and no image in there'): place_of(tmp_path/'empty')
 
 def test_refused_before_anything_slow(tmp_path):
