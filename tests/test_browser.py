@@ -254,6 +254,31 @@ def test_browser_from_an_empty_folder(view, tmp_path, boards, monkeypatch):
     log = [json.loads(l) for l in (tmp_path/'mine'/'run'/'marks.jsonl').read_text().splitlines()]
     assert [m['what'] for m in log] == ['normal'] and json.loads((tmp_path/'mine'/'run'/'learned.json').read_text())['normals'] == [log[0]['pixels']]
 
+def test_browser_lab_leaves_the_checkout_as_it_is(view, tmp_path, monkeypatch):
+    "`dynad open --lab` in a checkout: the page and an app are used and saved in JupyterLab, and git sees no change."
+    import subprocess
+    from browser import ROOT
+    from dynad.server import place_of, server as front_server
+    for name, value in dict(DYNAD_CACHE=tmp_path, TMPDIR=tmp_path, JUPYTER_CONFIG_DIR=tmp_path/'config', JUPYTER_DATA_DIR=tmp_path/'data', JUPYTERLAB_WORKSPACES_DIR=tmp_path/'spaces', JUPYTERLAB_SETTINGS_DIR=tmp_path/'settings').items(): monkeypatch.setenv(name, str(value))
+    (tmp_path/'demo').symlink_to(demo().parent)
+    repo, page = tmp_path/'repo', view.page
+    (repo/'nbs').mkdir(parents=True)
+    for f in APPS.glob('*.ipynb'): (repo/'nbs'/f.name).write_bytes(f.read_bytes())
+    (repo/'.gitignore').write_bytes((ROOT/'.gitignore').read_bytes())
+    git = lambda *args: subprocess.run(['git', '-c', 'user.name=t', '-c', 'user.email=t@t', *args], cwd=repo, check=True, capture_output=True, text=True).stdout
+    git('init', '-q'); git('add', '-A'); git('commit', '-qm', 'as it was')
+    with front_server(place_of(None), repo/'dynad_open', lab=True) as (url, process):
+        page.goto(url, timeout=WAIT*1000)
+        page.wait_for_selector('#jp-main-statusbar :text("| Idle")', timeout=WAIT*1000)
+        page.click('.lm-MenuBar-item:has-text("Run")'); page.click('.lm-Menu-item[data-command="runmenu:run-all"]')
+        view.until(lambda: page.locator('.dynad-x').count() and 'times the' in page.locator('.dynad-x').first.inner_text(), WAIT, 'the verdict')
+        page.screenshot(path=Path(SHOTS or tmp_path)/'lab.png')
+        page.keyboard.press('Control+s')
+        kept = repo/'dynad_open'/'dynad.ipynb'
+        view.until(lambda: 'widget-view' in kept.read_text(), 60, 'saved with its outputs')
+    assert {p.name for p in (repo/'dynad_open').glob('*.ipynb')} == {'dynad.ipynb', *(p.name for p in APPS.glob('*.ipynb'))}
+    assert git('status', '--porcelain') == '' and process.poll() is not None
+
 def test_browser_strip_of_two_thousand(view):
     "Only what is in view exists; a scroll through all of it never holds the page."
     from dynad.charts import template_text
