@@ -19,7 +19,7 @@ from .decision import DecisionBench
 from .demo import demo_run
 from .detector import DynAD
 from .learning import Learned, relearn, with_recall
-from .explorer_model import ExplorerModel, setting_text
+from .explorer_model import ExplorerModel
 from .explorer_parts import (
     PANELS, Controls, CopyCell, ExplorerPanels, Gallery,
     brightest_html, facts_html, image_html, metrics_html, severity_html)
@@ -27,6 +27,7 @@ from .inspect_tab import InspectTab
 from .map_cache import MapCache, Setting
 from .marking import MarkBar, Target
 from .session import Session, fitted_dataset
+from .setting_text import setting_text
 from .show import SmallImage
 from .surroundings import Surroundings
 from .symbols import legend_html

@@ -17,7 +17,7 @@ from dynad.config import ConfigError, make_config
 from dynad.demo import demo_run
 from dynad.detector import DynAD
 from dynad.explorer import STATE, Explorer
-from dynad.explorer_model import t_max_grid
+from dynad.setting_text import t_max_grid
 from dynad.surroundings import pull_html
 from dynad.fusion import quantile, score, smooth, upsample
 from dynad.images import DataError
