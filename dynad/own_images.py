@@ -108,7 +108,8 @@ def _arrange(self: OwnImages) -> None:
     self.judged = W.VBox([_head(4, 'Decide, and say what is wrong'), self.decide.ui], layout=W.Layout(display='none'))
     self.assemble([
         _head(1, 'Normal images'), self.normal.ui, row([self.look_button, self.look_status]), self.slots['normal'],
-        self.data_page, _head(2, 'Fit'), self.preset, self.region.ui, row([self.tile, W.HTML(soft(TILES))], align_items='center'),
+        self.data_page, _head(2, 'Fit'), self.preset, self.region.ui,
+        row([self.tile, W.HTML(soft(TILES))], align_items='center'),
         W.HBox([self.fit_button, self.stop_button]), self.slots['fit'], self.progress, self.status, self.loss_curve,
         self.trust, _head(3, 'Inspect'), self.new.ui,
         row([self.inspect_button, self.export_button, self.explore_button]),

@@ -120,7 +120,7 @@ def app_copies() -> dict[str, str]: # file name -> text
 
 # %% ../nbs/18n_server.ipynb #93babb27
 def write_lab(place: Place, keep: Path, port: int) -> list[str]:
-    "Notebooks of the page and of the apps in `keep`, unless they are there; the command that starts JupyterLab on them."
+    "Notebooks of the page and the apps in `keep`, unless they are there; the command that starts JupyterLab on them."
     keep.mkdir(parents=True, exist_ok=True)
     for name, text in {'dynad.ipynb': page_notebook(place, keep), **app_copies()}.items():
         if not (keep/name).exists(): (keep/name).write_text(text, encoding='utf-8')

@@ -235,7 +235,7 @@ def test_browser_from_an_empty_folder(view, tmp_path, boards, monkeypatch):
         view.until(lambda: '16 dropped so far' in text(), WAIT, 'the upload')
         page.locator('.widget-dropdown', has_text='preset').locator('select').select_option('smoke (a test)')
         press('fit')
-        view.until(lambda: 'fitted on ' in text() or page.locator('.dynad-error').count(), WAIT, 'the fit')
+        view.until(lambda: 'fitted on ' in text() or page.locator('.dynad-error').count(), 3*WAIT, 'the fit')
         view.until(lambda: 'Nobody knows yet how much it finds' in text(), WAIT, 'the verdict on the run')
         look('2_fitted')
         bad = [s for s in boards.test if s.label][:3]
