@@ -226,7 +226,7 @@ def test_browser_from_an_empty_folder(view, tmp_path, boards, monkeypatch):
     def drop(which, files):
         with page.expect_file_chooser() as chooser: page.locator('.widget-upload', has_text=which).first.click()
         chooser.value.set_files([str(f) for f in files])
-    press = lambda name: page.locator('.dynad-x button', has_text=re.compile(rf'^\s*{name}\s*$')).first.click()
+    press = lambda name: page.locator('.dynad-x button:enabled', has_text=re.compile(rf'^\s*{name}\s*$')).first.click()
     with front_server(place_of(tmp_path/'mine'), tmp_path/'keep') as (url, _):
         page.goto(url, timeout=WAIT*1000)
         view.until(lambda: page.locator('.widget-upload', has_text='drop normal images').is_visible(), WAIT, 'the page')

@@ -62,7 +62,7 @@ def test_tabs(smoke, boards, tmp_path):
     assert app.message.value == '' and app.tabs.titles == ('Your images', 'Explorer', 'Report') and app.tabs.selected_index == 1
     assert app.slot.children == (app.explorer.ui,) and not app.reports.make_button.disabled
     app.explorer.add_tab('Another', app.own.progress)
-    assert app.explorer.tabs.titles == ('Inspect', 'Maps and sliders', 'Decide', 'Another')
+    assert app.explorer.tabs.titles == ('Inspect', 'Maps and sliders', 'Decide', 'Verdict', 'Another')
     app.close()
     app = open_app(boards.root/'train', tmp_path, preset='smoke')
     assert app.own.normal.folder.value == str((boards.root/'train').resolve()) and app.tabs.selected_index == 0 and app.reports.make_button.disabled
