@@ -6,7 +6,7 @@
 from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from operator import index
 from typing import Any, Callable, Iterator, SupportsIndex
 
@@ -20,9 +20,10 @@ from .dic import pooled
 from .fusion import feature_maps, latent_map
 from .guard import tqdm
 from .reconstruction import noise_keys
+from .spatial_dic import SpatialDIC, neighbourhoods
 from .store import Shards, Store
 from .walk import (Parts, RawMaps, Severity, averaged_t_hat, choose_t_hat, decode, encode, extract_features,
-                        map_layers, neighbour_maps, reconstruct_latents, sampler_settings)
+                        map_layers, reconstruct_latents, sampler_settings)
 
 # %% auto #0
 __all__ = ['BY_PIXELS', 'MAP_NAMES', 'batches', 'ImageSet', 'image_set', 'Cached', 'FeatureRows', 'CachedWalk']
@@ -148,6 +149,18 @@ def __call__(self: Cached, rows: list[int], t_hat: Tensor | None = None) -> dict
     "The results of these rows, computed where they are missing; arguments as `fill`."
     self.fill(rows, t_hat)
     return self.shards.read(self._pairs(rows, t_hat))
+
+# %% ../nbs/14a_cache.ipynb #328820dd
+@patch
+def take(self: Cached,
+    other: Cached,         # the same function over another set
+    same: dict[int, int],  # row of `other` -> the row here that is the same image
+    pairs: bool            # of a function of images and T̂
+) -> None:
+    "Take over what is stored of images that are in another set too."
+    n = _PAIR if pairs else 1
+    back = {same[q//n]*n + q % n: q for q in other.shards.rows if q//n in same}
+    self.shards.fill(sorted(back), lambda missing: other.shards.read([back[q] for q in missing]))
 
 # %% ../nbs/14a_cache.ipynb #aadbb1ce
 class FeatureRows:
@@ -382,6 +395,22 @@ def raw_maps(self: CachedWalk,
     got = self.cached_maps(rows, t)
     return RawMaps(got['l'], {j: got[MAP_NAMES[f.reference].format(j)] for j in f.layers})
 
+# %% ../nbs/14a_cache.ipynb #4f4325d7
+@patch
+def patches(self: CachedWalk, rows: tuple[int, ...], layers: tuple[int, ...]) -> Tensor: # [len(rows),h,w,ΣC]
+    "`neighbourhoods` of images."
+    return neighbourhoods({j: self.features[j][list(rows)] for j in layers}, layers).contiguous()
+
+@patch
+def cached_neighbours(self: CachedWalk,
+    key: str, banks: tuple[SpatialDIC, ...],  # of one of `Parts.pieces`
+    patches: Callable[..., Tensor]            # `self.patches`, or the same that remembers
+) -> Cached:
+    "The distances to the banks of one piece, wrapped: those of a fit stay where marked images join it."
+    def function(rows): return {f'n{k}': b.distance(patches(tuple(rows), b.layers)) for k, b in enumerate(banks)}
+    depends = self.depends_on(phi=self.parts.hashes['phi'], spatial=key)
+    return self.cached('neighbours', depends, function, 'neighbour maps')
+
 # %% ../nbs/14a_cache.ipynb #4f4325d6
 @patch
 def neighbour_maps(self: CachedWalk,
@@ -390,12 +419,12 @@ def neighbour_maps(self: CachedWalk,
     "The parts of n_map."
     if not self.parts.spatial: return ()
     p, rows = self.parts, list(range(len(self))) if rows is None else list(rows)
-    def function(rows):
-        maps = neighbour_maps(p, {j: f[rows] for j, f in self.features.items()})
-        return {f'n{k}': m for k, m in enumerate(maps)}
-    depends = self.depends_on(phi=p.hashes['phi'], spatial=p.hashes['spatial'])
-    got = self.cached('neighbours', depends, function, 'neighbour maps')(rows)
-    return tuple(got[f'n{k}'] for k in range(len(p.spatial)))
+    patches = lru_cache(len(p.spatial))(self.patches) # of a batch, for all pieces
+    pieces = [self.cached_neighbours(*piece, patches) for piece in p.pieces or ((p.hashes['spatial'], p.spatial),)]
+    for b in batches(len(rows), p.config.batch):
+        for c in pieces: c.fill([rows[k] for k in b])
+    got = [c(rows) for c in pieces]
+    return tuple(torch.stack([g[f'n{k}'] for g in got]).amin(0) for k in range(len(p.spatial)))
 
 # %% ../nbs/14a_cache.ipynb #4bce0f28
 @patch
@@ -415,6 +444,16 @@ def missing(self: CachedWalk,
 ) -> list[int]:
     "The images whose raw maps would have to be computed."
     return self.cached_maps.missing(*_rows_and_t_hat(self, t_hat, rows))
+
+# %% ../nbs/14a_cache.ipynb #162d2709
+@patch
+def adopt(self: CachedWalk,
+    other: CachedWalk,
+    same: dict[int, int]  # row of `other` -> the row here that is the same image
+) -> None:
+    "Take over what is stored of images that are in another set too: features, reconstructions and their maps."
+    for name in ('cached_features', 'cached_latents', 'cached_maps'):
+        getattr(self, name).take(getattr(other, name), same, pairs=name != 'cached_features')
 
 # %% ../nbs/14a_cache.ipynb #a48569e4
 @patch

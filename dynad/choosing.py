@@ -32,7 +32,7 @@ def fit_spatial(
     "The banks of the neighbour map, as a stage."
     c, groups = parts.config, neighbour_groups(parts.config)
     hashes = {k: v for k, v in parts.hashes.items() if k != 'spatial'}
-    if not groups: return replace(parts, spatial=(), hashes=hashes)
+    if not groups: return replace(parts, spatial=(), pieces=(), hashes=hashes)
     def features(rows): return extract_features(parts, to_float(images.images[rows]))
     def make(work):
         banks = [SpatialDIC.fit((features(r) for r in batches(len(images), c.batch, 'patches', images.progress)), g,
@@ -41,7 +41,7 @@ def fit_spatial(
     depends_on = dict(images=images.key, phi=hashes['phi'], groups=groups, seed=c.seed, precision=c.precision)
     state = load_tensors(images.store.stage('spatial', depends_on, make)/'data.safetensors')
     banks = tuple(SpatialDIC.from_state({n: state[f'{n}{k}'] for n in ('bank', 'layers')}) for k in range(len(groups)))
-    return replace(parts, spatial=banks, hashes=hashes | {'spatial': content_key(depends_on)})
+    return replace(parts, spatial=banks, pieces=(), hashes=hashes | {'spatial': content_key(depends_on)})
 
 # %% ../nbs/14b_choosing.ipynb #74341447
 N_DEFECTS, MOST_NORMAL = 56, 64  # defects; normal images that are used, at most

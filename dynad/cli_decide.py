@@ -118,8 +118,11 @@ def learn(
             return
         before = method.base or method
         before.choice, before.root = method.choice, method.root
-        after, found = learning.relearn(before, dataset, defects=defects)
+        after, found = learning.relearn(before, dataset)
         for line in learning.learned_lines(found): echo(line)
+        if defects != 0: # what takes longer comes last
+            n = learning.N_DEFECTS if defects is None else defects
+            echo(learning.recall_line(learning.with_recall(found, before, after, n)))
         if dry: return
         after.keep_normals(learning.normal_marks(run))
         echo('kept: every later open of this run has learned it')

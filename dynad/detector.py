@@ -23,7 +23,9 @@ from .fusion import Calibration, feature_map, map_range, mean_map, score, upsamp
 from .launch import processes
 from .lean import lean_walk, needed, picked
 from .method import (Decision, Hooks, Method, Prediction, checked_images, given_roi, keep_roi, kept_roi, register)
+from .marks import pixels_key
 from .paths import expanded
+from .spatial_dic import SpatialDIC
 from .stages import (fit_autoencoder, fit_bank, fit_denoiser, fit_phi, load_autoencoder, load_bank, load_phi,
                           load_spatial, load_unet, phi_of)
 from .store import REPAIR_HINT, StoreError, atomic_write, load_json, save_tensors, state_hash
@@ -33,8 +35,8 @@ from .walk import Parts, WalkOutputs, averaged_t_hat, neighbour_groups, walk
 
 # %% auto #0
 __all__ = ['DynADPrediction', 'DynAD', 'train_parts', 'choose_mixture', 'load_parts', 'neighbour_ranges', 'counted_key',
-           'counted', 'measured_level', 'finished', 'refuse_retraining', 'calibration_of_set', 'untrained',
-           'possible_t_hat', 'load_calibration']
+           'counted', 'measured_level', 'finished', 'novel_patches', 'refuse_retraining', 'calibration_of_set',
+           'untrained', 'possible_t_hat', 'load_calibration']
 
 # %% ../nbs/16_detector.ipynb #c2d2088e
 @dataclass
@@ -300,15 +302,36 @@ def with_parts(self: DynAD,
     other._decision = None # learned when it is asked for
     return other
 
+# %% ../nbs/16_detector.ipynb #b83ff4e7
+def novel_patches(
+    parts: Parts,     # as they were before anything was marked
+    walk: CachedWalk, # of the marked images
+    r: int            # which of them
+) -> tuple[str, tuple[SpatialDIC, ...]]: # a key, and one bank for each part of n_map
+    "The patches of a marked image that the banks do not know yet, found once."
+    memory, key = walk.set.memory, content_key([parts.hashes['spatial'], pixels_key(walk.images[r])])
+    if key not in memory:
+        features = {j: f[[r]] for j, f in walk.features.items()}
+        memory[key] = tuple(b.novel(features) for b in parts.spatial)
+    return key, memory[key]
+
+@patch
+def take_over(self: DynAD, images: ImageSet, same: dict[int, int]) -> None:
+    "Before the marked images join: what is stored of them as images of this set is not computed again."
+    CachedWalk(self.parts, self.normals).adopt(CachedWalk(self.parts, images), same)
+
 # %% ../nbs/16_detector.ipynb #b83ff4e8
 @patch
 def absorb(self: DynAD, rows: list[int]) -> None:
     "The marked images join the neighbours of DIC, whose bins stay as they are, and the banks of the neighbour map."
-    p, features = self.parts, {j: f[rows] for j, f in CachedWalk(self.parts, self.normals).features.items()}
-    d, mark = p.config.dic, content_key([self.normals.key, rows])
-    dic = replace(p.dic, bank=torch.cat([p.dic.bank, pooled(features[d.layer], d.pool)]))
+    p, d, walk = self.parts, self.parts.config.dic, CachedWalk(self.parts, self.normals)
+    mark = content_key([self.normals.key, rows])
+    dic = replace(p.dic, bank=torch.cat([p.dic.bank, pooled(walk.features[d.layer][rows], d.pool)]))
     hashes = p.hashes | {k: content_key([p.hashes[k], mark]) for k in ('bank', 'spatial') if k in p.hashes}
-    self.parts = replace(p, dic=dic, spatial=tuple(b.joined(features) for b in p.spatial), hashes=hashes)
+    more = [novel_patches(p, walk, r) for r in rows] if p.spatial else []
+    spatial = tuple(b.joined([banks[k] for _, banks in more]) for k, b in enumerate(p.spatial))
+    pieces = ((p.hashes['spatial'], p.spatial), *more) if more else ()
+    self.parts = replace(p, dic=dic, spatial=spatial, pieces=pieces, hashes=hashes)
 
 DynAD.absorbs = ('the neighbours of DIC', 'the banks of the neighbour map')
 

@@ -18,8 +18,8 @@ from .data import AnomalyDataset
 from .decision import DecisionBench
 from .demo import demo_run
 from .detector import DynAD
-from .learning import Learned, relearn
-from .explorer_model import ExplorerModel, setting_text
+from .learning import Learned, relearn, with_recall
+from .explorer_model import ExplorerModel
 from .explorer_parts import (
     PANELS, Controls, CopyCell, ExplorerPanels, Gallery,
     brightest_html, facts_html, image_html, metrics_html, severity_html)
@@ -27,9 +27,11 @@ from .inspect_tab import InspectTab
 from .map_cache import MapCache, Setting
 from .marking import MarkBar, Target
 from .session import Session, fitted_dataset
+from .setting_text import setting_text
 from .show import SmallImage
 from .surroundings import Surroundings
 from .symbols import legend_html
+from .verdict_view import VerdictView, claims_of
 from .view import Quiet, StateFile, View, button, heading, note_html, row, set_stale, soft
 
 # %% auto #0
@@ -91,9 +93,13 @@ def _build(self: Explorer) -> None:
     self.inspect = InspectTab(self.model)
     self.tabs = W.Tab([self.inspect.ui, row([left, right])], layout=W.Layout(flex='1 1 480px', min_width='300px'))
     for k, name in enumerate(('Inspect', 'Maps and sliders')): self.tabs.set_title(k, name)
-    self.bench, self.marking = DecisionBench(), MarkBar(self._target, self._learn, self._use)
+    self.bench, self.marking = DecisionBench(), MarkBar(self._target, self._learn, self._use, self._recall)
+    self.threads.append(self.marking.thread)
     self._as_opened, self._marked = self.session.model, None  # the image that the marks in view are about
     self.add_tab('Decide', W.VBox([self.bench.ui, self.marking.ui]))
+    self.verdict = VerdictView(self._claims, self._labelled is not None)
+    self.threads += self.verdict.threads
+    self.add_tab('Verdict', self.verdict.ui)
     self.assemble([W.HTML(title_html(self.session)), self.recalled, self.message,
                    row([self.gallery.ui, self.tabs], flex_flow='row nowrap'),
                    W.HTML(f'<div class="dynad-legend">{soft("Symbols: ")}{legend_html()}</div>')])
@@ -205,6 +211,7 @@ def _wire(self: Explorer) -> None:
     self.copy_button.on_click(safely(lambda _: self.copy.toggle()))
     self.copy_format.observe(safely(lambda _: self.copy.update()), 'value')
     self.bench.moved, self.bench.keep = self._threshold_tried, self.model.keep_choice
+    self.tabs.observe(safely(lambda change: self._tab_shown(change['new'])), 'selected_index')
 
 # %% ../nbs/18e_explorer.ipynb #67e85e33
 @patch
@@ -246,12 +253,18 @@ def _target(self: Explorer) -> Target:
     c = self.session.config.data
     return Target(Path(self.session.samples[self.i].image), self.session.run, c.image_size, c.max_pixels)
 
+# %% ../nbs/18e_explorer.ipynb #16f7989a
 @patch
 def _learn(self: Explorer) -> tuple[DynAD, Learned]:
     "The method with the images that are marked as normal, and what that changes on the images shown."
     s = self.session
     fitted = None if s.model.info is None else fitted_dataset(s.model.info, s.config)
-    with s.lock: return relearn(self._as_opened, s.dataset, fitted=fitted)
+    with s.lock: return relearn(self._as_opened, s.dataset, fitted=fitted, images=s.test_set)
+
+@patch
+def _recall(self: Explorer, method: DynAD, learned: Learned, alive: Callable[[], bool]) -> Learned | None:
+    "What that costs, between the other work."
+    return with_recall(learned, self._as_opened, method, alive=alive, lock=self.session.lock)
 
 @patch
 def _use(self: Explorer, method: DynAD | None) -> None:
@@ -263,6 +276,25 @@ def _use(self: Explorer, method: DynAD | None) -> None:
         m.trial = None
     self.refresh()
 
+# %% ../nbs/18e_explorer.ipynb #16f7989b
+@patch(as_prop=True)
+def _labelled(self: Explorer) -> AnomalyDataset | None:
+    "The data set, if its test images are labelled."
+    s = self.session
+    return None if s.without_test or not s.known.all() else s.dataset
+
+@patch
+def _claims(self: Explorer, parts: bool) -> list[dict[str, str]]:
+    "The verdict on the run as it decides now; what the store lacks is made in slices, as for the sliders."
+    for _ in self.session.make(self.model.base): pass
+    return claims_of(self.session.model, self._labelled, parts)
+
+@patch
+def _tab_shown(self: Explorer, k: int | None) -> None:
+    "The verdict is made when somebody looks at it first."
+    if k is not None and self.tabs.children[k] is self.verdict.ui and self.verdict.found is None: self.verdict.ask()
+
+# %% ../nbs/18e_explorer.ipynb #16f7989c
 @patch
 def _threshold_tried(self: Explorer, threshold: float) -> None:
     "The line above the panels and the counts now, the thumbnails when the line rests."

@@ -4,9 +4,9 @@
 
 # %% ../nbs/18c_explorer_model.ipynb #353d2bd8
 from __future__ import annotations
-import json, math, shlex, threading, time
+import threading, time
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Callable, Sequence
 
 import numpy as np
@@ -14,84 +14,20 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .config import Config, ConfigError
+from .config import ConfigError
 from .images import DataError, read_image
 from .learning import normal_marks
 from .live import error_text
 from .map_cache import MapCache, Setting
 from .method import Decision, above
 from .session import Session
+from .setting_text import check_setting, parse_json, t_max_grid
 from .show import png_bytes
 from .threshold import Chosen, ThresholdError
 from .view import Jobs
 
 # %% auto #0
-__all__ = ['REST', 't_max_grid', 'parse_json', 'check_setting', 'setting_text', 'Blend', 'Measured', 'rank', 'ExplorerModel',
-           'contact_sheet']
-
-# %% ../nbs/18c_explorer_model.ipynb #2cf7bc23
-def t_max_grid(
-    t_max: int,  # the run's own T_max
-    S: int,      # sampling steps: T_max is a multiple of S
-    T: int       # diffusion steps
-) -> list[int]:
-    "Values of the T_max slider: quarters of the run's own, and up to three times it, multiples of S."
-    return sorted({max(S, round(t_max*k/S)*S) for k in (.25, .5, .75, 1, 1.5, 2, 3) if t_max*k <= T} | {t_max})
-
-# %% ../nbs/18c_explorer_model.ipynb #db23439e
-def parse_json(
-    text: str  # as `setting_text` writes it
-) -> dict[str, Any]:
-    "A setting from its text. Raises ConfigError."
-    try: raw = json.loads(text)
-    except ValueError as e: raise ConfigError(f"setting: {text[:60]!r} is not JSON ({e})") from None
-    if not isinstance(raw, dict): raise ConfigError(f"setting: {text[:60]!r} is not a JSON object")
-    return raw
-
-# %% ../nbs/18c_explorer_model.ipynb #3e466082
-def check_setting(
-    raw: dict[str, Any],  # some fields of `Setting`
-    base: Setting,        # the others
-    config: Config        # of the run: S and T bound T_max
-) -> Setting:
-    "A setting whose fields exist and are in range. Raises ConfigError that names the field, the value and the range."
-    known = {f.name for f in fields(Setting)}
-    if extra := [k for k in raw if k not in known]:
-        raise ConfigError(f"setting: {extra[0]!r} does not exist; allowed: {', '.join(sorted(known))}")
-    try: s = replace(base, **raw)
-    except ValueError as e: raise ConfigError(f"setting: {e}") from None
-    _check_number('t_max', s.t_max, config.reconstruction.S, config.diffusion.T, int)
-    for key, high in (('lam', 1), ('sigma', 12), ('eta', 12), ('omega', 1)):
-        _check_number(key, getattr(s, key), 0, high)
-    if s.threshold is not None: _check_threshold(s.threshold)
-    return s
-
-# %% ../nbs/18c_explorer_model.ipynb #dea68b62
-def _check_number(key: str, v: Any, low: float, high: float, kind: Any = (int, float)) -> None:
-    if isinstance(v, bool) or not isinstance(v, kind) or not low <= v <= high:
-        raise ConfigError(f"setting: {key} = {v!r}; allowed: {low} … {high}")
-
-def _check_threshold(v: Any) -> None:
-    if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v < math.inf:
-        raise ConfigError(f"setting: threshold = {v!r}; allowed: null (learned on normal images), or a number ≥ 0")
-
-# %% ../nbs/18c_explorer_model.ipynb #be35041a
-def setting_text(
-    form: str,                 # 'JSON', 'papermill' or 'Python'
-    setting: Setting,
-    image: str,                # name of the image
-    where: dict[str, str]      # run, and data when it is not the run's own
-) -> str:
-    "A view as text: JSON for `load` and `setting=`, the parameters of apps/explore for papermill, or Python."
-    view = asdict(setting) | {'image': image}
-    if form == 'JSON': return json.dumps(view, ensure_ascii=False)
-    if form == 'papermill': return '-y ' + shlex.quote(json.dumps({**where, 'setting': view}, ensure_ascii=False))
-    return '\n'.join([
-        'from dynad.detector import DynAD',
-        'from dynad.explorer import Explorer',
-        f'model = DynAD.open({where["run"]!r}, {setting.overrides!r})',
-        f'explorer = Explorer({", ".join(map(repr, where.values()))}, setting={view!r})',
-        'explorer.ui'])
+__all__ = ['REST', 'Blend', 'Measured', 'rank', 'ExplorerModel', 'contact_sheet']
 
 # %% ../nbs/18c_explorer_model.ipynb #03852a10
 @dataclass

@@ -102,10 +102,15 @@ LEARNED = 'learned.json' # in a run directory: which of its marked images the me
 def absorb(self: TakesFeedback, rows: list[int]) -> None:
     "Take these of `normals` into the bank, in place; nothing to do for a method without one."
 
+@patch
+def take_over(self: TakesFeedback, images: ImageSet, same: dict[int, int]) -> None: # row of `images` -> of `normals`
+    "Use what is stored of the same images in another set; nothing to do for a method that computes little."
+
 # %% ../nbs/14i_feedback.ipynb #7d143b98
 @patch
 def join_normals(self: TakesFeedback,
-    images: Tensor # [M,3,size,size] uint8
+    images: Tensor, # [M,3,size,size] uint8
+    known: tuple[ImageSet, dict[int, int]] | None = None # a set that some are in: its row -> which of `images`
 ) -> TakesFeedback:
     "Learn from these normal images too, in place of those learned before; no training."
     if not len(images): return self
@@ -115,16 +120,19 @@ def join_normals(self: TakesFeedback,
     key = content_key(['marked', [pixels_key(x) for x in images], self.config.data.image_size])
     self.normals = ImageSet(self.training_set.store, key, len(images), lambda: images)
     self.joined, self._decision = tuple(range(len(images))), None
+    if known and known[1]: self.take_over(*known)
     self.absorb(list(self.joined))
     return self
 
 # %% ../nbs/14i_feedback.ipynb #0eee3158
 @patch
-def with_normals(self: TakesFeedback, images: Tensor) -> TakesFeedback:
+def with_normals(self: TakesFeedback,
+    images: Tensor, known: tuple[ImageSet, dict[int, int]] | None = None # as in `join_normals`
+) -> TakesFeedback:
     "Another object that has learned from these normal images; this one stays as it is."
     other = copy.copy(self.base or self)
     other.choice, other.root = self.choice, self.root
-    return other.join_normals(images)
+    return other.join_normals(images, known)
 
 # %% ../nbs/14i_feedback.ipynb #6ba44f00
 @patch

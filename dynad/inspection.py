@@ -4,35 +4,39 @@
 
 # %% ../nbs/18i_inspection.ipynb #21a3dce3
 from __future__ import annotations
-import base64, html, io
+import base64, html, io, threading
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable
 
 import numpy as np
+import torch
 from fastcore.basics import patch
 from PIL import Image
 from torch import Tensor
 
-from .cautions import cautions_html, find_cautions, held_out_images
+from .cache import ImageSet
+from .cautions import cautions_html, check_count, find_cautions, held_out_images
 from .config import Config, ConfigError, make_config
 from .data import AnomalyDataset, open_folder, split_normal
 from .exports import export_to
 from .detector import DynAD, DynADPrediction
 from .collector import EXTENSIONS, DataError
 from .guard import Aside
-from .images import read_image
+from .images import read_image, read_whole
 from .output import prediction_rows, result_stems, rows_csv, unlike
 from .paths import expanded, file_name, name_key, numbered, printable
 from .method import fitted_dataset
+from .session import with_unlabelled
 from .show import Figure, colorize, overlay, save_png, smoothed, to_uint8
 from .store import StoreError, atomic_write, load_tensors, replacing
 from .view import soft
 
 # %% auto #0
-__all__ = ['SHEET', 'STAGES', 'LOSSES', 'save_uploads', 'upload_name', 'full_scale', 'heat_overlay', 'inline_image',
+__all__ = ['SHEET', 'STAGES', 'LOSSES', 'save_uploads', 'upload_name', 'full_scale', 'heat_overlay', 'inline_image', 'seen_image',
            'result_sheet', 'verdict_cell', 'scores_html', 'test_note', 'write_results', 'FitProgress', 'losses_figure',
-           'Inspector']
+           'Inspector', 'predicted']
 
 # %% ../nbs/18i_inspection.ipynb #54928739
 def save_uploads(
@@ -105,7 +109,15 @@ def inline_image(
     return f'<img alt="{html.escape(alt)}" title="{html.escape(alt)}" src="data:image/jpeg;base64,{data}">'
 
 # %% ../nbs/18i_inspection.ipynb #f118i002
-SHEET = ('image', 'overlay', 'A_map', 'reconstruction') # columns
+def seen_image(file: Path, detector: DynAD) -> Tensor: # [3,h,w] in [0,1]
+    "An image at the size of the detector's maps: the square that it sees, or the whole that is cut into tiles."
+    c = detector.config.data
+    if not detector.tiling: return read_image(file, c.image_size, c.max_pixels)
+    h, w = detector.map_shape
+    x = np.asarray(read_whole(file, c.max_pixels).convert('RGB').resize((w, h), Image.Resampling.BILINEAR))
+    return torch.from_numpy(x.copy()).permute(2, 0, 1)/255
+
+SHEET = ('image', 'overlay', 'A_map', 'reconstruction') # columns; tiles have no reconstruction of the whole
 
 def result_sheet(
     files: list[Path], p: DynADPrediction, detector: DynAD,
@@ -113,24 +125,24 @@ def result_sheet(
     size: int = 150     # of one panel in pixels
 ) -> str:
     "One row per image, as HTML: its name and verdict, then the image, the overlay, the map and the reconstruction."
-    c, facts = detector.config.data, prediction_rows(detector, p, files)
+    facts, columns = prediction_rows(detector, p, files), SHEET[:3] if detector.tiling else SHEET
     def line(i: int) -> str:
-        x, r = read_image(files[i], c.image_size, c.max_pixels), facts[i]
+        x, r = seen_image(files[i], detector), facts[i]
         heat = colorize(p.map[i], 0, full_scale(p, i, detector))
-        shown = x, heat_overlay(x, p, i, detector), heat, p.reconstruction[i]
+        shown = x, heat_overlay(x, p, i, detector), heat, *([] if detector.tiling else [p.reconstruction[i]])
         name = printable(files[i].name)
-        images = (f'<td>{inline_image(to_uint8(v), f"{k} of {name}", size)}</td>' for k, v in zip(SHEET, shown))
+        images = (f'<td>{inline_image(to_uint8(v), f"{k} of {name}", size)}</td>' for k, v in zip(columns, shown))
         return f'<tr>{verdict_cell(r, name)}{"".join(images)}</tr>'
-    head = ''.join(f'<th scope="col">{k}</th>' for k in ('verdict', *SHEET))
+    head = ''.join(f'<th scope="col">{k}</th>' for k in ('verdict', *columns))
     return f'<table class="dynad-sheet"><thead><tr>{head}</tr></thead><tbody>{"".join(map(line, rows))}</tbody></table>'
 
 def verdict_cell(r: dict[str, Any], name: str) -> str: # r: of `prediction_rows`
     "Name, verdict, score and doubt of one image."
     word = '<b class="dynad-bad">anomalous</b>' if r['anomalous'] else 'normal'
     doubt = f'<br><span class="dynad-note">{html.escape(r["doubt"])}</span>' if r['doubt'] else ''
-    sign = '&gt;' if r['anomalous'] else '≤'
+    sign, t_hat = '&gt;' if r['anomalous'] else '≤', f', T̂ = {r["t_hat"]}' if 't_hat' in r else ''
     return (f'<th scope="row"><code>{html.escape(name)}</code><br>{word}<br>score {r["score"]:.2f} {sign} '
-            f'{r["threshold"]:.2f}, T̂ = {r["t_hat"]}{doubt}</th>')
+            f'{r["threshold"]:.2f}{t_hat}{doubt}</th>')
 
 # %% ../nbs/18i_inspection.ipynb #b69df8fc
 def scores_html(files: list[Path], p: DynADPrediction, detector: DynAD) -> str:
@@ -138,7 +150,8 @@ def scores_html(files: list[Path], p: DynADPrediction, detector: DynAD) -> str:
     n, found = len(p), int(p.anomalous.sum())
     text = ('Highest score first. Overlay: the contour is above the threshold for pixels; A_map: bright from twice '
             'that threshold. Pixels and images have thresholds of their own.')
-    return (f'{test_note(detector)}{_unlike_html(unlike(p.distance, detector))}'
+    strange = '' if detector.tiling else _unlike_html(unlike(p.distance, detector))
+    return (f'{test_note(detector)}{strange}'
             f'<p><b>{found} of {n}</b> images are classified as anomalous.</p>{soft(text)}')
 
 def test_note(detector: DynAD) -> str:
@@ -169,7 +182,7 @@ def write_results(
 # %% ../nbs/18i_inspection.ipynb #b9625b01
 def _write_maps(p: DynADPrediction, i: int, file: Path, stem: Path, detector: DynAD) -> None:
     "The three files of one image."
-    x = read_image(file, detector.config.data.image_size, detector.config.data.max_pixels)
+    x = seen_image(file, detector)
     np.save(f'{stem}_map.npy', p.map[i, 0].numpy().astype(np.float32))
     save_png(colorize(p.map[i], 0, full_scale(p, i, detector)), Path(f'{stem}_map.png'))
     save_png(heat_overlay(x, p, i, detector), Path(f'{stem}_overlay.png'))
@@ -244,6 +257,8 @@ class Inspector:
         self.cautions = ''                       # HTML
         self.progress, self.stopped = FitProgress(), False
         self.files: list[Path] = []              # that were inspected
+        self.images: ImageSet | None = None      # the same in the run's store, so that nothing is computed twice
+        self.lock = threading.RLock()            # one thread at a time calls the detector
         self.prediction: DynADPrediction | None = None
         self.inspected_by: DynAD | None = None   # the detector that made the prediction
         self.begun: Callable[[AnomalyDataset], None] = lambda dataset: None
@@ -263,18 +278,22 @@ class Inspector:
     def fitted_text(self) -> str:
         "What the detector was fitted on."
         d = self.detector
-        n, others = len(d.training_set), len(d.held_out_set)
+        n, others = len(d.training_set), len(d.held_out_images)
         test = ': a test, its verdicts mean nothing' if d.config.preset == 'smoke' else ''
-        return f'fitted on {n} images, threshold from {others} others; preset {d.config.preset}{test}'
+        tiles = f' tiles of {d.tiling.tile} pixels' if d.tiling else ' images'
+        roi = f'; {d.roi.share:.0%} of the image counts' if d.roi else ''
+        more = ' images' if d.tiling else ''
+        return f'fitted on {n}{tiles}, threshold from {others} other{more or "s"}; preset {d.config.preset}{test}{roi}'
 
 # %% ../nbs/18i_inspection.ipynb #48a3324d
 @patch
 def fit(self: Inspector,
     images: Path,  # folder of normal images
-    preset: str
+    preset: str,
+    more: dict[str, Any] | None = None # settings that were chosen beside the preset, e.g. data.roi
 ) -> None:
     "Fit, or go on where it was stopped. Raises TrainingStopped when `stopped` is set meanwhile."
-    c, dataset = make_config(preset, self.overrides), open_folder(images)
+    c, dataset = make_config(preset, self.overrides | (more or {})), open_folder(images)
     self.progress = FitProgress.of(c, len(split_normal(dataset, c.data, c.seed)[0]))
     Aside('the view')(self.begun, dataset)
     callback, should_stop = lambda *step: self.step_done(*step), lambda: self.stopped
@@ -291,6 +310,10 @@ def _fitted(self: Inspector, detector: DynAD, dataset: AnomalyDataset | None) ->
     self.progress.losses = {k: load_tensors(p)['losses'].tolist() for k, p in paths.items() if p.is_file()}
     try:
         if dataset is None: raise DataError('the normal images are gone')
+        if detector.tiling: # what is measured on whole squares says nothing about tiles
+            held = len(detector.held_out_images)
+            self.cautions = cautions_html([x for x in [check_count(len(dataset.train) - held, held)] if x])
+            return
         held = held_out_images(detector, dataset)
         self.cautions = cautions_html(find_cautions(detector, held, [s.image for s in dataset.train]))
     except DataError: self.cautions = soft(
@@ -314,13 +337,28 @@ def reopen(self: Inspector,
     self._fitted(detector, dataset)
     return ''
 
+# %% ../nbs/18i_inspection.ipynb #92b4054c
+def predicted(
+    detector: DynAD, files: list[Path]
+) -> tuple[DynADPrediction, ImageSet | None]: # the images as a set of the run's store; None: they are not kept there
+    "The answer for images, and what was computed on the way kept in the run: for the sliders, and for learning."
+    c = detector.config
+    if detector.tiling or c.fusion.calibration == 'test' or detector.info is None: return detector.predict(files), None
+    try: data = with_unlabelled(fitted_dataset(detector.info, c), files)
+    except DataError: return detector.predict(files), None # the normal images are gone
+    images = detector.test_images(data.test, data)
+    p = DynADPrediction.concatenated([q for _, q in detector.predictions(images)])
+    whole = replace(p, reconstruction=detector.reconstructions(images, list(range(len(files)))))
+    return detector.decided(whole), images
+
 # %% ../nbs/18i_inspection.ipynb #92b4054d
 @patch
 def inspect(self: Inspector, files: list[Path]) -> None:
     "Predict. Raises DataError when nothing is fitted or an image cannot be read."
     if self.detector is None: raise DataError('nothing is fitted yet; press fit first')
-    p = self.detector.predict(files)
-    self.files, self.prediction, self.inspected_by = files, p, self.detector
+    with self.lock:
+        p, images = predicted(self.detector, files)
+        self.files, self.prediction, self.inspected_by, self.images = files, p, self.detector, images
 
 # %% ../nbs/18i_inspection.ipynb #8faaf68f
 @patch

@@ -5,20 +5,24 @@
 # %% ../nbs/17m_learning.ipynb #91b91203
 from __future__ import annotations
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from .cache import ImageSet
 from .choosing import N_DEFECTS, synthetic_set
-from .data import AnomalyDataset, DataError, images_key, load_images, split_normal
-from .marks import Mark, MarkError, marked_images, marks_in_force
+from .data import AnomalyDataset, DataError, Sample, images_key, load_images, split_normal
+from .images import read_image
+from .marks import Mark, MarkError, marked_images, marks_in_force, pixels_key
 from .method import Method, above
+from .paths import printable
 
 # %% auto #0
-__all__ = ['give_pixels', 'Flip', 'Learned', 'called', 'relearn', 'normal_marks', 'learned_lines']
+__all__ = ['SLICE', 'give_pixels', 'Flip', 'Learned', 'called', 'relearn', 'with_recall', 'same_images', 'normal_marks',
+           'learned_lines', 'recall_line']
 
 # %% ../nbs/17m_learning.ipynb #5a3caece
 def give_pixels(
@@ -61,10 +65,10 @@ class Learned:
     unlabelled: bool = False         # nobody knows which of the images at hand are anomalous
 
 # %% ../nbs/17m_learning.ipynb #8fbf76d9
-def called(method: Method, images: ImageSet) -> tuple[torch.Tensor, torch.Tensor]: # scores [N], anomalous [N] bool
-    "The verdicts about a set at the threshold in force."
-    scores = torch.empty(len(images))
-    for rows, p in method.predict_set(images): scores[rows] = p.score.float()
+def called(method: Method, images: ImageSet, rows: list[int] | None = None # default: all
+           ) -> tuple[torch.Tensor, torch.Tensor]: # scores, anomalous (bool): [N], as long as `rows`
+    "The verdicts about images of a set at the threshold in force."
+    scores = torch.cat([p.score.float() for _, p in method.predict_set(images, rows)])
     return scores, above(scores, method.decision.image_threshold)
 
 # %% ../nbs/17m_learning.ipynb #42b09ea7
@@ -72,18 +76,21 @@ def relearn(
     method: Method,                     # opened
     dataset: AnomalyDataset,            # its test images are those at hand
     marks: Sequence[Mark] | None = None,# default: all that are marked as normal in the run
-    defects: int | None = None,         # synthetic ones, 0: none; default: as many as a fit chooses by
-    fitted: AnomalyDataset | None = None# that the run was fitted on; default: `dataset`
+    defects: int = 0,                   # synthetic ones whose recall is measured at once; see `with_recall`
+    fitted: AnomalyDataset | None = None,# that the run was fitted on; default: `dataset`
+    images: ImageSet | None = None      # those at hand, if they are open; default: opened now
 ) -> tuple[Method, Learned]:            # the method that has learned; what has changed
-    "Learn from marked images, and measure it; nothing is kept yet. Raises MarkError where nothing is marked as normal."
+    "Learn from marked images, and see what flips; nothing is kept yet. Raises MarkError where none is marked as normal."
     start, c = time.perf_counter(), method.config
     marks = normal_marks(method.root) if marks is None else list(marks)
     if not marks:
         raise MarkError(f"{method.root}: no image is marked as normal; "
                         "mark false alarms with `dynad mark RUN IMAGE --normal`")
     give_pixels(method, fitted or dataset)
-    after = method.with_normals(marked_images(method.root, marks, c.data.image_size, c.data.max_pixels))
-    sets = [method.test_images(dataset.test, dataset)] if dataset.test else []
+    if images is None and dataset.test: images = method.test_images(dataset.test, dataset)
+    marked = marked_images(method.root, marks, c.data.image_size, c.data.max_pixels)
+    after = method.with_normals(marked, (images, same_images(dataset.test, marks, method)) if images else None)
+    sets = [images] if images else []
     kinds = [s.defect for s in dataset.test]
     flips, found, false = [], (0, 0), (0, 0)
     if sets:
@@ -92,15 +99,40 @@ def relearn(
         flips = [Flip(x.name, kinds[i], bool(was[i]), bool(now[i]), (float(s[i]), float(t[i])))
                  for i, x in enumerate(dataset.test) if was[i] != now[i]]
         found, false = (tuple(int((v & of).sum()) for v in (was, now)) for of in (y, ~y))
-    recall, n = None, N_DEFECTS if defects is None else defects
-    if n:
-        bad = synthetic_set(method.held_out_set, n, c.seed)
-        recall = tuple(float(called(m, bad)[1].float().mean()) for m in (method, after))
     thresholds = method.decision.image_threshold, after.decision.image_threshold
     still = int(called(after, after.normals)[1].sum())
-    return after, Learned(len(marks), still, thresholds, flips, found, false, len(dataset.test), recall, n,
-                          method.absorbs + ('the threshold',), time.perf_counter() - start,
-                          bool(kinds) and set(kinds) == {'unlabelled'})
+    learned = Learned(len(marks), still, thresholds, flips, found, false, len(dataset.test), None, 0,
+                      method.absorbs + ('the threshold',), time.perf_counter() - start,
+                      bool(kinds) and set(kinds) == {'unlabelled'})
+    return after, with_recall(learned, method, after, defects) if defects else learned
+
+# %% ../nbs/17m_learning.ipynb #42b09eb1
+SLICE = 8 # images between two looks at `alive`
+
+def with_recall(
+    learned: Learned,
+    before: Method, after: Method,
+    n: int = N_DEFECTS,                              # synthetic defects; default: as many as a fit chooses by
+    alive: Callable[[], bool] = lambda: True,        # False: nobody wants it any more
+    lock: AbstractContextManager = nullcontext()     # held while a model is called, for a few images at a time
+) -> Learned | None:                                 # None: no longer alive
+    "The same with the recall on synthetic defects in the run's held-out normal images; needs `give_pixels`."
+    bad, found = synthetic_set(before.held_out_set, n, before.config.seed), []
+    for m in (before, after):
+        hits = []
+        for a in range(0, n, SLICE):
+            if not alive(): return None
+            with lock: hits.append(called(m, bad, list(range(a, min(a + SLICE, n))))[1])
+        found.append(float(torch.cat(hits).float().mean()))
+    return replace(learned, recall=tuple(found), defects=n)
+
+# %% ../nbs/17m_learning.ipynb #42b09eb2
+def same_images(samples: Sequence[Sample], marks: Sequence[Mark], method: Method) -> dict[int, int]:
+    "Which of these samples are marked images, by name and pixels: position -> which mark."
+    c, at = method.config.data, {m.file: k for k, m in enumerate(marks)}
+    named = ((i, at[name]) for i, s in enumerate(samples) if (name := printable(s.image)) in at)
+    seen = lambda i: pixels_key(read_image(samples[i].image, c.image_size, c.max_pixels))
+    return {i: k for i, k in named if seen(i) == marks[k].pixels}
 
 # %% ../nbs/17m_learning.ipynb #973ecd70
 def normal_marks(root: Path) -> list[Mark]:
@@ -121,7 +153,9 @@ def learned_lines(l: Learned) -> list[str]:
     word = {True: 'anomalous', False: 'normal'}
     out += [f'  {f.image} ({f.kind}): {word[f.before]} → {word[f.after]} '
             f'(score {f.score[0]:.3g} → {f.score[1]:.3g})' for f in l.flips]
-    if l.recall:
-        out.append(f'recall on {l.defects} synthetic defects in held-out normal images '
-                   f'{l.recall[0]:.0%} → {l.recall[1]:.0%}')
-    return out
+    return out + ([recall_line(l)] if l.recall else [])
+
+def recall_line(l: Learned) -> str:
+    "What `with_recall` has measured."
+    return (f'recall on {l.defects} synthetic defects in held-out normal images '
+            f'{l.recall[0]:.0%} → {l.recall[1]:.0%}')

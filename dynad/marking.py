@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from .charts import error_html
 from .images import read_image
 from .learning import Learned, learned_lines, normal_marks
-from .live import error_text
+from .live import Background, error_text
 from .marks import mark_images, marks_in_force, pixels_key
 from .method import Method
 from .view import button, heading, row, soft
@@ -37,10 +37,15 @@ class MarkBar:
     def __init__(self,
         target: Callable[[], Target],                            # the image in view
         learn: Callable[[], tuple[Method, Learned]],             # try: the method that has learned, and what changes
-        use: Callable[[Method | None], None]                     # show by this method; None: by that of before
+        use: Callable[[Method | None], None],                    # show by this method; None: by that of before
+        recall: Callable[[Method, Learned, Callable[[], bool]], Learned | None] | None = None # what it costs, later
     ):
-        self.target, self.learn, self.use = target, learn, use
+        self.target, self.learn, self.use, self.recall = target, learn, use, recall
         self.after: Method | None = None                         # what is tried and not kept
+        self.found: Learned | None = None                        # what the last try has changed
+        self.asked = self.measuring = False                      # 'learn' was pressed; what it costs is being measured
+        self.kept = ''                                           # what is said of a try that was kept
+        self.thread = Background(self._step, self._failed)       # learns, then measures what it costs
         self.message, self.said, self.changes = W.HTML(), W.HTML(), W.HTML()
         self.normal = button('this is normal', 'a false alarm, if it was called anomalous', 'check')
         self.anomalous = button('this has a defect', 'missed, if it was called normal', 'exclamation')
@@ -82,25 +87,56 @@ def update(self: MarkBar) -> None:
         here = f'This image is marked as <b>{own.what}</b> ({html.escape(own.who)}, {when})'
     self.said.value = soft(f"{here}; in the run {kinds.count('normal')} marked as normal, {kinds.count('anomalous')} "
                            'as anomalous. None of them counts as a test image in evaluate any more.')
-    self.withdraw.disabled, self.try_it.disabled = own is None, 'normal' not in kinds
-    self.keep.disabled = self.undo.disabled = self.after is None
+    self.withdraw.disabled, self.try_it.disabled = own is None, self.asked or 'normal' not in kinds
+    self.keep.disabled = self.undo.disabled = self.asked or self.after is None
 
 # %% ../nbs/18bb_marking.ipynb #4cdca629
 @patch
 def _try(self: MarkBar) -> None:
-    self.changes.value = soft('learning …')
-    try: self.after, found = self.learn()
-    except Exception: self.changes.value = ''; raise
-    self.changes.value = '<br>'.join(html.escape(l).replace('  ', '&emsp;') for l in learned_lines(found))
-    self.use(self.after)
+    self.asked, self.changes.value = True, soft('learning …')
+    self.thread.poke()
 
+@patch
+def _step(self: MarkBar) -> bool:
+    "Learn and show what flips; then, for as long as nobody has gone back, measure what it costs."
+    if self.asked:
+        self.found, self.kept = None, ''
+        try: self.after, self.found = learner, _ = self.learn()
+        finally: self.asked = False
+        self.learner, self.measuring = learner, self.recall is not None
+        self.use(learner)
+        self.update(); self._show()
+        return self.measuring
+    if (found := self.found) is None or not self.measuring: return False
+    got = self.recall(self.learner, found, lambda: self.found is found and not self.asked)
+    if got is not None and self.found is found: self.found, self.measuring = got, False; self._show()
+    return False
+
+# %% ../nbs/18bb_marking.ipynb #4cdca62b
+@patch
+def _show(self: MarkBar) -> None:
+    "What the last try has changed, and what of it is not measured yet."
+    lines = [html.escape(l).replace('  ', '&emsp;') for l in learned_lines(self.found)]
+    if self.measuring: lines.append(soft('recall on synthetic defects: being measured in the background …'))
+    self.changes.value = '<br>'.join([*lines, *([self.kept] if self.kept else [])])
+
+@patch
+def _failed(self: MarkBar, e: Exception) -> None:
+    self.measuring = False
+    if self.found is None: self.changes.value = ''
+    else: self._show()
+    self.message.value = error_html(error_text(e))
+    self.update()
+
+# %% ../nbs/18bb_marking.ipynb #4cdca62a
 @patch
 def _keep(self: MarkBar) -> None:
     self.after.keep_normals(normal_marks(self.after.root))
-    self.after = None
-    self.changes.value += '<br><b>kept</b>: predict, evaluate and every view have learned it'
+    self.after, self.kept = None, '<b>kept</b>: predict, evaluate and every view have learned it'
+    self._show()
 
 @patch
 def _undo(self: MarkBar) -> None:
     self.use(None)
-    self.after, self.changes.value = None, soft('as before; the marks stay in the log')
+    self.after = self.found = None
+    self.changes.value = soft('as before; the marks stay in the log')

@@ -9,93 +9,29 @@ from pathlib import Path
 from typing import Any, Callable
 
 import ipywidgets as W
-import numpy as np
 from fastcore.basics import patch
 
-from .bench import Bench
 from .config import make_config
 from .data import AnomalyDataset, open_folder
-from .decision import DecisionBench
-from .detector import DynAD
 from .guard import aside
 from .store import TrainingStopped
 from .collector import DataError, collect, count, list_images, summary_line
 from .explorer import Explorer
-from .images import read_image
-from .inspection import Inspector, losses_figure, result_sheet, save_uploads, scores_html
-from .learning import Learned, relearn
-from .marking import MarkBar, Target
-from .marks import marks_in_force, pixels_key
+from .inspection import Inspector, losses_figure, scores_html
+from .own_decide import OwnDecide
+from .own_parts import ImageSource, RegionField, ResultSheet
 from .paths import expanded, printable
 from .session import Session, fitted_dataset, with_unlabelled
 from .show import figure_png
 from .view import StateFile, View, button, labelled, row, soft
 
 # %% auto #0
-__all__ = ['STATE', 'PRESETS', 'SHOWN', 'ImageSource', 'ResultSheet', 'OwnImages']
-
-# %% ../nbs/18j_own_images.ipynb #5dc70093
-class ImageSource:
-    "Dropped images, or a folder."
-    def __init__(self, what: str, folder: str, tip: str):
-        self.upload = W.FileUpload(multiple=True, accept='image/*', description=f'drop {what} images',
-                                   layout=W.Layout(width='auto', max_width='260px'))
-        self.folder = labelled(W.Text, 'or a folder', 110, value=folder, placeholder=tip,
-                               layout=dict(max_width='560px'))
-        self.text, self.note = W.HTML(), '' # what is said of the names of the last drop
-        self.ui = W.VBox([self.upload, self.folder, self.text])
-
-    @property
-    def named(self) -> Path | None:
-        "The folder that is named."
-        return expanded(self.folder.value.strip()) if self.folder.value.strip() else None
-
-    def keep(self, uploads: Any, folder: Path, max_pixels: int | None = None) -> list[Path]:
-        "Save what was dropped; it takes the place of a folder that is named."
-        files = save_uploads(uploads, folder, max_pixels)
-        self.folder.value = ''
-        self.note = _uploads_note(uploads, files)
-        return files
-
-# %% ../nbs/18j_own_images.ipynb #5958ab8c
-def _uploads_note(uploads: Any, files: list[Path]) -> str:
-    "What is said of names and copies, e.g. ', 7 of them under numbered names'."
-    sent = {str(u['name']) for u in uploads}
-    renamed, copies = sum(f.name not in sent for f in files), len(uploads) - len(files)
-    return (f', {renamed} of them under another name ({html.escape(next(f.name for f in files if f.name not in sent))})'
-            if renamed else '') + (f', {copies} dropped twice' if copies else '')
+__all__ = ['STATE', 'TILES', 'PRESETS', 'OwnImages']
 
 # %% ../nbs/18j_own_images.ipynb #01c34608
 STATE = 'own_images.json'  # in the folder
+TILES = 'pixels of the image as it is; 0: the whole image. Tiles see small defects in large images, and cost more'
 PRESETS = {'small': 'small (minutes)', 'smoke': 'smoke (a test)', 'paper': 'paper (a GPU and hours)'}
-SHOWN = 24                 # rows on a page of the sheet
-
-class ResultSheet:
-    "All inspected images, page by page."
-    def __init__(self):
-        self.html, self.text = W.HTML(), W.HTML()
-        self.earlier, self.later = button('◀ earlier'), button('later ▶')
-        self.bar = row([self.earlier, self.later, self.text])
-        self.ui, self.page, self.model = W.VBox([self.bar, self.html]), 0, None
-        self.earlier.on_click(lambda _: self.turn(-1)); self.later.on_click(lambda _: self.turn(1))
-        self.show(None)
-
-    def show(self, model: Inspector | None) -> None:
-        "The first page of what was inspected; None: nothing."
-        self.model, self.page = model, 0
-        self.order = model.prediction.score.argsort(descending=True).tolist() if model else []
-        self.turn(0)
-
-    def turn(self, by: int) -> None:
-        "Go on or back by pages."
-        last, m = max(0, (len(self.order) - 1)//SHOWN), self.model
-        self.page = max(0, min(self.page + by, last))
-        self.ui.layout.display = None if m else 'none'
-        self.bar.layout.display = None if last else 'none'
-        a, self.earlier.disabled, self.later.disabled = self.page*SHOWN, self.page == 0, self.page == last
-        self.text.value = soft(f'{a + 1} – {min(a + SHOWN, len(self.order))} of {len(self.order)} images')
-        rows = self.order[a:a + SHOWN]
-        self.html.value = result_sheet(m.files, m.prediction, m.inspected_by, rows) if m else ''
 
 class OwnImages(View):
     "Drop normal images, fit, inspect, export. Named widgets; `.ui` is the whole."
@@ -112,6 +48,7 @@ class OwnImages(View):
         kept = self.state_file.read(_strings)[0]
         given = dict(normal=normal, new=new, preset=preset)
         normal, new, preset = (kept.get(k) if v is None else v for k, v in given.items())
+        self.kept_tile = int(t) if (t := kept.get('tile', '')).isdecimal() else 0
         self.tasks: list[tuple[str, Callable[[], None]]] = []  # name and job; the first is being done
         self.dropped: list[Path] = []                          # images to inspect
         self._drawn = 0.                                       # time of the last curve
@@ -137,6 +74,9 @@ def _build(self: OwnImages, normal: str, new: str, preset: str) -> None:
     self.new = ImageSource('new', new, 'a folder of new images')
     self.preset = labelled(W.Dropdown, 'preset', 110, options=[(text, k) for k, text in PRESETS.items()], value=preset,
                            layout=dict(width='300px'))
+    self.region = RegionField(self.model.folder/'roi.png', self._example)
+    self.tile = labelled(W.BoundedIntText, 'tile size', 110, min=0, max=8192, value=self.kept_tile, tooltip=TILES,
+                         layout=dict(width='210px'))
     self.look_button = button('look at the data first', icon='stethoscope',
                               tooltip='near-duplicates, odd ones out, and whether there are enough: half a minute')
     self.look_status, self.data_page = W.HTML(), W.HTML()
@@ -149,25 +89,31 @@ def _build(self: OwnImages, normal: str, new: str, preset: str) -> None:
     self.status, self.answer, self.warnings, self.scores = W.HTML(), W.HTML(), W.HTML(), W.HTML()
     self.loss_curve = W.Image(format='png', layout=W.Layout(width='100%', max_width='900px', display='none'))
     self.sheet, self.explorer, self.below = ResultSheet(), None, W.VBox()
-    self.bench, self.marking = DecisionBench(), MarkBar(self._target, self._learn, self._use)
-    self.bench.moved = self._threshold_tried
-    self.bench.keep = lambda chosen: self.model.inspected_by.keep_choice(chosen)
-    self.which = labelled(W.Dropdown, 'image', 60, layout=dict(max_width='560px'))
-    self.which.observe(self.safely(lambda _: self.which.value and self.marking.update()), 'value')
-    self.decide = W.VBox([W.HTML('<h3 style="margin:12px 0 2px">5. Decide, and say what is wrong</h3>'), self.bench.ui,
-                          self.which, self.marking.ui], layout=W.Layout(display='none'))
+    self.decide = OwnDecide(self.model, self.safely, self._show_results, self._inspect_again)
+    self.bench, self.marking, self.which = self.decide.bench, self.decide.marking, self.decide.which
+    self.threads += self.decide.threads
     self.slots = {k: W.VBox() for k in ('normal', 'fit', 'inspect')}  # the message appears beside what was pressed
     self._at('fit')
-    head = lambda n, text: W.HTML(f'<h3 style="margin:12px 0 2px">{n}. {text}</h3>')
+    self._arrange()
+
+# %% ../nbs/18j_own_images.ipynb #665cfbdb
+def _head(n: int, text: str) -> W.HTML: # n: of a step; 0: of none
+    return W.HTML(f'<h3 style="margin:12px 0 2px">{f"{n}. " if n else ""}{text}</h3>')
+
+@patch
+def _arrange(self: OwnImages) -> None:
+    "Four steps, one below the other; those that have nothing to show yet are not there."
+    hidden = W.Layout(display='none')
+    self.trust = W.VBox([_head(0, 'What to trust'), self.decide.verdict.ui, self.warnings], layout=hidden)
+    self.judged = W.VBox([_head(4, 'Decide, and say what is wrong'), self.decide.ui], layout=W.Layout(display='none'))
     self.assemble([
-        head(1, 'Normal images'), self.normal.ui, row([self.look_button, self.look_status]), self.slots['normal'],
-        self.data_page,
-        head(2, 'Fit'), self.preset, W.HBox([self.fit_button, self.stop_button]), self.slots['fit'],
-        self.progress, self.status, self.loss_curve,
-        head(3, 'What to trust'), self.warnings,
-        head(4, 'Inspect'), self.new.ui, row([self.inspect_button, self.export_button, self.explore_button]),
-        self.slots['inspect'], self.answer, self.scores, self.sheet.ui,
-        self.decide, self.below])
+        _head(1, 'Normal images'), self.normal.ui, row([self.look_button, self.look_status]), self.slots['normal'],
+        self.data_page, _head(2, 'Fit'), self.preset, self.region.ui,
+        row([self.tile, W.HTML(soft(TILES))], align_items='center'),
+        W.HBox([self.fit_button, self.stop_button]), self.slots['fit'], self.progress, self.status, self.loss_curve,
+        self.trust, _head(3, 'Inspect'), self.new.ui,
+        row([self.inspect_button, self.export_button, self.explore_button]),
+        self.slots['inspect'], self.answer, self.scores, self.sheet.ui, self.judged, self.below])
 
 @patch
 def _at(self: OwnImages, step: str) -> None:
@@ -187,6 +133,10 @@ def _wire(self: OwnImages) -> None:
     self.stop_button.on_click(safely(lambda _: self.stop()))
     self.inspect_button.on_click(safely(lambda _: self.inspect()))
     self.export_button.on_click(lambda _: self.export())
+    r = self.region
+    for b, f in ((r.draw_button, r.draw), (r.clear_button, r.clear)): b.on_click(self._in_fit(f))
+    r.drawer.observe(self._in_fit(r.drawn), 'outlines')
+    r.upload.observe(self._in_fit(lambda: r.upload.value and r.choose(r.upload.value)), 'value')
     self.explore_button.on_click(safely(lambda _: self.explore()))
 
 # %% ../nbs/18j_own_images.ipynb #946c108f
@@ -231,7 +181,9 @@ def _set_buttons(self: OwnImages) -> None:
     self.fit_button.disabled, self.stop_button.disabled = fitting, not fitting or m.stopped
     self.inspect_button.disabled = m.detector is None or fitting or self.busy('inspect')
     self.export_button.disabled = m.prediction is None
-    self.explore_button.disabled = m.prediction is None or self.busy('explore')
+    tiled = m.inspected_by is not None and m.inspected_by.tiling is not None
+    self.explore_button.disabled = m.prediction is None or tiled or self.busy('explore')
+    if tiled: self.explore_button.tooltip = 'the sliders show images that were fitted whole, not tiles'
 
 # %% ../nbs/18j_own_images.ipynb #840a43e3
 @patch
@@ -259,6 +211,23 @@ def _new_dropped(self: OwnImages, change: dict) -> None:
     names = ', '.join(printable(p.name) for p in self.dropped[:6]) + (' …' if len(self.dropped) > 6 else '')
     self.new.text.value = soft(f'{len(self.dropped)} images dropped{self.new.note}: {html.escape(names)}')
     if self.model.detector is not None: self.inspect()
+
+# %% ../nbs/18j_own_images.ipynb #eca1204a
+@patch(as_prop=True)
+def chosen(self: OwnImages) -> dict[str, Any]:
+    "Settings of the next fit that were chosen beside the preset."
+    found = {'data.roi': self.region.given, 'data.tile': self.tile.value}
+    return {k: v for k, v in found.items() if v}
+
+@patch
+def _example(self: OwnImages) -> Path:
+    return open_folder(self.normal.named or self.model.folder/'good').train[0].image
+
+@patch
+def _in_fit(self: OwnImages, f: Callable[[], Any]) -> Callable[[Any], None]:
+    "A callback of step 2, with its errors there."
+    def call(_): self._at('fit'); f()
+    return self.safely(call)
 
 # %% ../nbs/18j_own_images.ipynb #50229278
 @patch
@@ -303,7 +272,7 @@ def stop(self: OwnImages) -> None:
 @patch
 def _fit(self: OwnImages) -> None:
     had_results = self.model.prediction is not None
-    try: self.model.fit(self.normal.named or self.model.folder/'good', self.preset.value)
+    try: self.model.fit(self.normal.named or self.model.folder/'good', self.preset.value, self.chosen)
     except TrainingStopped:
         self._draw_losses()
         self.status.value = self.model.progress.stopped_text
@@ -343,7 +312,8 @@ def _draw_losses(self: OwnImages) -> None:
 # %% ../nbs/18j_own_images.ipynb #544be217
 @patch
 def _show_fitted(self: OwnImages) -> None:
-    self.warnings.value, self.progress.value = self.model.cautions, 1
+    self.warnings.value, self.progress.value, self.trust.layout.display = self.model.cautions, 1, None
+    self.decide.verdict.ask()
     self._draw_losses()
     self.status.value = self.model.fitted_text
 
@@ -378,56 +348,21 @@ def _inspect(self: OwnImages, files: list[Path]) -> None:
     self.answer.value = 'inspecting'
     self.model.inspect(files)
     m = self.model
-    self.sheet.show(m)
-    self.scores.value = scores_html(m.files, m.prediction, m.inspected_by)
+    self._show_results()
     self._save()
     test = ' (preset smoke: a test, this means nothing)' if m.inspected_by.config.preset == 'smoke' else ''
     self.answer.value = f'{int(m.prediction.anomalous.sum())} of {len(files)} classified as anomalous{test}'
-    self._show_decide()
-
-# %% ../nbs/18j_own_images.ipynb #77b2101e
-@patch
-def _show_decide(self: OwnImages) -> None:
-    m, d, c = self.model, self.model.inspected_by, self.model.inspected_by.config.data
-    s, marks = m.prediction.score.double().numpy(), marks_in_force(m.run)
-    key = lambda f: pixels_key(read_image(f, c.image_size, c.max_pixels))
-    said = np.array([marks[k].what if (k := key(f)) in marks else '' for f in m.files] if marks else ['']*len(m.files))
-    held, of = np.array(d.learned_decision.normal_scores), lambda what: s[said == what]
-    self.bench.show(Bench(d.decision, d.learned_decision, np.r_[held, of('normal')], of('anomalous'), of(''),
-                          'inspected and held-out normal images'))
-    order = m.prediction.score.argsort(descending=True).tolist()
-    self.which.options = [(f'{printable(m.files[i].name)}  ({s[i]:.2f})', i + 1) for i in order] # 0 would be no choice
-    if self.which.value is None: self.which.value = order[0] + 1
-    self.decide.layout.display = None
-    self.marking.update()
+    self.judged.layout.display = None
+    self.decide.show()
 
 @patch
-def _target(self: OwnImages) -> Target:
-    c = self.model.inspected_by.config.data
-    return Target(self.model.files[self.which.value - 1], self.model.run, c.image_size, c.max_pixels)
-
-@patch
-def _threshold_tried(self: OwnImages, threshold: float) -> None:
-    "What is kept decides about the images of the sheet; what is only tried is counted above."
-    if self.bench.bench.tried: return
+def _show_results(self: OwnImages) -> None:
     m = self.model
-    m.prediction = m.inspected_by.decision.applied(m.prediction)
     self.sheet.show(m)
     self.scores.value = scores_html(m.files, m.prediction, m.inspected_by)
 
-# %% ../nbs/18j_own_images.ipynb #db2f5576
 @patch
-def _learn(self: OwnImages) -> tuple[DynAD, Learned]:
-    "The detector with the images that are marked as normal, and what that changes on the inspected ones."
-    self._as_inspected = self.model.inspected_by
-    fitted = fitted_dataset(self._as_inspected.info, self._as_inspected.config)
-    return relearn(self._as_inspected, with_unlabelled(fitted, self.model.files), fitted=fitted)
-
-@patch
-def _use(self: OwnImages, detector: DynAD | None) -> None:
-    "Inspect the same images by another detector, None: by that of before."
-    self.model.detector = detector or self._as_inspected
-    self._later('inspect', lambda: self._inspect(self.model.files))
+def _inspect_again(self: OwnImages) -> None: self._later('inspect', lambda: self._inspect(self.model.files))
 
 # %% ../nbs/18j_own_images.ipynb #f118j002
 @patch
@@ -471,7 +406,7 @@ def _save(self: OwnImages) -> None:
     m, text = self.model, lambda w: w.value.strip() or None
     inspected = [str(p) for p in m.files] if m.prediction is not None else []
     self.state_file.write(dict(normal=text(self.normal.folder), new=text(self.new.folder),
-                               preset=self.preset.value, inspected=inspected))
+                               preset=self.preset.value, tile=str(self.tile.value), inspected=inspected))
 
 # %% ../nbs/18j_own_images.ipynb #ccf858f1
 @patch

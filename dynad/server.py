@@ -16,7 +16,7 @@ from .paths import expanded, printable
 
 # %% auto #0
 __all__ = ['IMAGES', 'FrontError', 'Place', 'place_of', 'page_notebook', 'free_port', 'check_port', 'own_template', 'write_page',
-           'write_lab', 'server', 'serve']
+           'app_copies', 'write_lab', 'server', 'serve']
 
 # %% ../nbs/18n_server.ipynb #7e0d4711
 class FrontError(DynadError, ValueError):
@@ -25,7 +25,7 @@ class FrontError(DynadError, ValueError):
 @dataclass(frozen=True)
 class Place:
     "What is opened."
-    kind: str          # 'demo', 'run', 'own' (a folder of `OwnImages`) or 'images'
+    kind: str          # 'demo', 'run', 'own' (a folder of `OwnImages`, or an empty one) or 'images'
     path: Path | None  # None for the demo
 
 # %% ../nbs/18n_server.ipynb #4b3f5e1f
@@ -44,8 +44,9 @@ def place_of(
     if (p/'run.json').is_file(): return Place('run', p)
     if (p/'config.json').is_file() and (p/'stages').is_dir():
         raise FrontError(f"{printable(p)}: its fit is not finished; the same `dynad fit` goes on where it stopped")
+    if not any(not f.name.startswith('.') for f in p.iterdir()): return Place('own', p) # to be filled
     if not _holds_images(p): raise FrontError(f"{printable(p)}: no run and no image in there; name a run directory "
-                                              "of `dynad fit`, or a folder of images")
+                                              "of `dynad fit`, a folder of images, or an empty one")
     return Place('images', p)
 
 def _holds_images(folder: Path) -> bool:
@@ -105,12 +106,24 @@ def write_page(folder: Path, place: Place, keep: Path, port: int, token: str) ->
     config.write_text(json.dumps(dict(Voila=voila, VoilaConfiguration=template)), encoding='utf-8')
     return [sys.executable, '-m', 'voila', 'dynad.ipynb']
 
+# %% ../nbs/18n_server.ipynb #93babb26
+def app_copies() -> dict[str, str]: # file name -> text
+    "The notebooks of `nbs/apps` without their outputs, where this is a checkout; else none."
+    out = {}
+    for f in sorted((Path(__file__).resolve().parents[1]/'nbs'/'apps').glob('*.ipynb')):
+        nb = json.loads(f.read_text(encoding='utf-8'))
+        for c in nb['cells']:
+            if c['cell_type'] == 'code': c |= dict(outputs=[], execution_count=None)
+        nb['metadata'] = {k: v for k, v in nb['metadata'].items() if k != 'widgets'}
+        out[f.name] = json.dumps(nb, ensure_ascii=False, indent=1)
+    return out
+
 # %% ../nbs/18n_server.ipynb #93babb27
 def write_lab(place: Place, keep: Path, port: int) -> list[str]:
-    "A notebook of the page in `keep`, unless one is there; the command that starts JupyterLab on it."
+    "Notebooks of the page and the apps in `keep`, unless they are there; the command that starts JupyterLab on them."
     keep.mkdir(parents=True, exist_ok=True)
-    page = keep/'dynad.ipynb'
-    if not page.exists(): page.write_text(page_notebook(place, keep), encoding='utf-8')
+    for name, text in {'dynad.ipynb': page_notebook(place, keep), **app_copies()}.items():
+        if not (keep/name).exists(): (keep/name).write_text(text, encoding='utf-8')
     options = dict(ip='127.0.0.1', port=port, port_retries=0, open_browser=False, root_dir=str(keep))
     root = ['--allow-root'] if getattr(os, 'geteuid', lambda: 1)() == 0 else []  # in a container
     return [sys.executable, '-m', 'jupyterlab', *root, *(f'--ServerApp.{k}={v}' for k, v in options.items())]

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import math
 from dataclasses import dataclass
-from typing import Iterable
+from typing import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -46,12 +46,13 @@ def neighbourhoods(
 def k_centre(
     x: Tensor,   # [n,d] points
     m: int,      # how many to choose, at most n
-    first: int   # index of the first one
+    first: int,  # index of the first one
+    far: Tensor | None = None # [n] squared distance to the nearest of those chosen before; None: there are none
 ) -> Tensor:     # [m] distinct indices, in the order of choice
     "Greedy k-centre selection: always the point that is farthest from all chosen before it."
     x = x - x.mean(0)                                            # small norms: less rounding in the product below
     sq = x.square().sum(1)
-    i, far, chosen = torch.tensor([first], device=x.device), torch.full_like(sq, math.inf), []
+    i, far, chosen = torch.tensor([first], device=x.device), torch.full_like(sq, math.inf) if far is None else far, []
     for _ in range(m):
         chosen.append(i)
         far = torch.minimum(far, sq + sq[i] - 2*(x @ x[i[0]]))   # squared distance to the nearest chosen point
@@ -73,10 +74,11 @@ def spread_out(
 def nearest_distance(
     x: Tensor,         # [n,d]
     bank: Tensor,      # [m,d]
-    chunk: int = 2048  # rows at a time
+    chunk: int = 1024  # rows at a time
 ) -> Tensor:           # [n] ≥ 0
     "L2 distance to the nearest row of the bank."
-    row = torch.cat([torch.cdist(q, bank).argmin(1) for q in x.split(chunk)])
+    half, columns = bank.square().sum(1)/2, bank.T.contiguous()
+    row = torch.cat([torch.addmm(half, q, columns, alpha=-1).argmin(1) for q in x.split(chunk)]) # |q − b|²/2 − |q|²/2
     return torch.cat([(q - bank[i]).norm(dim=1) for q, i in zip(x.split(chunk), row.split(chunk))])  # no cancellation
 
 # %% ../nbs/10a_spatial_dic.ipynb #02364e2c
@@ -97,10 +99,11 @@ def random_rows(
 def novel_rows(
     x: Tensor,         # [n,d]
     bank: Tensor,      # [m,d]
-    share: float = .25 # of x
+    share: float = .1  # of x
 ) -> Tensor:           # [max(1, share·n),d]
-    "The rows that are farthest from the bank: what it does not know yet, and no more, so that a search stays as fast."
-    return x[nearest_distance(x, bank).topk(max(1, int(share*len(x)))).indices.sort().values]
+    "The greedy choice goes on with these rows: what the bank does not know yet, and no more; a search stays as fast."
+    near = nearest_distance(x, bank)
+    return x[k_centre(x, max(1, int(share*len(x))), int(near.argmax()), near.square())]
 
 @dataclass
 class SpatialDIC:
@@ -127,18 +130,26 @@ class SpatialDIC:
         features: dict[int, Tensor] # φ of B images
     ) -> Tensor:                    # [B,1,h,w] ≥ 0, on the grid of the finest layer
         "n_map: how far each patch is from the nearest normal one."
-        p = neighbourhoods(features, self.layers)
+        return self.distance(neighbourhoods(features, self.layers))
+
+    def distance(self,
+        p: Tensor # [B,h,w,ΣC] of `neighbourhoods`
+    ) -> Tensor:  # [B,1,h,w]
+        "The same for patches that are at hand."
         if p.shape[-1] != self.bank.shape[1]:
             raise SpatialDICError(f"patches have {p.shape[-1]} channels, the bank has {self.bank.shape[1]}: "
                                   "use the φ and the layers of the bank")
         return nearest_distance(p.flatten(0, 2), self.bank).view(p.shape[:-1])[:, None]
 
-    def joined(self,
-        features: dict[int, Tensor] # φ of more normal images
+    def novel(self,
+        features: dict[int, Tensor] # φ of one more normal image
     ) -> SpatialDIC:
-        "With the patches of these images that are least like those of the bank."
-        x = neighbourhoods(features, self.layers).flatten(0, 2)
-        return SpatialDIC(torch.cat([self.bank, novel_rows(x, self.bank)]), self.layers)
+        "The patches of this image that the bank does not know yet, as a bank of their own."
+        return SpatialDIC(novel_rows(neighbourhoods(features, self.layers).flatten(0, 2), self.bank), self.layers)
+
+    def joined(self, others: Sequence[SpatialDIC]) -> SpatialDIC:
+        "With the patches of other banks of the same layers; its map is the smallest of theirs, place by place."
+        return SpatialDIC(torch.cat([self.bank, *(o.bank for o in others)]), self.layers)
 
     def state(self) -> dict[str, Tensor]: # to save
         return {'bank': self.bank, 'layers': torch.tensor(self.layers)}

@@ -193,6 +193,12 @@ class Shards:
             for i, r in enumerate(index): self._rows[r], self._cost[r] = (f.name, i), seconds/len(index)
             self._read_files.add(f.name)
 
+    @property
+    def rows(self) -> list[int]:
+        "Those that are there."
+        self._refresh()
+        return sorted(self._rows)
+
     def missing(self, index: list[int]) -> list[int]:
         "Those of the rows that would have to be made, ascending."
         if not all(i in self._rows for i in index): self._refresh()

@@ -12,7 +12,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .config import ConfigError
-from .explorer_model import t_max_grid
+from .setting_text import t_max_grid
 from .map_cache import Setting
 from .session import Session
 from .view import Jobs

@@ -150,7 +150,7 @@ class TrajectoryModel:
         self.ready: tuple[int, int, float] | None = None    # the selection whose steps are there
         self.steps: dict[float, Steps] = {}            # by ω
         self.diffused: dict[float, np.ndarray] = {}
-        self.changed: Callable[[], None] = lambda: None
+        self.changed: Callable[[tuple[int, int, float]], None] = lambda key: None # is given the selection of the steps
 
     def work(self) -> bool:
         "Compute the steps of the selection; False when they are there or cannot be computed."
@@ -163,8 +163,8 @@ class TrajectoryModel:
         if key != self.selected: return True
         self.ready = None  # sliders show nothing until all is in place
         self.steps, self.diffused = steps, out
-        self.changed()
-        return False
+        self.changed(key)
+        return key != self.selected
 
 # %% ../nbs/18g_trajectory.ipynb #8add30b7
 STATE = 'trajectory.json'  # in the run directory
@@ -288,10 +288,15 @@ def _by_hand(self: Trajectory, change: dict) -> None:
 def _selected(self: Trajectory, change: Any = None) -> None:
     self.model.selected = self.image.value, self.t_hat.value, self.eta.value
     self.model.jobs.retry()
-    set_stale(True, self.back_panels, self.out_panels)
+    self._freshen()
+    if self.ready: self.show(); self._save() # back to what is there, perhaps at another step
     self.say('')
     self.recalled.value = ''
     self.worker.poke()
+
+@patch
+def _freshen(self: Trajectory) -> None:
+    set_stale(self.model.ready != self.model.selected, self.back_panels, self.out_panels)
 
 # %% ../nbs/18g_trajectory.ipynb #36eff9bf
 @patch
@@ -306,19 +311,19 @@ def _work_failed(self: Trajectory, e: Exception) -> None:
 
 # %% ../nbs/18g_trajectory.ipynb #ecb6abe1
 @patch
-def _computed(self: Trajectory) -> None:
-    "Called by the thread when all steps are there."
+def _computed(self: Trajectory, key: tuple[int, int, float]) -> None:
+    "Called by the thread when all steps of this selection are there."
     m = self.model
-    n, i = len(m.steps[0.].t), m.selected[0]
+    n, i = len(m.steps[0.].t), key[0]
     step = self.step.value if self._first_step is None else self._first_step
     if len(self.step.options) != n + 1: self.step.options = calls(n)
     self.play.max, self.step.value, self._first_step = n, max(0, min(step, n)), None
-    m.ready = m.selected
+    m.ready = key
     x = self.session.samples[i]
     self.panels.put(('input', 0.), i, lambda: png_bytes(self.session.image(i)))
     self.panels.caption(('input', 0.), f'<b>input</b> {html.escape(x.name)}, {html.escape(x.defect)}')
-    set_stale(False, self.back_panels, self.out_panels)
     self.show()
+    self._freshen()
     self._save()
 
 # %% ../nbs/18g_trajectory.ipynb #d78a6b7f

@@ -10,9 +10,9 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['SEVERITIES', 'Rule', 'RULES', 'NAMES', 'ROWS', 'SIGNS', 'Claim', 'rule', 'verdict', 'row_name', 'capital', 'value_of',
-           'with_interval', 'side', 'compared', 'origin', 'lost_masks', 'ranking', 'few_test_images', 'outlines',
-           'other_methods', 'neighbour_distance', 'diffusion', 'threshold_images', 'found_at_threshold', 'false_alarms',
-           'other_parts', 'headline', 'verdict_lines']
+           'with_interval', 'side', 'compared', 'origin', 'untested', 'lost_masks', 'ranking', 'few_test_images',
+           'outlines', 'other_methods', 'neighbour_distance', 'diffusion', 'threshold_images', 'found_at_threshold',
+           'false_alarms', 'other_parts', 'headline', 'verdict_lines']
 
 # %% ../nbs/13c_verdict.ipynb #1b8af0ad
 SEVERITIES = ('serious', 'careful', 'good', 'note') # in the order in which they are told
@@ -100,6 +100,14 @@ def origin(r: dict[str, Any]) -> Iterator[Claim]:
         yield Claim(f"{p['marked']} images that a person has marked do not count", 'left out of the test set', 'note')
 
 # %% ../nbs/13c_verdict.ipynb #b5bb6301
+@rule
+def untested(r: dict[str, Any]) -> Iterator[Claim]:
+    "Does anybody know what it finds?"
+    p = r['protocol']
+    if p.get('test_good', 1) or p.get('test_defective', 1): return
+    yield Claim('Nobody knows yet how much it finds or misses', 'no labelled test image: none under test/good and '
+                'test/<defect>', 'careful')
+
 @rule
 def lost_masks(r: dict[str, Any]) -> Iterator[Claim]:
     "Are there defects that the method cannot see at its size?"

@@ -59,6 +59,7 @@ class Parts:
     hashes: dict[str, str] = field(default_factory=dict) # 'autoencoder', 'denoiser', 'phi', 'bank': what they are
     device: torch.device = torch.device('cpu')
     spatial: tuple[SpatialDIC, ...] = ()      # the banks of normal patches, one per part of n_map
+    pieces: tuple[tuple[str, tuple[SpatialDIC, ...]], ...] = () # of which `spatial` is joined, each with its key
 
     @cached_property
     def schedule(self) -> Schedule:

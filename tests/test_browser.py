@@ -213,6 +213,72 @@ def test_browser_open(view, tmp_path, monkeypatch):
         assert view.unexpected() == []
     assert process.poll() is not None and not list(tmp_path.glob('dynad-open-*'))
 
+def test_browser_from_an_empty_folder(view, tmp_path, boards, monkeypatch):
+    "`dynad open EMPTY`, without a line of code: images are dropped, fitted, one of one's own is judged, said to be wrong, learned from."
+    pytest.importorskip('voila', reason='voila is not installed')
+    from dynad.server import place_of, server as front_server
+    monkeypatch.setenv('TMPDIR', str(tmp_path))
+    (tmp_path/'mine').mkdir()
+    page = view.page
+    page.set_viewport_size(dict(width=1280, height=1000))
+    text = lambda: page.locator('.dynad-x').first.inner_text()
+    look = lambda name: page.screenshot(path=Path(SHOTS or tmp_path)/f'empty_{name}.png', full_page=True)
+    def drop(which, files):
+        with page.expect_file_chooser() as chooser: page.locator('.widget-upload', has_text=which).first.click()
+        chooser.value.set_files([str(f) for f in files])
+    press = lambda name: page.locator('.dynad-x button:enabled', has_text=re.compile(rf'^\s*{name}\s*$')).first.click()
+    with front_server(place_of(tmp_path/'mine'), tmp_path/'keep') as (url, _):
+        page.goto(url, timeout=WAIT*1000)
+        view.until(lambda: page.locator('.widget-upload', has_text='drop normal images').is_visible(), WAIT, 'the page')
+        look('1_page')
+        drop('drop normal images', [s.image for s in boards.train[:16]])
+        view.until(lambda: '16 dropped so far' in text(), WAIT, 'the upload')
+        page.locator('.widget-dropdown', has_text='preset').locator('select').select_option('smoke (a test)')
+        press('fit')
+        view.until(lambda: 'fitted on ' in text() or page.locator('.dynad-error').count(), 3*WAIT, 'the fit')
+        view.until(lambda: 'Nobody knows yet how much it finds' in text(), WAIT, 'the verdict on the run')
+        look('2_fitted')
+        bad = [s for s in boards.test if s.label][:3]
+        drop('drop new images', [s.image for s in bad])
+        view.until(lambda: 'of 3 classified as anomalous' in text() and page.locator('.dynad-sheet img').count() == 12, WAIT, 'the judgement')
+        assert 'preset smoke: a test' in text()
+        press('this is normal')
+        view.until(lambda: 'This image is marked as normal' in text(), 60, 'the mark')
+        press('learn from the marks')
+        view.until(lambda: '1 marked image joined' in text(), WAIT, 'what it changes')
+        view.until(lambda: re.search(r'recall on 56 synthetic defects in held-out normal images \d+% → \d+%', text()), WAIT, 'what it costs')
+        look('3_judged')
+        press('keep in the run')
+        view.until(lambda: 'every view have learned it' in text(), 60, 'kept')
+        assert not page.locator('.dynad-error').count() and view.unexpected() == []
+    log = [json.loads(l) for l in (tmp_path/'mine'/'run'/'marks.jsonl').read_text().splitlines()]
+    assert [m['what'] for m in log] == ['normal'] and json.loads((tmp_path/'mine'/'run'/'learned.json').read_text())['normals'] == [log[0]['pixels']]
+
+def test_browser_lab_leaves_the_checkout_as_it_is(view, tmp_path, monkeypatch):
+    "`dynad open --lab` in a checkout: the page and an app are used and saved in JupyterLab, and git sees no change."
+    import subprocess
+    from browser import ROOT
+    from dynad.server import place_of, server as front_server
+    for name, value in dict(DYNAD_CACHE=tmp_path, TMPDIR=tmp_path, JUPYTER_CONFIG_DIR=tmp_path/'config', JUPYTER_DATA_DIR=tmp_path/'data', JUPYTERLAB_WORKSPACES_DIR=tmp_path/'spaces', JUPYTERLAB_SETTINGS_DIR=tmp_path/'settings').items(): monkeypatch.setenv(name, str(value))
+    (tmp_path/'demo').symlink_to(demo().parent)
+    repo, page = tmp_path/'repo', view.page
+    (repo/'nbs').mkdir(parents=True)
+    for f in APPS.glob('*.ipynb'): (repo/'nbs'/f.name).write_bytes(f.read_bytes())
+    (repo/'.gitignore').write_bytes((ROOT/'.gitignore').read_bytes())
+    git = lambda *args: subprocess.run(['git', '-c', 'user.name=t', '-c', 'user.email=t@t', *args], cwd=repo, check=True, capture_output=True, text=True).stdout
+    git('init', '-q'); git('add', '-A'); git('commit', '-qm', 'as it was')
+    with front_server(place_of(None), repo/'dynad_open', lab=True) as (url, process):
+        page.goto(url, timeout=WAIT*1000)
+        page.wait_for_selector('#jp-main-statusbar :text("| Idle")', timeout=WAIT*1000)
+        page.click('.lm-MenuBar-item:has-text("Run")'); page.click('.lm-Menu-item[data-command="runmenu:run-all"]')
+        view.until(lambda: page.locator('.dynad-x').count() and 'times the' in page.locator('.dynad-x').first.inner_text(), WAIT, 'the verdict')
+        page.screenshot(path=Path(SHOTS or tmp_path)/'lab.png')
+        page.keyboard.press('Control+s')
+        kept = repo/'dynad_open'/'dynad.ipynb'
+        view.until(lambda: 'widget-view' in kept.read_text(), 60, 'saved with its outputs')
+    assert {p.name for p in (repo/'dynad_open').glob('*.ipynb')} == {'dynad.ipynb', *(p.name for p in APPS.glob('*.ipynb'))}
+    assert git('status', '--porcelain') == '' and process.poll() is not None
+
 def test_browser_strip_of_two_thousand(view):
     "Only what is in view exists; a scroll through all of it never holds the page."
     from dynad.charts import template_text

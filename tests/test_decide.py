@@ -126,6 +126,50 @@ def test_marked_images_are_no_test_images(run, boards, tmp_path):
     (run/marks.read_marks(run)[0].kept).unlink()
     with pytest.raises(StoreError, match='is gone; put it back'): learning.relearn(method, boards, defects=0)
 
+def test_flips_come_within_seconds_and_the_recall_after_them(run, boards, monkeypatch):
+    "Of a run that was evaluated: from three marks to the flipped verdicts, without a defect being looked at. 1.9 s on two cores at load 8."
+    method = open_run(run, progress=False)
+    images = method.test_images(boards.test, boards)
+    learning.called(method, images)                                    # stored, as after `dynad evaluate` or in a view
+    good = [s.image for s in boards.test if not s.label][:3]
+    marks.mark_images(run, good, 'normal', method.config.data.image_size)
+    monkeypatch.setattr(learning, 'synthetic_set', None)               # nothing drawn is needed for the flips
+    cpu, (after, found) = time.process_time(), learning.relearn(method, boards)
+    cpu = time.process_time() - cpu
+    assert found.recall is None and found.seconds < 30 and cpu < 8     # its own processor time: other work does not count
+    assert not any('recall' in l for l in learning.learned_lines(found))
+    monkeypatch.undo()
+    assert learning.with_recall(found, method, after, 9, alive=lambda: False) is None
+    whole = learning.with_recall(found, method, after, 9)
+    assert whole.defects == 9 and whole.recall == learning.relearn(method, boards, defects=9)[1].recall and 'recall on 9 ' in learning.recall_line(whole)
+
+def test_the_mark_bar_shows_flips_before_the_recall(run, boards):
+    "And who goes back meanwhile is not told what it would have cost."
+    import threading
+    from dynad.marking import MarkBar, Target
+    method, go, seen = open_run(run, progress=False), threading.Event(), []
+    good = next(s.image for s in boards.test if not s.label)
+    def recall(after, found, alive):
+        go.wait(60)
+        return learning.with_recall(found, method, after, 4) if alive() else None
+    bar = MarkBar(lambda: Target(good, run, method.config.data.image_size), lambda: learning.relearn(method, boards), seen.append, recall)
+    try:
+        for undo in (True, False):
+            go.clear()
+            bar.normal.click(); bar.try_it.click()
+            end = time.monotonic() + 120
+            while 'being measured' not in bar.changes.value and time.monotonic() < end: time.sleep(.01)
+            assert 'verdicts flip' in bar.changes.value and 'being measured' in bar.changes.value and not bar.undo.disabled
+            if undo: bar.undo.click()
+            go.set()
+            assert bar.thread.wait(60)
+            assert bar.message.value == '' and ('as before' in bar.changes.value if undo else 'recall on 4 synthetic' in bar.changes.value)
+        assert len(seen) == 3 and seen[1] is None and seen[2].joined == (0,)
+        bar.learn, bar.try_it.disabled = lambda: 1/0, False
+        bar.try_it.click(); bar.thread.wait(60)
+        assert 'division by zero' in bar.message.value and not bar.try_it.disabled and 'learning' not in bar.changes.value
+    finally: bar.thread.close()
+
 @pytest.mark.parametrize('which', ['dynad', 'patchcore'])
 def test_learning_from_a_false_alarm(which, run, patchcore, boards, tmp_path):
     if which == 'patchcore': run = tmp_path/'patches'; shutil.copytree(patchcore, run)
@@ -212,6 +256,22 @@ def test_the_bench_decides_in_the_explorer(run):
         assert open_run(run, progress=False).decision.chosen is None
     finally: x.close()
 
+def test_the_verdict_in_the_explorer(run):
+    "Made when somebody looks; claims, severity and evidence are those of `evaluate`; again after another threshold."
+    x = Explorer(run, prefetch=False)
+    try:
+        x.wait(300)
+        assert x.verdict.found is None and x.verdict.text.value == ''
+        x.tabs.selected_index = next(k for k, w in enumerate(x.tabs.children) if w is x.verdict.ui)
+        x.wait(300)
+        e = evaluate(open_run(run, progress=False), x.session.dataset, n_boot=200, null_models=False)
+        assert x.verdict.message.value == '' and x.verdict.found == e.result['verdict'] and len(x.verdict.found) > 2
+        for c in x.verdict.found: assert c['claim'].replace("'", '&#x27;') in x.verdict.text.value and f'class="dynad-{c["severity"]}"' in x.verdict.text.value
+        x.session.model.keep_choice(Chosen(at=1e6))                      # nothing is found any more
+        x.verdict.again.click(); x.wait(300)
+        assert any('misses most defects' in c['claim'] for c in x.verdict.found)
+    finally: x.close()
+
 def test_marks_in_the_explorer(run):
     x = Explorer(run, prefetch=False)
     try:
@@ -220,9 +280,11 @@ def test_marks_in_the_explorer(run):
         x.marking.normal.click()
         assert '<b>normal</b>' in x.marking.said.value
         x.marking.try_it.click()
-        assert x.marking.message.value == '' and 'without training' in x.marking.changes.value
+        assert not x.marking.try_it.disabled or 'learning' in x.marking.changes.value
         x.wait(300)
+        said = x.marking.changes.value
+        assert x.marking.message.value == '' and 'without training' in said and 'recall on 56 synthetic defects' in said and 'being measured' not in said
         assert x.session.model.joined == (0,) and x.message.value == ''
         x.marking.keep.click()
-        assert open_run(run, progress=False).joined == (0,)
+        assert open_run(run, progress=False).joined == (0,) and '<b>kept</b>' in x.marking.changes.value and x.marking.keep.disabled
     finally: x.close()

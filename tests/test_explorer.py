@@ -17,7 +17,7 @@ from dynad.config import ConfigError, make_config
 from dynad.demo import demo_run
 from dynad.detector import DynAD
 from dynad.explorer import STATE, Explorer
-from dynad.explorer_model import t_max_grid
+from dynad.setting_text import t_max_grid
 from dynad.surroundings import pull_html
 from dynad.fusion import quantile, score, smooth, upsample
 from dynad.images import DataError
@@ -598,6 +598,29 @@ def test_trajectory(session):
     assert again.model.selected == t.model.selected and (again.step.value, again.out.value) == (4, t.model.ts[-1]) and again.curve.value == t.curve.value
     again.close(); t.close()
     with pytest.raises(ValueError, match="image = 'x' is not among"): Trajectory(session, image='x')
+
+def test_trajectory_back_to_what_is_shown(session, monkeypatch):
+    "The image is changed and changed back: nothing is left to compute, and nothing stays faded."
+    t = Trajectory(session, image=session.samples[9].name, t_hat=80, eta=0., points=3).wait(120)
+    try:
+        stale = lambda: 'dynad-stale' in t.back_panels._dom_classes or 'dynad-stale' in t.out_panels._dom_classes
+        shown = t.images['x0', 0.].value
+        monkeypatch.setattr(t.worker, 'poke', lambda: None)           # the thread has not come to it yet
+        t.eta.value = 3.
+        assert stale() and not t.ready
+        t.eta.value = 0.
+        assert not stale() and t.ready and not t.model.work()
+        t.eta.value = 3.
+        monkeypatch.undo()
+        done = t.model.changed
+        def back(key): t.eta.value = 0.; done(key)                    # changed back while the steps are being shown
+        t.model.changed = back
+        t.model.work()
+        assert t.model.ready == (9, 80, 3.) != t.model.selected and stale()
+        t.model.changed = done
+        t.worker.poke(); t.wait(120)
+        assert not stale() and t.ready and t.images['x0', 0.].value == shown
+    finally: t.close()
 
 def test_t_hat_by_hand_stays(session):
     (session.run/'trajectory.json').unlink(missing_ok=True)

@@ -19,7 +19,9 @@ def test_what_is_named(tmp_path, smoke, boards):
     (tmp_path/'cut'/'stages').mkdir(parents=True); (tmp_path/'cut'/'config.json').write_text('{}')
     for path, text in ((tmp_path/'none', 'no such folder; name a run'), (tmp_path/'own'/'own_images.json', 'a file, not a folder'), (tmp_path/'cut', 'its fit is not finished')):
         with pytest.raises(FrontError, match=text): place_of(path)
-    (tmp_path/'empty').mkdir()
+    (tmp_path/'empty').mkdir(); (tmp_path/'empty'/'.hidden').touch()
+    assert place_of(tmp_path/'empty').kind == 'own'                    # a workplace to be filled
+    (tmp_path/'empty'/'notes.txt').touch()
     with pytest.raises(FrontError, match='no run and no image in there'): place_of(tmp_path/'empty')
 
 def test_refused_before_anything_slow(tmp_path):
@@ -60,7 +62,7 @@ def test_tabs(smoke, boards, tmp_path):
     assert app.message.value == '' and app.tabs.titles == ('Your images', 'Explorer', 'Report') and app.tabs.selected_index == 1
     assert app.slot.children == (app.explorer.ui,) and not app.reports.make_button.disabled
     app.explorer.add_tab('Another', app.own.progress)
-    assert app.explorer.tabs.titles == ('Inspect', 'Maps and sliders', 'Decide', 'Another')
+    assert app.explorer.tabs.titles == ('Inspect', 'Maps and sliders', 'Decide', 'Verdict', 'Another')
     app.close()
     app = open_app(boards.root/'train', tmp_path, preset='smoke')
     assert app.own.normal.folder.value == str((boards.root/'train').resolve()) and app.tabs.selected_index == 0 and app.reports.make_button.disabled

@@ -112,10 +112,10 @@ def test_the_same_view_after_a_restart(own, tmp_path):
 def test_fit_is_pressed_while_images_are_inspected(own, monkeypatch):
     inspecting, fitting, go = threading.Event(), threading.Event(), threading.Event()
     model = own.model.detector
-    def predict(files): inspecting.set(); go.wait(20); return DynAD.predict(model, files)
+    def predict(*args): inspecting.set(); go.wait(20); return DynAD.predictions(model, *args)
     def fit(self, *args, **kwargs): fitting.set(); go2.wait(20); return model
     go2 = threading.Event()
-    monkeypatch.setattr(model, 'predict', predict, raising=False); monkeypatch.setattr(DynAD, 'fit', fit)
+    monkeypatch.setattr(model, 'predictions', predict, raising=False); monkeypatch.setattr(DynAD, 'fit', fit)
     own.inspect()
     assert inspecting.wait(20)
     own.fit()
@@ -165,7 +165,7 @@ def test_every_message_stands_beside_the_button(own, tmp_path):
     own.normal.folder.value = ''
 
 def test_all_images_are_on_a_page_of_the_sheet(own, boards, monkeypatch):
-    monkeypatch.setattr('dynad.own_images.SHOWN', 4)
+    monkeypatch.setattr('dynad.own_parts.SHOWN', 4)
     own.new.folder.value = str(boards.root/'test')
     own.inspect().wait()
     n, names = len(own.model.files), set()
@@ -208,6 +208,7 @@ def test_deciding_and_marking_what_was_inspected(own, boards, tmp_path):
     own.marking.normal.click()
     assert own.marking.message.value == '' and '<b>normal</b>' in own.marking.said.value
     own.marking.try_it.click()
+    own.wait(300)
     assert own.marking.message.value == '' and 'without training' in own.marking.changes.value and 'called anomalous' in own.marking.changes.value
     own.wait()
     assert m.inspected_by.joined == (0,) and own.message.value == ''
@@ -215,3 +216,42 @@ def test_deciding_and_marking_what_was_inspected(own, boards, tmp_path):
     own.wait()
     assert m.inspected_by.joined == ()
     own.marking.withdraw.click()
+
+def test_a_region_and_tiles_reach_fit_and_predict(boards, tmp_path):
+    "Drawn or dropped, the region counts in the fit and in the sheet; tiles are inspected too, at their own resolution."
+    w = OwnImages(tmp_path/'own', normal=Path(boards.root)/'train'/'good', new=Path(boards.root)/'test'/'good', preset='smoke', overrides=FAST)
+    try:
+        r = w.region
+        r.draw_button.click()
+        assert r.drawer.image and r.size == (128, 128) and 'draw around' in r.text.value
+        r.drawer.outlines = [[[0, 0], [.5, 0], [.5, 1], [0, 1]]]                       # the left half, as the pointer gives it
+        assert re.search('5[01]% of the image counts', r.text.value) and w.chosen == {'data.roi': str(tmp_path/'own'/'roi.png')}
+        w.fit().wait(300)
+        d = w.model.detector
+        assert w.message.value == '' and d.inside[:, :31].all() and not d.inside[:, 33:].any() and 'of the image counts' in w.status.value
+        w.inspect().wait(300)
+        assert w.message.value == '' and not w.model.prediction.mask[..., 33:].any() and 'Nobody knows yet' in w.decide.verdict.text.value
+        Image.fromarray(np.full((40, 60), 255, np.uint8)).save(tmp_path/'all.png')
+        r.upload.value = (upload(tmp_path/'all.png', 'mine.png'),)
+        assert '100% of the image counts' in r.text.value and not r.drawer.outlines
+        (tmp_path/'dark.png').write_bytes((tmp_path/'all.png').read_bytes()); Image.fromarray(np.zeros((40, 60), np.uint8)).save(tmp_path/'dark.png')
+        r.upload.value = (upload(tmp_path/'dark.png', 'dark.png'),)
+        assert 'dark.png: nothing in it is brighter' in w.message.value or 'dark.png: a region of interest without' in w.message.value
+        assert w.message in w.slots['fit'].children and '100%' in r.text.value            # the one of before stays
+        r.clear_button.click()
+        assert w.chosen == {}
+        w.tile.value = 16
+        w.fit().wait(60)
+        assert 'data.tile' in w.message.value
+        w.tile.value = 64
+        w.fit().wait(400)
+        d = w.model.detector
+        assert w.message.value == '' and d.tiling.tile == 64 and d.roi is None and 'tiles of 64 pixels' in w.status.value
+        w.inspect().wait(300)
+        p = w.model.prediction
+        assert w.message.value == '' and p.map.shape[-2:] == tuple(d.map_shape) and w.sheet.html.value.count('<img') == 3*len(p) and w.explore_button.disabled
+        assert w.export().exists() and w.message.value == ''
+        again = OwnImages(tmp_path/'own').wait(300)
+        assert again.tile.value == 64 and again.model.detector.tiling.tile == 64 and again.message.value == ''
+        again.close()
+    finally: w.close()
