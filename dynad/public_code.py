@@ -5,7 +5,7 @@
 # %% ../nbs/17ba_public_code.ipynb #c87b149e
 from __future__ import annotations
 import contextlib, copy, importlib.util, io, os, statistics, sys, time, types
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Callable, Iterator
@@ -74,7 +74,8 @@ def public_code(folder: str | Path) -> ModuleType: # its module with `validate`
     "The authors' public code in a folder. Raises PublicCodeError."
     folder, known, path = expanded(folder), set(sys.modules), list(sys.path)
     if not (folder/'test.py').is_file():
-        raise PublicCodeError(f"{printable(folder/'test.py')}: no such file; name the folder of the paper's public code")
+        raise PublicCodeError(f"{printable(folder/'test.py')}: no such file; "
+                              "name the folder of the paper's public code")
     if importlib.util.find_spec('consistencydecoder') is None: # another decoder, which its shipped settings do not use
         sys.modules['consistencydecoder'] = types.ModuleType('consistencydecoder')
         sys.modules['consistencydecoder'].ConsistencyDecoder = None
@@ -85,11 +86,13 @@ def public_code(folder: str | Path) -> ModuleType: # its module with `validate`
         module = importlib.util.module_from_spec(spec)
         with torch.random.fork_rng(): spec.loader.exec_module(module)
     except ImportError as e:
-        raise PublicCodeError(f"{printable(folder)}: {e}; pip install scikit-learn kornia omegaconf scikit-image") from None
+        raise PublicCodeError(f"{printable(folder)}: {e}; "
+                              "pip install scikit-learn kornia omegaconf scikit-image") from None
     finally:
         sys.path[:] = path
         for k in set(sys.modules) - known:
-            if str(folder) in str(getattr(sys.modules[k], '__file__', '')) or k == 'consistencydecoder': del sys.modules[k]
+            own = str(folder) in str(getattr(sys.modules[k], '__file__', ''))
+            if own or k == 'consistencydecoder': del sys.modules[k]
         sys.modules.update(hidden)
     return module
 
@@ -129,9 +132,10 @@ def settings_of_the_public_code(model: DynAD) -> dict[str, Any]: # dotted
     size = model.config.data.image_size
     return {'reconstruction.S': 10, 'reconstruction.steps': 'count', 'reconstruction.indices': 'authors',
             'reconstruction.omega': 0., 'reconstruction.severity': 'dynamic', 'reconstruction.average': 0,
-            'reconstruction.clamp_pull': False, 'dic.self_match': 'include', 'dic.pool': 16, 'dic.bins': 10, 'dic.layer': 2,
-            'dic.floor': .2, 'fusion.layers': [j for j in (2, 3) if j in model.parts.phi.layers], 'fusion.neighbour': 0.,
-            'fusion.reference': 'input', 'fusion.score': 'max', 'fusion.sigma': 4*256/size, 'fusion.calibration': 'test'}
+            'reconstruction.clamp_pull': False, 'dic.self_match': 'include', 'dic.pool': 16, 'dic.bins': 10,
+            'dic.layer': 2, 'dic.floor': .2, 'fusion.layers': [j for j in (2, 3) if j in model.parts.phi.layers],
+            'fusion.neighbour': 0., 'fusion.reference': 'input', 'fusion.score': 'max', 'fusion.sigma': 4*256/size,
+            'fusion.calibration': 'test'}
 
 # %% ../nbs/17ba_public_code.ipynb #8c03a271
 def public_config(model: DynAD, batch: int) -> SimpleNamespace:
@@ -173,7 +177,8 @@ class Loaded(list):
     "Images as the public code's data set gives them."
     @classmethod
     def of(cls, x: Tensor, masks: Tensor, labels: Tensor) -> Loaded:
-        return cls((2*a - 1, m.float(), 'bad' if y else 'good', str(i)) for i, (a, m, y) in enumerate(zip(x, masks, labels)))
+        return cls((2*a - 1, m.float(), 'bad' if y else 'good', str(i))
+                   for i, (a, m, y) in enumerate(zip(x, masks, labels)))
 
 # %% ../nbs/17ba_public_code.ipynb #6c80ccd8
 class Nowhere:
@@ -201,8 +206,9 @@ def run_public(code: ModuleType, model: DynAD, data: TestSet, batch: int = 12,
         setattr(part, call, clock.timed(name, getattr(part, call)))
     metric_of = code.__dict__.setdefault('public_metric', code.metric)
     given = dict(
-        MVTecDataset=lambda is_train, **_: train if is_train else test, KNN=Neighbours, resnet34=lambda pretrained: [phi],
-        Domain_adaptation=lambda unet, fe, *_, **__: fe, AutoencoderKL=SimpleNamespace(from_pretrained=lambda name: vae),
+        MVTecDataset=lambda is_train, **_: train if is_train else test, KNN=Neighbours,
+        resnet34=lambda pretrained: [phi], Domain_adaptation=lambda unet, fe, *_, **__: fe,
+        AutoencoderKL=SimpleNamespace(from_pretrained=lambda name: vae),
         metric=clock.timed('metrics', metric_of), visualize=lambda *a: shown.update(map=a[4]),
         time=SimpleNamespace(time=seconds), pickle=SimpleNamespace(dump=lambda *a: None),
         open=Nowhere)
@@ -231,10 +237,11 @@ def run_ours(model: DynAD, data: TestSet) -> Run:
 
 # %% ../nbs/17ba_public_code.ipynb #018e5b6b
 def ways(model: DynAD) -> dict[str, DynAD]: # name -> the same parts
-    "What is compared: the same computation, and faster settings, scaled by held-out images as one image at a time needs it."
+    "The same computation, and faster settings; these are scaled by held-out images, as single images need it."
     same = settings_of_the_public_code(model)
-    def fast(steps: int, **more): return same | {'fusion.calibration': 'train', 'speed': 'exact', 'reconstruction.S': steps,
-                                                 'reconstruction.steps': 'stride' if steps > 1 else 'count'} | more
+    def fast(k: int, **more):
+        return same | {'fusion.calibration': 'train', 'speed': 'exact', 'reconstruction.S': k,
+                       'reconstruction.steps': 'stride' if k > 1 else 'count'} | more
     return {'exact': model.with_settings(same | {'speed': 'exact'})} | {
         f"{k} step{'s'*(k > 1)}{name}": model.with_settings(fast(k, **more))
         for k in (5, 3, 1) for name, more in (('', {}), (', no f_map', {'fusion.lam': 1.}))}
@@ -265,14 +272,16 @@ def row_of(name: str, runs: dict[str, list[Run]], data: TestSet) -> dict[str, An
         took = np.array([seconds_of(r, outside) for r in own])
         ratio = np.array([seconds_of(p, outside)/seconds_of(r, outside) for p, r in zip(public, own)])
         for k, unit in enumerate(('clock', 'processor')):
-            out |= {f'{what}, {unit}, ms': 1e3*statistics.median(took[:, k])/n, f'{what}, {unit}, times': statistics.median(ratio[:, k])}
+            out |= {f'{what}, {unit}, ms': 1e3*statistics.median(took[:, k])/n,
+                    f'{what}, {unit}, times': statistics.median(ratio[:, k])}
     m = image_metrics(r.score, data.labels, n_boot=0) | pixel_metrics(r.map, data.masks, n_boot=0)
     out |= {k: 100*m[k].value for k in ('i_auroc', 'p_auroc', 'pro')}
     said = r.anomalous if r.anomalous is not None else r.score > between(exact)
     out |= {'verdicts that differ': int((said != exact.anomalous).sum()), 'φ per image': r.seen.get('φ', 0)/n,
             'UNet per image': r.seen.get('UNet', 0)/n}
-    out['parts, processor, ms'] = {k: 1e3*statistics.median([r.parts[k][1] for r in own])/n for k in r.parts}
-    out['parts, processor, ms']['rest'] = 1e3*statistics.median([r.seconds[1] - sum(v[1] for v in r.parts.values()) for r in own])/n
+    of_each = [{k: v[1] for k, v in r.parts.items()} for r in own]
+    for e, o in zip(of_each, own): e['rest'] = o.seconds[1] - sum(e.values())
+    out['parts, processor, ms'] = {k: 1e3*statistics.median(e[k] for e in of_each)/n for k in of_each[0]}
     if name in ('public code', 'exact'): out['map, largest difference'] = float((r.map - public[0].map).abs().max())
     return out
 
@@ -288,5 +297,5 @@ def against(code: ModuleType, model: DynAD, data: TestSet, repeats: int = 3, bat
     "The comparison with the public code."
     with torch.no_grad(): runs = in_turns(code, models or ways(model), data, repeats, batch, autoencoder)
     return {'rows': {k: row_of(k, runs, data) for k in runs}, 'images': len(data.images), 'bank': len(data.train),
-            'repeats': repeats, 'batch': batch, 'size': model.config.data.image_size, 'threads': torch.get_num_threads(),
-            'machine': machine()}
+            'repeats': repeats, 'batch': batch, 'size': model.config.data.image_size,
+            'threads': torch.get_num_threads(), 'machine': machine()}
