@@ -70,7 +70,7 @@ class VerdictView(View):
         self.worker = self.thread(self._work)
         for b, parts in ((self.again, False), (self.parts, True)):
             b.on_click(self.safely(lambda _, parts=parts: self.ask(parts)))
-        self.assemble([self.message, row([self.again, self.parts]), self.progress, self.progress_text, self.text])
+        self.assemble([self.message, self.text, row([self.again, self.parts, self.progress_text]), self.progress])
 
 # %% ../nbs/18bc_verdict_view.ipynb #4f1e0c14
 @patch
