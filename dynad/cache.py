@@ -89,6 +89,11 @@ def seconds(self: ImageSet, name: str, depends_on: dict[str, Any]) -> float:
     "What a stage of the whole set cost when it was made."
     return self.store.seconds(name, dict(images=self.key, **depends_on))
 
+@patch
+def has(self: ImageSet, name: str, depends_on: dict[str, Any]) -> bool:
+    "Whether a stage of the whole set is there."
+    return self.store.done(name, dict(images=self.key, **depends_on))
+
 # %% ../nbs/14a_cache.ipynb #b0c2946c
 def image_set(
     store: Store,

@@ -239,7 +239,8 @@ def predict_set(self: DynAD,
 ) -> Iterator[tuple[list[int], DynADPrediction]]: # without reconstructions, which `cached_walk` decodes when asked
     "The predictions of a set in batches, from the stored walk."
     walk = self.cached_walk(images)
-    if self.parts.spatial or not self.skip: walk.features # the maps need them: φ is asked once
+    if (self.parts.spatial or not self.skip) and not images.has('bins', walk.bins_key):
+        walk.features # bins and maps need them: φ is asked once
     T, distance = walk.t_hat, walk.severity.distance
     rule, skip = self.config.fusion.score, self.skip
     for r, (A, l, f) in self.maps(walk, None, rows):

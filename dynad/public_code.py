@@ -4,7 +4,7 @@
 
 # %% ../nbs/17ba_public_code.ipynb #c87b149e
 from __future__ import annotations
-import contextlib, copy, importlib.util, io, os, statistics, sys, time, types
+import contextlib, copy, importlib.util, io, statistics, sys, time, types
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .config import DynadError
 from .detector import DynAD, possible_t_hat
 from .latents import Autoencoder
-from .machine import machine
+from .machine import cpu_load, machine
 from .metrics import image_metrics, pixel_metrics
 from .paths import expanded, printable
 
@@ -267,7 +267,7 @@ def seconds_of(r: Run, outside: bool) -> np.ndarray: # [2]
 def row_of(name: str, runs: dict[str, list[Run]], data: TestSet) -> dict[str, Any]:
     "Time, ratio to the public code, metrics and verdicts of one way."
     n, own, public, exact = len(data.images), runs[name], runs['public code'], runs['exact'][0]
-    out, r = {'load': os.getloadavg()[0]}, own[0]
+    out, r = {'load': cpu_load()}, own[0]
     for what, outside in (('all', False), ('outside E and D', True)):
         took = np.array([seconds_of(r, outside) for r in own])
         ratio = np.array([seconds_of(p, outside)/seconds_of(r, outside) for p, r in zip(public, own)])
