@@ -73,7 +73,7 @@ def test_browser_explore(view, lab, folder, capsys):
         name = view.page.locator('.dynad-big', has_text='test/').inner_text()
         return int(session.t_hat(Setting(int(t_max)))[[x.name for x in session.samples].index(name)])
     img = view.panel('A_map =').locator('img')
-    view.until(lambda: 'being' not in view.page.locator('.dynad-x').inner_text() and 'reconstructing' not in view.page.locator('.dynad-x').inner_text(), WAIT, 'the T_max grid')
+    view.until(lambda: 'being' not in view.page.locator('.dynad-x').first.inner_text() and 'reconstructing' not in view.page.locator('.dynad-x').first.inner_text(), WAIT, 'the T_max grid')
     shot(view, 'explore', folder)
 
     before = img.evaluate(BYTES)                            # by mouse
@@ -115,8 +115,8 @@ def test_browser_explore(view, lab, folder, capsys):
         view.until(lambda: float(view.readout('η')) == 12*share, 30, f'η by {key}')
         track, handle = view.track('η').bounding_box(), view.slider('η').bounding_box()
         assert abs(handle['x'] + handle['width']/2 - track['x'] - share*track['width']) < 3
-    view.until(lambda: 'overshoots:' in view.page.locator('.dynad-x').inner_text(), 30, 'the warning, before the computation is done')
-    limit = float(re.search(r'above η = ([\d.]+) it overshoots', view.page.locator('.dynad-x').inner_text())[1])
+    view.until(lambda: 'overshoots:' in view.page.locator('.dynad-x').first.inner_text(), 30, 'the warning, before the computation is done')
+    limit = float(re.search(r'above η = ([\d.]+) it overshoots', view.page.locator('.dynad-x').first.inner_text())[1])
     mark = re.search(r'rgb\(230, 159, 0\) ([\d.]+)%', view.track('η').evaluate('(e) => getComputedStyle(e).backgroundImage'))
     assert abs(float(mark[1]) - 100*min(1, limit/12)) < .5
     assert not view.page.locator('.dynad-error').count() and view.unexpected() == []
@@ -126,15 +126,15 @@ def test_browser_narrow_panel(view, lab, folder):
     with_parameters('trajectory', folder, run=str(demo()), t_hat=160, eta=8.)
     view.open_in_lab(lab, 'trajectory.ipynb', WAIT)
     view.page.wait_for_selector('.dynad-panel img', timeout=WAIT*1000)
-    view.until(lambda: 't = 160' in view.page.locator('.dynad-x').inner_text(), WAIT, 'the walk')
+    view.until(lambda: 't = 160' in view.page.locator('.dynad-x').first.inner_text(), WAIT, 'the walk')
     before = view.bytes('z_t decoded')
     view.slider('call').focus()
     for _ in range(3): view.page.keyboard.press('ArrowRight')
-    view.until(lambda: view.bytes('z_t decoded') != before and view.readout('call') == '4' and 'call 4, t = 112' in view.page.locator('.dynad-x').inner_text(), 30, 'the step')
+    view.until(lambda: view.bytes('z_t decoded') != before and view.readout('call') == '4' and 'call 4, t = 112' in view.page.locator('.dynad-x').first.inner_text(), 30, 'the step')
     shot(view, 'trajectory', folder)
     view.page.set_viewport_size(dict(width=760, height=900))
     view.page.wait_for_timeout(400)
-    wide = view.page.locator('.dynad-x').evaluate('(e) => [e.scrollWidth, e.clientWidth]')
+    wide = view.page.locator('.dynad-x').first.evaluate('(e) => [e.scrollWidth, e.clientWidth]')
     assert wide[0] <= wide[1] + 8, wide
     assert not view.page.locator('.dynad-error').count() and view.unexpected() == []
 
@@ -160,13 +160,13 @@ def test_browser_upload(view, lab, folder, boards):
         with view.page.expect_file_chooser() as chooser: button.click()
         chooser.value.set_files([str(f) for f in files])
     drop(s.image for s in boards.train[:6])
-    view.until(lambda: '6 dropped so far' in view.page.locator('.dynad-x').inner_text(), WAIT, 'the upload')
+    view.until(lambda: '6 dropped so far' in view.page.locator('.dynad-x').first.inner_text(), WAIT, 'the upload')
     assert len(list((folder/'mine'/'good').iterdir())) == 6
     shot(view, 'your_images', folder)
     bad = folder/'notes.png'
     bad.write_bytes(b'not an image')
     drop([bad])
-    view.until(lambda: 'notes.png: not an image that can be read' in view.page.locator('.dynad-x').inner_text(), WAIT, 'the error')
+    view.until(lambda: 'notes.png: not an image that can be read' in view.page.locator('.dynad-x').first.inner_text(), WAIT, 'the error')
     assert view.unexpected() == []
 
 def test_browser_open(view, tmp_path, monkeypatch):
@@ -271,7 +271,7 @@ def test_browser_lab_leaves_the_checkout_as_it_is(view, tmp_path, monkeypatch):
         page.goto(url, timeout=WAIT*1000)
         page.wait_for_selector('#jp-main-statusbar :text("| Idle")', timeout=WAIT*1000)
         page.click('.lm-MenuBar-item:has-text("Run")'); page.click('.lm-Menu-item[data-command="runmenu:run-all"]')
-        view.until(lambda: page.locator('.dynad-x').count() and 'times the' in page.locator('.dynad-x').first.inner_text(), WAIT, 'the verdict')
+        view.until(lambda: page.locator('.dynad-x').first.count() and 'times the' in page.locator('.dynad-x').first.inner_text(), WAIT, 'the verdict')
         page.screenshot(path=Path(SHOTS or tmp_path)/'lab.png')
         page.keyboard.press('Control+s')
         kept = repo/'dynad_open'/'dynad.ipynb'
