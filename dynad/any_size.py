@@ -6,38 +6,24 @@
 from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Callable
+from typing import Callable
 
 import numpy as np
 from PIL import Image
 
 from .arithmetic import interpolation
-from .images import nearest, resized_pixels
+from .images import Box, TileGrid, nearest, part_of, resized_pixels
 
 # %% auto #0
-__all__ = ['Box', 'Cuts', 'cut', 'window', 'resized_map', 'Canvas', 'whole_map', 'largest', 'kept', 'inside_at', 'within',
-           'map_score']
+__all__ = ['Cuts', 'cut', 'window', 'resized_map', 'Canvas', 'whole_map', 'largest', 'kept', 'inside_at', 'within', 'map_score']
 
 # %% ../nbs/17gb_any_size.ipynb #aa8889af
-Box = tuple[int, int, int, int] # x, y, width, height in pixels of the image as it is
-
 @dataclass(frozen=True)
-class Cuts:
+class Cuts(TileGrid):
     "How images are cut, and what is kept of their maps."
-    tile: int               # side in pixels of the image as it is
-    stride: int             # pixels from one tile to the next
     context: float          # weight of the map of the whole image, made smaller
     shape: tuple[int, int]  # height and width of a map that is kept
     area: int               # pixels of it that one tile stands for
-
-    def starts(self, length: int) -> list[int]:
-        "The first pixel of each tile along a side: every stride, and one flush with the far border."
-        if length <= self.tile: return [0]
-        return sorted({*range(0, length - self.tile + 1, self.stride), length - self.tile})
-
-    def boxes(self, size: tuple[int, int]) -> list[Box]: # of an image of this width and height, row by row
-        "The tiles of an image."
-        return [(x, y, self.tile, self.tile) for y in self.starts(size[1]) for x in self.starts(size[0])]
 
 # %% ../nbs/17gb_any_size.ipynb #82894d90
 def cut(
@@ -46,12 +32,7 @@ def cut(
     size: int        # side of the square that the networks see
 ) -> np.ndarray:     # [3,size,size] in [0,1], multiples of 1/255 of an 8-bit image
     "One tile; what lies beyond the border is mirrored."
-    x, y, w, h = box
-    part = im.crop((x, y, min(x + w, im.width), min(y + h, im.height)))
-    if part.size != (w, h):
-        more = [(0, h - part.height), (0, w - part.width)] + [(0, 0)]*(im.mode != 'F')
-        part = Image.fromarray(np.pad(np.asarray(part), more, mode='symmetric'))
-    return np.round(resized_pixels(part, (size, size))*255)/np.float32(255)
+    return np.round(resized_pixels(part_of(im, box), (size, size))*255)/np.float32(255)
 
 # %% ../nbs/17gb_any_size.ipynb #ed664f63
 @lru_cache(8)

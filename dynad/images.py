@@ -5,6 +5,7 @@
 # %% ../nbs/03_images.ipynb #2d0e3a93
 from __future__ import annotations
 import io, threading, warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Callable, Iterator
 
@@ -17,8 +18,9 @@ from .metadata import Metadata, read_exif, read_metadata, without_items, xmp_ori
 if TYPE_CHECKING: from torch import Tensor # whoever reads arrays needs no torch
 
 # %% auto #0
-__all__ = ['NOTES', 'SAID', 'Notes', 'check_size', 'to_float', 'decode', 'read_whole', 'resized_pixels', 'resized', 'read_pixels',
-           'read_image', 'marked_pixels', 'nearest', 'read_mask', 'image_size']
+__all__ = ['NOTES', 'SAID', 'Box', 'Notes', 'TileGrid', 'part_of', 'check_size', 'to_float', 'decode', 'read_whole',
+           'resized_pixels', 'resized', 'read_pixels', 'read_image', 'marked_pixels', 'nearest', 'read_mask',
+           'image_size']
 
 # %% ../nbs/03_images.ipynb #aa429865
 _CAUSES = ( # the first kind that fits
@@ -174,6 +176,36 @@ def _first(path: Path, use: Callable, max_pixels: int | None, notes: Notes, data
         except Image.DecompressionBombError: raise
         except Exception as e: error = error or e
     raise error
+
+# %% ../nbs/03_images.ipynb #7e11a002
+Box = tuple[int, int, int, int] # x, y, width, height in pixels of the image as it is
+
+@dataclass(frozen=True)
+class TileGrid:
+    "Where an image is cut."
+    tile: int    # side in pixels of the image as it is
+    stride: int  # pixels from one tile to the next
+
+    def starts(self, length: int) -> list[int]:
+        "The first pixel of each tile along a side: every stride, and one flush with the far border."
+        if length <= self.tile: return [0]
+        return sorted({*range(0, length - self.tile + 1, self.stride), length - self.tile})
+
+    def boxes(self, size: tuple[int, int]) -> list[Box]: # of an image of this width and height, row by row
+        "The tiles of an image."
+        return [(x, y, self.tile, self.tile) for y in self.starts(size[1]) for x in self.starts(size[0])]
+
+# %% ../nbs/03_images.ipynb #7e11a003
+def part_of(
+    im: Image.Image, # of `read_whole`
+    box: Box
+) -> Image.Image:    # of the box's width and height
+    "What lies in a box; beyond the border the image is mirrored."
+    x, y, w, h = box
+    part = im.crop((x, y, min(x + w, im.width), min(y + h, im.height)))
+    if part.size == (w, h): return part
+    more = [(0, h - part.height), (0, w - part.width)] + [(0, 0)]*(im.mode != 'F')
+    return Image.fromarray(np.pad(np.asarray(part), more, mode='symmetric'))
 
 # %% ../nbs/03_images.ipynb #b8cf2511
 def _is_deep(im: Image.Image) -> bool:

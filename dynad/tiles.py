@@ -18,21 +18,17 @@ from torch import Tensor
 from .cache import ImageSet, batches
 from .config import DataSettings, content_key
 from .data import AnomalyDataset, Sample, images_key, mapped
-from .images import Notes, image_size, read_whole, resized
+from .images import Box, Notes, TileGrid, image_size, part_of, read_whole, resized
 from .store import Store
 
 # %% auto #0
-__all__ = ['Box', 'LONGEST', 'Tiling', 'cut', 'window', 'Canvas', 'whole_map', 'kept_shape', 'kept', 'TileOf', 'tiles_of',
-           'load_tiles', 'tile_set', 'WholeImages', 'whole_images', 'Kept', 'common_kept']
+__all__ = ['LONGEST', 'Tiling', 'cut', 'window', 'Canvas', 'whole_map', 'kept_shape', 'kept', 'TileOf', 'tiles_of', 'load_tiles',
+           'tile_set', 'WholeImages', 'whole_images', 'Kept', 'common_kept']
 
 # %% ../nbs/14e_tiles.ipynb #eda829f6
-Box = tuple[int, int, int, int] # x, y, width, height in pixels of the image as it is
-
 @dataclass(frozen=True)
-class Tiling:
-    "How images are cut."
-    tile: int             # side in pixels of the image as it is
-    stride: int           # pixels from one tile to the next
+class Tiling(TileGrid):
+    "How images are cut, by the settings."
     context: float = 0.   # weight of the map of the whole image, made smaller
 
     @classmethod
@@ -41,15 +37,6 @@ class Tiling:
         if data.tile is None: return None
         return cls(data.tile, data.stride or max(1, 3*data.tile//4), data.context)
 
-    def starts(self, length: int) -> list[int]:
-        "The first pixel of each tile along a side."
-        if length <= self.tile: return [0]
-        return sorted({*range(0, length - self.tile + 1, self.stride), length - self.tile})
-
-    def boxes(self, size: tuple[int, int]) -> list[Box]: # of an image of this width and height, row by row
-        "The tiles of an image."
-        return [(x, y, self.tile, self.tile) for y in self.starts(size[1]) for x in self.starts(size[0])]
-
 # %% ../nbs/14e_tiles.ipynb #256c420f
 def cut(
     im: Image.Image, # of `read_whole`
@@ -57,12 +44,7 @@ def cut(
     size: int        # side of the square that the method sees
 ) -> Tensor:         # [3,size,size] in [0,1], multiples of 1/255 of an 8-bit image
     "One tile; what lies beyond the border is mirrored."
-    x, y, w, h = box
-    part = im.crop((x, y, min(x + w, im.width), min(y + h, im.height)))
-    if part.size != (w, h):
-        more = [(0, h - part.height), (0, w - part.width)] + [(0, 0)]*(im.mode != 'F')
-        part = Image.fromarray(np.pad(np.asarray(part), more, mode='symmetric'))
-    return (resized(part, (size, size))*255).round()/255
+    return (resized(part_of(im, box), (size, size))*255).round()/255
 
 # %% ../nbs/14e_tiles.ipynb #ed284113
 @lru_cache(8)
