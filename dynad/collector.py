@@ -111,11 +111,11 @@ SYSTEM = {
     '@eadir', '@tmp', '@recycle', '@recently-snapshot', '@sharebin', '#recycle', '#snapshot', '$recycle.bin',
     'recycler', 'system volume information', 'lost+found', '__macosx', '__pycache__', 'network trash folder',
     'temporary items', 'thumbs.db', 'ehthumbs.db', 'ehthumbs_vista.db', 'desktop.ini', 'folder.htt', 'picasa.ini',
-    'zbthumbnail.info', 'icon\r', 'pspbrwse.jbf'}
+    'zbthumbnail.info', 'icon\r', 'pspbrwse.jbf', 'thumbs', 'thumbnails'}
 
 def is_system(name: str) -> bool:
     "Whether a file or folder of that name is hidden, or was put there by a system."
-    return name.startswith('.') or name.casefold() in SYSTEM
+    return name.startswith(('.', '~$')) or name.casefold() in SYSTEM # ~$: what an office program has open
 
 # %% ../nbs/02c_collector.ipynb #85bdab8e
 RUN_PARTS = {'config.json', 'run.json', 'stages', 'baselines', 'result.json', 'passport.json'}

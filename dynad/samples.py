@@ -4,6 +4,7 @@
 
 # %% ../nbs/03a_samples.ipynb #63f8e985
 from __future__ import annotations
+import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,8 @@ from .collector import (COMMON, GOOD, INNER, SPLITS, DataError, Finding, Listing
 from .paths import name_key, printable
 
 # %% auto #0
-__all__ = ['Reading', 'Sample', 'relative_name', 'unused_findings', 'is_normal', 'left_out', 'evaluation_findings', 'read_mvtec']
+__all__ = ['Reading', 'Sample', 'relative_name', 'unused_findings', 'is_normal', 'left_out', 'sounds_normal',
+           'evaluation_findings', 'read_mvtec']
 
 # %% ../nbs/03a_samples.ipynb #ca8bd448
 @dataclass(frozen=True)
@@ -172,6 +174,15 @@ def _test_samples(listing: Listing) -> list[Sample]:
         samples.append(Sample(relative_name(p, listing.root), p, int(not good), 'good' if good else folders[0], 'test'))
     return samples
 
+# %% ../nbs/03a_samples.ipynb #8ac9cecd
+_ALSO_NORMAL = {'free', 'faultless', 'flawless', 'clean', 'healthy', 'intact', 'undamaged', 'negative', 'perfect',
+                'regular', 'reference', 'correct', 'accepted'}
+
+def sounds_normal(kind: str) -> bool: # name of a folder that counts as a kind of defect
+    "Whether its name reads as one of normal images: clean, 0_good, normal_images."
+    bare = re.sub(r'\d|images?|imgs?|pictures?|photos?|samples?|parts?|ones', '', plain(kind))
+    return bare in GOOD | _ALSO_NORMAL or bare.removesuffix('s') in GOOD
+
 # %% ../nbs/03a_samples.ipynb #9df152cc
 def evaluation_findings(samples: list[Sample]) -> Iterator[Finding]:
     "What cannot be measured on these test images."
@@ -182,6 +193,10 @@ def evaluation_findings(samples: list[Sample]) -> Iterator[Finding]:
         yield Finding('no normal test', f"no normal test image (kinds: {kinds}): image-level figures are undefined")
     elif not any(s.label for s in test):
         yield Finding('no anomalous test', 'no anomalous test image: only false alarms can be counted')
+    for kind in sorted({s.defect for s in test if s.label and sounds_normal(s.defect)}):
+        n = count(sum(s.defect == kind for s in test), 'image')
+        yield Finding('doubtful kind', f"{printable(kind)} counts as a kind of defect ({n}): "
+                                       "if its images are normal, name the folder good")
 
 # %% ../nbs/03a_samples.ipynb #bbf3ade3
 def read_mvtec(root: Path, category: str | None, seed: int) -> Reading:

@@ -118,6 +118,19 @@ def test_no_normal_test_image_is_said(tmp_path):
     assert counts(data)[1:3] == (0, 8) and 'no normal test image (kinds: reference, spot): image-level figures are undefined' in data.line()
     with pytest.raises(DataError, match='no normal test image'): open_dataset(tmp_path, strict=True)
 
+@pytest.mark.parametrize('name', ['clean', 'healthy', '00_OK', 'good_images', 'normals'])
+def test_a_kind_that_sounds_normal_is_asked_about(tmp_path, name):
+    base(tmp_path); put(tmp_path/'test'/name/'000.png', 97)
+    data = open_dataset(tmp_path)
+    assert counts(data) == (12, 4, 5, 4) and f'{name} counts as a kind of defect (1 image): if its images are normal, name the folder good' in data.line()
+    with pytest.raises(DataError, match=f'refused because of strict; {name} counts'): open_dataset(tmp_path, strict=True)
+
+@pytest.mark.parametrize('entry', ['thumbnails/000.png', 'Thumbs/000.jpg', '~$000.png'])
+def test_thumbnails_and_lock_files_are_no_images(tmp_path, entry):
+    base(tmp_path); put(tmp_path/'train/good'/entry); put(tmp_path/'test/spot'/entry)
+    data = silent(tmp_path)
+    assert counts(data) == (12, 4, 4, 4) and '2 hidden or system entries' in data.line()
+
 def test_folders_in_capitals_and_other_words(tmp_path):
     data = silent(base(tmp_path, 'Testing/Good', 'Testing/spot', train='Training/Good'))
     assert counts(data) == (12, 4, 4, 4)
