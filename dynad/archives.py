@@ -4,7 +4,7 @@
 
 # %% ../nbs/03c_archives.ipynb #176d2546
 from __future__ import annotations
-import http.client, json, os, shutil, stat, tarfile, tempfile, time, zipfile
+import http.client, json, os, shutil, stat, tarfile, time, zipfile
 import urllib.error, urllib.request
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -16,7 +16,7 @@ from .guard import tqdm
 from .images import DataError
 from .layouts import find_layout
 from .paths import expanded, move
-from .store import atomic_write, file_sha256
+from .store import atomic_write, file_sha256, temporary_folder
 
 # %% auto #0
 __all__ = ['one_maker', 'check_sum', 'check_url', 'fetch', 'unpack']
@@ -277,8 +277,7 @@ def unpack(
     "Unpack an archive into a new folder, completely or not at all. Raises `DataError` for an unsafe or damaged one."
     archive, folder = Path(archive), Path(folder)
     if folder.exists(): raise DataError(f"{folder}: exists already; remove it or choose another place")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.', suffix='.tmp'))
+    work = temporary_folder(folder)
     try:
         with _archive_errors(archive, folder.parent):
             _extract(archive, work, progress)

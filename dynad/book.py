@@ -4,7 +4,7 @@
 
 # %% ../nbs/19e_book.ipynb #1593682c
 from __future__ import annotations
-import html, json, shutil, uuid
+import html, json, shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from .experiments import HEADLINE, METRICS, TARGETS, plain_name, printed
 from .lesson import runs_folder
 from .record import comparison_table, text_cell
 from .runner import PROFILES, Job, RunnerError, outdated, papers_folder, plan, read_json, swap_folder
+from .store import temporary_folder
 
 # %% auto #0
 __all__ = ['formula', 'notebook_html', 'status', 'paper_prints', 'headline', 'split_status', 'front_row', 'book_jobs', 'notes_of',
@@ -315,7 +316,7 @@ def write_book(
     root = Path(root) if root else runs_folder()
     if not root.is_dir():
         raise RunnerError(f"{root}: no such folder; make results first, e.g. dynad reproduce all --out {root}")
-    final, work = root/'book', root/f'.book.{uuid.uuid4().hex[:8]}.part'
+    work = temporary_folder(final := root/'book')
     profiles = [p for p in ('paper', 'small', 'smoke') if any((root/p).glob('*/run.json'))] or ['smoke']
     try:
         sections = [write_section(root, work, p) for p in profiles]

@@ -16,7 +16,7 @@ from .config import DynadError
 from .paths import check_file, check_folder, echo, echo_json
 
 # %% auto #0
-__all__ = ['download', 'bench', 'print_rows', 'examine_data', 'doctor']
+__all__ = ['download', 'bench', 'bench_against', 'print_rows', 'examine_data', 'doctor']
 
 # %% ../nbs/20e_cli_tools.ipynb #61778afa
 @app.command()
@@ -39,15 +39,24 @@ def bench(
         parser=place,
         help='run directory of `dynad fit`; without it an unfitted DynAD of --preset, with random weights')] = None,
     preset: Annotated[str, typer.Option(help='small, smoke, paper or authors; not with a run')] = 'small',
-    images: Annotated[int, typer.Option(min=1, help='in the one batch that is timed')] = 8,
-    repeats: Annotated[int, typer.Option(min=1, help='of each stage; medians are printed')] = 5,
+    images: Annotated[Optional[int], typer.Option(
+        min=1, help='in the one batch that is timed, default 8; with --against: of the test images, default all')] = None,
+    repeats: Annotated[Optional[int], typer.Option(
+        min=1, help='of each stage, default 5, or turns of --against, default 3; medians are printed')] = None,
     json_file: Annotated[Optional[Path], typer.Option(
         '--json', **File, help='where the result goes')] = None,
+    against: Annotated[Optional[Path], typer.Option(
+        **Folder, help="of the paper's public code: its inference and this one in turns, with the networks of RUN on "
+                       'its test images')] = None,
+    data: Annotated[Optional[str], typer.Option(
+        **DataSet, help='with --against: the data set of RUN, where it is not where it was')] = None,
     seed: Seed = 0, set: Set = None
 ):
     "Each stage of an inference timed warm and alone, with counted FLOPs and the share of this machine's own peak."
     with known_mistakes():
         if json_file: check_file(json_file, '--json ')
+        if against: return bench_against(run, against, data, images, repeats or 3, json_file, set)
+        if data: raise DynadError('--data: only with --against, which judges its test images')
         import torch
         from dynad import speed
         from dynad.config import parse_overrides
@@ -55,12 +64,35 @@ def bench(
         from dynad.store import atomic_write
         model = DynAD.open(run, parse_overrides(set or [])) if run else speed.fresh(config_of(preset, seed, set))
         size = model.config.data.image_size
-        result = speed.bench(model, torch.rand(images, 3, size, size, generator=torch.Generator().manual_seed(seed)),
-                             repeats)
+        x = torch.rand(images or 8, 3, size, size, generator=torch.Generator().manual_seed(seed))
+        result = speed.bench(model, x, repeats or 5)
         if json_file: atomic_write(json_file, json.dumps(result, indent=1))
         echo(speed.bench_table(result).round(3).to_string())
         echo(f"{result['images_per_second']:.2f} images per second; weights: {result['weights']}; "
                    f"load of the machine {result['machine']['load']}")
+
+# %% ../nbs/20e_cli_tools.ipynb #2c23ff8b
+def bench_against(run: Path | None, code: Path, data: str | None, images: int | None, turns: int,
+                  json_file: Path | None, pairs: list[str] | None) -> None:
+    "The comparison with the public code: tables, and JSON."
+    if run is None: raise DynadError('--against: name the run whose networks both shall use, e.g. dynad bench RUN')
+    if data: checked_place(data)
+    from dynad import public_code as pc
+    from dynad.config import parse_overrides
+    from dynad.detector import DynAD
+    from dynad.run_directory import fitted_dataset
+    from dynad.store import atomic_write
+    theirs, model = pc.public_code(code), DynAD.open(run, parse_overrides(pairs or []))
+    made = model.info['data']
+    at = dataset_of(data, 'auto', made['category'], model.config.seed) if data else fitted_dataset(
+        model.info, model.config)
+    result = pc.against(theirs, model, pc.test_set(model, at, images), turns)
+    if json_file: atomic_write(json_file, json.dumps(result | {'run': str(run), 'data': made['name']}, indent=1))
+    echo(pc.against_table(result).round(3).to_string(na_rep=''))
+    echo(f'\nms of the processor per image\n{pc.stages_table(result).round(2).to_string()}')
+    latent, maps = result['latent, largest difference'], result['rows']['exact']['map, largest difference']
+    echo(f"exact and the public code: latents equal to {latent:.1e}, maps to {maps:.1e}; {result['images']} test images, "
+         f"{result['bank']} in the bank, {turns} turns, {result['threads']} threads, load {result['machine']['load']}")
 
 # %% ../nbs/20e_cli_tools.ipynb #92abb495
 def print_rows(rows: list[dict[str, str]]) -> None:

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from . import __version__
 from .paths import MARKER, check_writable, expanded, listed_files, move, name_key, printable
-from .store import DISK_ERRORS, StoreError, atomic_write, make_folder, write_error
+from .store import DISK_ERRORS, StoreError, atomic_write, make_folder, remove_temporary, write_error
 
 # %% auto #0
 __all__ = ['write_list', 'check_export', 'put_in_place', 'export_to']
@@ -70,6 +70,7 @@ def export_to(
     except OSError as e: raise write_error(folder, e) from None
     try:
         shutil.rmtree(work, ignore_errors=True) # of one that was killed
+        remove_temporary(folder, f'.{MARKER}.*.tmp', deep=False)
         yield make_folder(work)
         put_in_place(work, folder)
     except OSError as e:

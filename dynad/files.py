@@ -4,8 +4,9 @@
 
 # %% ../nbs/00c_files.ipynb #7367030c
 from __future__ import annotations
-import errno, hashlib, json, os, tempfile
-from contextlib import contextmanager
+import errno, hashlib, json, os, re, shutil, tempfile, time
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -18,9 +19,9 @@ from .config import DynadError
 from .paths import expanded, move, printable, shortened
 
 # %% auto #0
-__all__ = ['REPAIR_HINT', 'DISK_ERRORS', 'StoreError', 'WriteError', 'write_error', 'replacing', 'atomic_write', 'make_folder',
-           'save_tensors', 'open_tensors', 'TensorFile', 'load_tensors', 'load_state', 'load_json', 'file_sha256',
-           'state_hash']
+__all__ = ['REPAIR_HINT', 'DISK_ERRORS', 'AT_REST', 'StoreError', 'WriteError', 'write_error', 'prefix_of', 'at_rest',
+           'left_behind', 'sweep', 'replacing', 'atomic_write', 'make_folder', 'temporary_folder', 'save_tensors',
+           'open_tensors', 'TensorFile', 'load_tensors', 'load_state', 'load_json', 'file_sha256', 'state_hash']
 
 # %% ../nbs/00c_files.ipynb #8a2b202e
 class StoreError(DynadError, RuntimeError):
@@ -39,6 +40,32 @@ def write_error(path: str | Path, e: Exception) -> WriteError:
     return WriteError(f"{printable(path)}: cannot be written ({getattr(e, 'strerror', None) or e}); "
                       "make room, or choose a folder that can be written, and run again: what is finished is kept")
 
+# %% ../nbs/00c_files.ipynb #5c94c6c5
+AT_REST = 3600. # seconds without a write, after which nobody is writing any more
+
+def prefix_of(path: Path) -> str:
+    "What the names of temporary files for a path begin with; a name of 255 bytes leaves no room for more."
+    return f'.{shortened(path.name, 100)}.'
+
+def at_rest(path: Path) -> bool:
+    "Whether nothing has been written to a file, or in a folder, for AT_REST seconds."
+    try: return time.time() - max(p.lstat().st_mtime for p in (path, *path.rglob('*'))) > AT_REST
+    except OSError: return False
+
+# %% ../nbs/00c_files.ipynb #d6e98985
+@lru_cache(256)
+def left_behind(folder: Path) -> tuple[Path, ...]:
+    "Temporary files and folders in which nobody writes any more; a process looks once: a folder may hold a million."
+    ours = re.compile(r'\..+\.[a-z0-9_]{8}\.tmp').fullmatch
+    try: return tuple(p for p in folder.iterdir() if ours(p.name) and not p.is_symlink() and at_rest(p))
+    except OSError: return ()
+
+def sweep(path: Path) -> None:
+    "Remove what killed processes have left of a file or folder that is written now."
+    for p in left_behind(path.parent):
+        if p.name.startswith(prefix_of(path)) and len(p.name) == len(prefix_of(path)) + 12:
+            with suppress(OSError): shutil.rmtree(p) if p.is_dir() else p.unlink()
+
 # %% ../nbs/00c_files.ipynb #38f41ff0
 @contextmanager
 def replacing(
@@ -48,8 +75,8 @@ def replacing(
     path = expanded(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # a name of 255 bytes leaves no room for more
-        fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{shortened(path.name, 100)}.', suffix='.tmp')
+        sweep(path)
+        fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=prefix_of(path), suffix='.tmp')
         os.close(fd)
     except OSError as e: raise write_error(path, e) from None
     tmp = Path(tmp)
@@ -83,6 +110,18 @@ def make_folder(path: str | Path) -> Path:
     try: path.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise write_error(path, e) from None
     return path
+
+# %% ../nbs/00c_files.ipynb #004848e9
+def temporary_folder(
+    path: str | Path # the final path
+) -> Path:           # new, beside it
+    "A folder to be moved to `path` once it is whole. Raises `WriteError`."
+    path = expanded(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path)
+        return Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix_of(path), suffix='.tmp'))
+    except OSError as e: raise write_error(path, e) from None
 
 # %% ../nbs/00c_files.ipynb #88e17dcc
 def save_tensors(

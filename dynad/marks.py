@@ -16,9 +16,9 @@ from torch import Tensor
 
 from .config import DynadError
 from .data import AnomalyDataset, Sample
+from .files import StoreError, file_sha256, replacing, sweep, write_error
 from .images import read_image
 from .paths import expanded, printable
-from .store import StoreError, file_sha256, replacing, write_error
 
 # %% auto #0
 __all__ = ['FILE', 'KEPT', 'SAYINGS', 'MarkError', 'Mark', 'pixels_key', 'append_line', 'read_marks', 'marks_in_force',
@@ -95,6 +95,7 @@ def marks_in_force(root: Path) -> dict[str, Mark]: # `pixels` -> the last word a
 def _keep(file: Path, root: Path, sha: str) -> str:
     "Copy the image into the run; its place, relative to the run."
     to = Path(root)/KEPT/f'{sha[:16]}{file.suffix.lower()}'
+    sweep(to)
     if not to.exists():
         with replacing(to) as tmp: shutil.copyfile(file, tmp)
     return to.relative_to(root).as_posix()

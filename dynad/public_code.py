@@ -4,11 +4,11 @@
 
 # %% ../nbs/17ba_public_code.ipynb #c87b149e
 from __future__ import annotations
-import contextlib, copy, importlib.util, io, statistics, sys, time, types
+import contextlib, copy, importlib.util, io, statistics, sys, time, types, warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, Callable, Iterator
+from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 import numpy as np
 import torch
@@ -16,16 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import DynadError
+from .data import AnomalyDataset, load_images, load_masks, split_normal, to_float
 from .detector import DynAD, possible_t_hat
 from .latents import Autoencoder
 from .machine import cpu_load, machine
 from .metrics import image_metrics, pixel_metrics
 from .paths import expanded, printable
 
+if TYPE_CHECKING: import pandas as pd
+
 # %% auto #0
-__all__ = ['MEAN', 'STD', 'SCALE', 'now', 'Clock', 'watched', 'PublicCodeError', 'public_code', 'PublicPhi', 'PublicVAE',
-           'settings_of_the_public_code', 'public_config', 'TestSet', 'Run', 'Loaded', 'Nowhere', 'run_public',
-           'run_ours', 'ways', 'in_turns', 'seconds_of', 'row_of', 'between', 'against']
+__all__ = ['MEAN', 'STD', 'SCALE', 'COLUMNS', 'now', 'Clock', 'watched', 'PublicCodeError', 'public_code', 'PublicPhi',
+           'PublicVAE', 'settings_of_the_public_code', 'public_config', 'TestSet', 'test_set', 'Run', 'Loaded',
+           'Nowhere', 'run_public', 'run_ours', 'ways', 'in_turns', 'seconds_of', 'row_of', 'between', 'against',
+           'against_table', 'stages_table']
 
 # %% ../nbs/17ba_public_code.ipynb #795cf91d
 def now() -> np.ndarray: # [2] s: by the clock, of this process
@@ -36,9 +40,10 @@ class Clock:
     "What parts of a run take, and how many images they see."
     def __init__(self):
         self.inside, self.took, self.seen, self.total = None, {}, {}, None
+        self.decoded: list[Tensor] = [] # latents
 
     def start(self) -> None:
-        self.took, self.seen, self.begin = {}, {}, now()
+        self.took, self.seen, self.decoded, self.begin = {}, {}, [], now()
 
     def stop(self) -> None: self.total = now() - self.begin
 
@@ -46,6 +51,7 @@ class Clock:
         "The function, timed under this name."
         def call(x, *more, **named):
             if self.inside: return f(x, *more, **named)
+            if getattr(f, '__name__', '') == 'decode': self.decoded.append(x)
             self.inside, begin = name, now()
             try: return f(x, *more, **named)
             finally:
@@ -115,7 +121,7 @@ class PublicPhi(nn.Module):
 
 # %% ../nbs/17ba_public_code.ipynb #379a29d1
 class PublicVAE:
-    "E and D as the public code calls them."
+    "E and D as the public code calls them; its latents are scaled by SCALE once more."
     def __init__(self, ae: Autoencoder): self.ae = ae
     def to(self, device: Any) -> PublicVAE: return self
     def eval(self) -> PublicVAE: return self
@@ -162,6 +168,22 @@ class TestSet:
     masks: Tensor       # [M,1,H,W] bool
     labels: Tensor      # [M] 0 normal, 1 anomalous
 
+def test_set(model: DynAD, dataset: AnomalyDataset, images: int | None = None) -> TestSet: # at most so many test images
+    "The images of a data set as a run sees them; fewer are taken evenly. Raises PublicCodeError for another data set."
+    c, of = model.config.data, dataset.test
+    if dataset.fingerprint != model.info['data']['fingerprint']:
+        raise PublicCodeError(f"{dataset.name}: not the images that the run was fitted on; name its data set with --data")
+    if images and images < len(of): of = [of[i] for i in np.linspace(0, len(of) - 1, images).round().astype(int)]
+    if len({s.label for s in of}) < 2:
+        raise PublicCodeError(f'{len(of)} test images: normal and anomalous ones are needed; take more')
+    train, _ = split_normal(dataset, c, model.config.seed)
+    load = lambda samples: load_images(samples, c.image_size, max_pixels=c.max_pixels)
+    model.training_set.load = lambda: load(train) # of a run that was opened: other scales are measured on them
+    return TestSet(to_float(load(train)), to_float(load(of)), load_masks(of, c.image_size, c.max_pixels)[0],
+                   torch.tensor([s.label for s in of]))
+
+test_set.__test__ = False # no test of pytest
+
 @dataclass
 class Run:
     "What one of them says, and what it took."
@@ -170,7 +192,9 @@ class Run:
     seconds: np.ndarray               # [2] by the clock, of the processor
     parts: dict[str, np.ndarray]      # [2] each
     seen: dict[str, int]              # images
+    latent: Tensor | None             # [M,C,h,w] what was decoded
     anomalous: Tensor | None = None   # [M] bool
+
 
 # %% ../nbs/17ba_public_code.ipynb #c27fb3ad
 class Loaded(list):
@@ -220,7 +244,8 @@ def run_public(code: ModuleType, model: DynAD, data: TestSet, batch: int = 12,
         with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             code.validate(unet, {'betas': betas}, public_config(model, batch))
     finally: code.__dict__.update(kept)
-    return Run(shown['map'], shown['map'].flatten(1).amax(1), clock.total, clock.took, clock.seen)
+    z = torch.cat(clock.decoded)*SCALE
+    return Run(shown['map'], shown['map'].flatten(1).amax(1), clock.total, clock.took, clock.seen, z)
 
 # %% ../nbs/17ba_public_code.ipynb #999bae2e
 def run_ours(model: DynAD, data: TestSet) -> Run:
@@ -233,7 +258,8 @@ def run_ours(model: DynAD, data: TestSet) -> Run:
         p = model.predict(data.images)
         measure(p)
         clock.stop()
-    return Run(p.map, p.score, clock.total, clock.took, clock.seen, p.anomalous)
+    z = torch.cat(clock.decoded) if clock.decoded else None # without a feature map nothing is decoded
+    return Run(p.map, p.score, clock.total, clock.took, clock.seen, z, p.anomalous)
 
 # %% ../nbs/17ba_public_code.ipynb #018e5b6b
 def ways(model: DynAD) -> dict[str, DynAD]: # name -> the same parts
@@ -295,7 +321,30 @@ def between(r: Run) -> float:
 def against(code: ModuleType, model: DynAD, data: TestSet, repeats: int = 3, batch: int = 12,
             autoencoder: Autoencoder | None = None, models: dict[str, DynAD] | None = None) -> dict[str, Any]: # JSON
     "The comparison with the public code."
-    with torch.no_grad(): runs = in_turns(code, models or ways(model), data, repeats, batch, autoencoder)
-    return {'rows': {k: row_of(k, runs, data) for k in runs}, 'images': len(data.images), 'bank': len(data.train),
+    with torch.no_grad(), warnings.catch_warnings(): # the scale of a test set, which is what is asked for here
+        warnings.filterwarnings('ignore', message='.*smallest and largest')
+        runs = in_turns(code, models or ways(model), data, repeats, batch, autoencoder)
+    z = [runs[k][0].latent for k in ('public code', next(iter(models or ways(model))))]
+    apart = float((z[0] - z[1]).abs().max()) if z[0].shape == z[1].shape else None # another autoencoder
+    return {'rows': {k: row_of(k, runs, data) for k in runs}, 'latent, largest difference': apart,
+            'images': len(data.images), 'bank': len(data.train),
             'repeats': repeats, 'batch': batch, 'size': model.config.data.image_size,
             'threads': torch.get_num_threads(), 'machine': machine()}
+
+# %% ../nbs/17ba_public_code.ipynb #444eab9f
+COLUMNS = { # of the comparison: key -> heading
+    'outside E and D, processor, ms': 'outside [ms]', 'outside E and D, processor, times': 'times',
+    'all, processor, ms': 'all [ms]', 'all, processor, times': 'times, all', 'all, clock, times': 'by the clock',
+    'φ per image': 'φ', 'UNet per image': 'UNet', 'i_auroc': 'I-AUROC', 'p_auroc': 'P-AUROC', 'pro': 'PRO',
+    'verdicts that differ': 'verdicts', 'map, largest difference': 'map'}
+
+def against_table(result: dict[str, Any]) -> pd.DataFrame: # of `against`
+    "A row for each way: milliseconds of the processor per image, ratios to the public code, figures, differences."
+    import pandas as pd
+    rows = {k: {n: r.get(o) for o, n in COLUMNS.items()} for k, r in result['rows'].items()}
+    return pd.DataFrame(rows).T.astype(float)
+
+def stages_table(result: dict[str, Any]) -> pd.DataFrame: # of `against`
+    "Milliseconds of the processor per image of each stage."
+    import pandas as pd
+    return pd.DataFrame({k: r['parts, processor, ms'] for k, r in result['rows'].items()}).T.fillna(0.)

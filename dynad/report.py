@@ -4,7 +4,7 @@
 
 # %% ../nbs/17a_report.ipynb #efa238d9
 from __future__ import annotations
-import os, shutil, tempfile
+import os, shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Sequence
@@ -22,7 +22,7 @@ from .evaluate import KEYS, method_title, undefined, write_result
 from .method import Decision, above
 from .paths import check_folder, move, printable
 from .show import MARKED, TRUTH, colorize, marked, save_png
-from .store import atomic_write
+from .store import atomic_write, temporary_folder
 from .verdict import headline
 
 if TYPE_CHECKING: from dynad.evaluate import Evaluation
@@ -324,7 +324,7 @@ def _replace(new: Path, place: Path) -> None:
     new.chmod(0o777 & ~umask)
     old = None
     if place.exists():
-        old = Path(tempfile.mkdtemp(dir=place.parent, prefix=f'.{place.name}.old.'))
+        old = temporary_folder(place)
         move(place, old/'report')
     try: move(new, place)
     except OSError:
@@ -363,8 +363,7 @@ def write_report(
     place = check_report(folder)
     d = evaluation if isinstance(evaluation, ReportData) else report_data(evaluation)
     title = title or ' · '.join(filter(None, (d.result['data']['name'], d.result['data'].get('category'))))
-    place.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=place.parent, prefix=f'.{place.name}.'))
+    new = temporary_folder(place)
     try:
         ends = scales_of(d)
         atomic_write(new/'index.html', page_html(d, title, write_gallery(d, new, n, ends), ends, extra))

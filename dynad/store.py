@@ -19,7 +19,7 @@ from .config import content_key
 # whoever keeps stages reads and writes files: one module to those who use it
 from .files import (DISK_ERRORS, REPAIR_HINT, StoreError, WriteError, atomic_write, file_sha256, load_json,
                          load_state, load_tensors, make_folder, open_tensors, replacing, save_tensors, state_hash,
-                         write_error)
+                         temporary_folder, write_error)
 from .guard import Stop
 from .paths import PathError, check_folder, expanded, move, printable
 
@@ -37,10 +37,11 @@ SCHEMA = 1 # raised when the content of any stage changes its form
 def remove_temporary(
     folder: Path,
     pattern: str = '.*.tmp',
-    age: float = 0. # seconds; above 0: only files older than that, and not in subfolders
+    age: float = 0., # seconds; above 0: only files older than that, and not in subfolders
+    deep: bool = True # subfolders too
 ) -> None:
     "Remove what a killed process was writing. The caller holds the lock, or `age` is longer than any write."
-    for p in folder.rglob(pattern) if not age else folder.glob(pattern):
+    for p in folder.rglob(pattern) if deep and not age else folder.glob(pattern):
         try:
             if not age or time.time() - p.stat().st_mtime > age: p.unlink(missing_ok=True)
         except OSError: pass

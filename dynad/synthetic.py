@@ -4,7 +4,7 @@
 
 # %% ../nbs/04_synthetic.ipynb #6862f6fb
 from __future__ import annotations
-import json, os, shutil, tempfile, zlib
+import json, os, shutil, zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .config import DynadError
 from .board import board
+from .files import temporary_folder
 from .paths import move
 from .products import gear, weave
 from .scene import Canvas, Defect
@@ -249,8 +250,7 @@ def write_synthetic(
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         _check_existing(root, settings)
         return root
-    root.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=root.parent, prefix=f'.{root.name}.'))
+    work = temporary_folder(root)
     try:
         rows = _write_normal(work, settings) + _write_anomalous(work, settings)
         note = 'synthetic images, drawn by dynad.synthetic'

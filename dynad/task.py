@@ -21,7 +21,7 @@ from .evaluate import Evaluation, evaluate
 from .machine import machine, peak_memory_mb
 from .method import METHODS, Method, method_named
 from .metrics import StreamingPixelMetrics
-from .store import atomic_write, load_json, make_folder, save_tensors
+from .store import atomic_write, load_json, make_folder, remove_temporary, save_tensors
 from .training import TrainingError
 
 # %% auto #0
@@ -152,6 +152,7 @@ def run_here(task: Task) -> dict[str, Any]:
     if task.name in NOT_HERE: return {'status': 'not run', 'reason': NOT_HERE[task.name][1]}
     file = make_folder(task.folder)/'result.json'
     with FileLock(Path(task.folder)/'.lock'):
+        remove_temporary(file.parent, '.result.json.*.tmp', deep=False)
         if file.exists(): return load_json(file, 'status')
         try: result = work(task)
         except Exception as e: return refusal(e)

@@ -24,8 +24,8 @@ from .method import Method, Prediction
 from .output import row_of, write_one
 from .paths import PathError, check_folder, echo, expanded, file_name, printable
 from .show import Figure, figure_png
-from .store import (REPAIR_HINT, StoreError, atomic_write, file_sha256, load_json, make_folder, replacing,
-                         write_error)
+from .store import (REPAIR_HINT, StoreError, atomic_write, file_sha256, load_json, make_folder,
+                         remove_temporary, replacing, write_error)
 
 # %% auto #0
 __all__ = ['SHOWN', 'TRIES', 'PICTURES', 'Look', 'Arrivals', 'Journal', 'Arrived', 'Known', 'predicted', 'WatchError',
@@ -221,6 +221,7 @@ class Watch:
         self.left: list[str] = []       # names of files that are there and have not had their turn
         self.drawn, self.told = time.monotonic(), set()
         self.lock = alone(self.out)
+        remove_temporary(self.out) # of a watch that was killed while it wrote
         claim(self)
         self.scores, self.letters = Journal(self.out/'scores.jsonl'), Journal(self.out/'dead_letters'/'reasons.jsonl')
         recover(self)
@@ -244,9 +245,10 @@ def claim(w: Watch) -> None:
     if file.exists() and load_json(file, 'model')['model'] != mine:
         raise StoreError(f"--out {printable(w.out)}: holds the results of another model or of other settings; "
                          "choose a new folder")
-    for part in ('pictures', 'dead_letters'): make_folder(w.out/part)
+    # first of all: a folder that holds something and no watch.json is refused
     atomic_write(file, json.dumps({'dynad': __version__, 'model': mine, 'method': w.method.name,
                                    'threshold': w.method.decision.image_threshold, 'folder': str(w.folder)}, indent=1))
+    for part in ('pictures', 'dead_letters'): make_folder(w.out/part)
 
 # %% ../nbs/17o_watch.ipynb #3c2fc8bd
 def recover(w: Watch) -> None:

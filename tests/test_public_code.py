@@ -5,9 +5,13 @@ import numpy as np
 import pytest
 import torch
 
+from typer.testing import CliRunner
+
 from dynad import public_code as pc
+from dynad.cli import app
 from dynad.data import load_images, load_masks, split_normal, to_float
 from dynad.public_code import Clock, PublicCodeError, PublicPhi, PublicVAE, TestSet, against, public_code, row_of, run_ours, run_public, settings_of_the_public_code, watched, ways
+from dynad.synthetic import write_synthetic
 
 STAND_IN = '''
 import time, pickle
@@ -118,6 +122,40 @@ def test_rows(stand_in, model, data):
     for r in c['rows'].values(): assert r['outside E and D, processor, ms'] < r['all, processor, ms'] and 0 <= r['pro'] <= 100
     assert c['rows']['public code']['all, clock, times'] == 1 and c['rows']['1 step, no f_map']['φ per image'] == 1 and c['rows']['exact']['UNet per image'] == 10*c['rows']['1 step']['UNet per image']
 
+def bench(*words):
+    r = CliRunner().invoke(app, ['bench', *map(str, words)])
+    return r.exit_code, r.output
+
+def test_on_the_command_line(stand_in, smoke, boards, tmp_path):
+    "Tables and JSON say the same; of the run nothing is changed, its store of maps may grow."
+    before = {p: p.stat().st_mtime_ns for p in smoke[1].rglob('*') if p.is_file()}
+    code, said = bench(smoke[1], '--against', stand_in, '--images', 8, '--repeats', 1, '--json', tmp_path/'a.json', '--data', boards.root)
+    assert code == 0, said
+    kept = json.loads((tmp_path/'a.json').read_text())
+    rows = kept['rows']
+    assert kept['images'] == 8 and kept['repeats'] == 1 and kept['run'] == str(smoke[1]) and list(rows)[:2] == ['public code', 'exact']
+    assert kept['latent, largest difference'] > 0 and rows['exact']['map, largest difference'] > .5          # the stand-in denoises nothing, and adds 1
+    for k in ('outside [ms]', 'by the clock', 'I-AUROC', 'P-AUROC', 'PRO', 'verdicts', 'neighbours', 'UNet'): assert k in said
+    for k, r in rows.items(): assert any(line.startswith(k) and f"{r['i_auroc']:.3f}" in line for line in said.splitlines()), k
+    assert all(p.stat().st_mtime_ns == when for p, when in before.items())
+
+def test_what_the_command_line_refuses(stand_in, smoke, gears, tmp_path):
+    for words, why in ((['--against', stand_in], 'name the run'), ([smoke[1], '--against', tmp_path], 'test.py: no such file'), ([smoke[1], '--data', tmp_path], 'only with --against'),
+                       ([smoke[1], '--against', stand_in, '--images', 1], 'normal and anomalous ones are needed'), ([smoke[1], '--against', stand_in, '--data', gears], 'not the images that the run was fitted on'),
+                       ([smoke[1], '--against', stand_in, '--data', tmp_path/'nowhere'], 'nowhere')):
+        code, said = bench(*words)
+        assert code == 2 and why in ' '.join(said.split()), (words, said)
+
+@pytest.fixture(scope='module')
+def gears(tmp_path_factory): return write_synthetic(tmp_path_factory.mktemp('gears')/'gear', 'gear', n_train=8, n_good=2, n_defect=2, size=64)
+
+def test_latents_are_those_that_are_decoded(model, data):
+    run_ours(model, data)
+    r = run_ours(model, data)
+    with torch.no_grad(): x_hat = model.parts.autoencoder.decode(r.latent)
+    with pytest.warns(UserWarning, match='smallest and largest'): p = model.predict(data.images)
+    assert r.latent.shape[0] == len(data.images) and torch.allclose(x_hat.clamp(0, 1), p.reconstruction, atol=1e-5)
+
 def test_what_is_kept_says_what_the_text_says():
     "The figures in the notebook: equal maps, equal verdicts in exact mode, and no claim beyond them."
     from dynad.lesson import project_root
@@ -133,5 +171,5 @@ def test_the_public_code_gives_the_same_maps(model, data):
     "Its own loop, sampler, neighbours, maps and scaling, with the same networks: equal to 1e-4, at two calls of φ instead of five."
     run_ours(model, data) # its decision is learned
     theirs, mine = run_public(public_code(CODE), model, data, batch=6), run_ours(model, data)
-    assert theirs.map.shape == mine.map.shape and float((theirs.map - mine.map).abs().max()) < 1e-4
+    assert theirs.map.shape == mine.map.shape and float((theirs.map - mine.map).abs().max()) < 1e-4 and float((theirs.latent - mine.latent).abs().max()) < 1e-4
     assert theirs.seen['φ'] == 5*len(data.images) and mine.seen['φ'] == 2*len(data.images) and theirs.seen['UNet'] == mine.seen['UNet']
