@@ -4,7 +4,6 @@
 
 # %% ../nbs/18_session.ipynb #d3591bc3
 from __future__ import annotations
-import threading
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ from .data import AnomalyDataset, Sample, images_key, load_masks, open_dataset, 
 from .demo import NOTE
 from .detector import DynAD, calibration_of_set
 from .fusion import Calibration
+from .guard import Turns
 from .images import DataError
 from .map_cache import MapCache, Setting, calibrated_parts, neighbour_parts
 from .method import fitted_dataset
@@ -146,7 +146,7 @@ class Session:
         self.quick_metrics = QuickMetrics(self.labels, self.masks, self.has_mask,
                                           inside=None if inside is None else inside.numpy())
         self.map_caches: dict[tuple, MapCache] = {}  # by `Setting.maps_key`
-        self.lock = threading.RLock()  # one thread at a time calls the model
+        self.lock = Turns()  # one thread at a time calls the model
         for walk in (self.staged, model.held_out): walk.z0, walk.features, walk.severity  # made now, not under a slider
 
     def use(self, model: DynAD) -> None:
