@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from .cache import Cached, ImageSet, batches, image_set
+from .config import content_key
 from .data import AnomalyDataset, Sample
 from .images import read_whole
 from .prediction import Prediction, checked_range
