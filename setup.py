@@ -2,7 +2,13 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
+
+
+class WithData(Distribution):
+    "`pip install -e` asks it by this name whether there are data files, and else leaves them out."
+    has_data = Distribution.has_data_files
+
 
 here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
@@ -11,6 +17,7 @@ cfg = config["DEFAULT"]
 readme = here / "README.md"
 
 setup(
+    distclass=WithData,
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
@@ -23,6 +30,8 @@ setup(
     keywords=cfg["keywords"].split(),
     python_requires=">=" + cfg["min_python"],
     packages=find_packages(include=["dynad", "dynad.*"]),
+    # an extension of the Jupyter server: the tracked notebooks of nbs/apps keep their outputs (nbs/18aa_saving.ipynb)
+    data_files=[("etc/jupyter/jupyter_server_config.d", ["etc/jupyter/jupyter_server_config.d/dynad.json"])],
     package_data={"dynad": ["weights/*.safetensors", "weights/*.json", "*.csv", "templates/*"]},
     install_requires=cfg["requirements"].split(),
     extras_require={

@@ -96,6 +96,9 @@ def learn(
         **Folder, help='train anew with the marked images among the normal ones, into this run directory')] = None,
     defects: Annotated[Optional[int], typer.Option(
         min=0, help='synthetic defects whose recall is measured; 0: none')] = None,
+    into: Annotated[Optional[str], typer.Option(
+        help="what they join: bank (what looks like them counts as normal) or both (the threshold too); default: that "
+             "of the two which misses less")] = None,
     dry: Annotated[bool, typer.Option('--dry', help='show what would change, and keep nothing')] = False,
     forget: Annotated[bool, typer.Option('--forget', help='as the run was fitted again; the marks stay')] = False
 ):
@@ -118,11 +121,13 @@ def learn(
             return
         before = method.base or method
         before.choice, before.root = method.choice, method.root
-        after, found = learning.relearn(before, dataset)
+        after, found = learning.relearn(before, dataset, into=into)
         for line in learning.learned_lines(found): echo(line)
-        if defects != 0: # what takes longer comes last
-            n = learning.N_DEFECTS if defects is None else defects
-            echo(learning.recall_line(learning.with_recall(found, before, after, n)))
+        n, images = learning.N_DEFECTS if defects is None else defects, None
+        if dataset.test: images = before.test_images(dataset.test, dataset)
+        for found in learning.follow(found, before, after, dataset, images, n): pass # what takes longer comes last
+        if found.recall: echo(learning.recall_line(found))
+        if found.other: echo(f'{learning.other_line(found.other)}; take it with --into {found.other.into}')
         if dry: return
         after.keep_normals(learning.normal_marks(run))
         echo('kept: every later open of this run has learned it')

@@ -65,7 +65,7 @@ class DecisionBench:
 def _build(self: DecisionBench) -> None:
     left = W.VBox([self.picture, self.line, self.ticks],
                   layout=W.Layout(flex='3 1 360px', min_width='260px', max_width='720px'))
-    self.ui = W.VBox([W.HTML(STYLE), heading('Decide: which images count as anomalous'), self.message, self.counts,
+    self.ui = W.VBox([W.HTML(STYLE), heading('Which images count as anomalous'), self.message, self.counts,
                       row([left, self.curves]), row([self.value, self.cost]),
                       row([self.one_in, self.set_rate]), self.promise,
                       row([self.why, self.save, self.reset]), self.kept])

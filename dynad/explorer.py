@@ -7,7 +7,7 @@ from __future__ import annotations
 import html, time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import ipywidgets as W
 import numpy as np
@@ -18,7 +18,7 @@ from .data import AnomalyDataset
 from .decision import DecisionBench
 from .demo import demo_run
 from .detector import DynAD
-from .learning import Learned, relearn, with_recall
+from .learning import Learned, follow, relearn
 from .explorer_model import ExplorerModel
 from .explorer_parts import (
     PANELS, Controls, CopyCell, ExplorerPanels, Gallery,
@@ -93,7 +93,7 @@ def _build(self: Explorer) -> None:
     self.inspect = InspectTab(self.model)
     self.tabs = W.Tab([self.inspect.ui, row([left, right])], layout=W.Layout(flex='1 1 480px', min_width='300px'))
     for k, name in enumerate(('Inspect', 'Maps and sliders')): self.tabs.set_title(k, name)
-    self.bench, self.marking = DecisionBench(), MarkBar(self._target, self._learn, self._use, self._recall)
+    self.bench, self.marking = DecisionBench(), MarkBar(self._target, self._learn, self._use, self._follow)
     self.threads.append(self.marking.thread)
     self._as_opened, self._marked = self.session.model, None  # the image that the marks in view are about
     self.add_tab('Decide', W.VBox([self.bench.ui, self.marking.ui]))
@@ -259,12 +259,13 @@ def _learn(self: Explorer) -> tuple[DynAD, Learned]:
     "The method with the images that are marked as normal, and what that changes on the images shown."
     s = self.session
     fitted = None if s.model.info is None else fitted_dataset(s.model.info, s.config)
-    with s.lock: return relearn(self._as_opened, s.dataset, fitted=fitted, images=s.test_set)
+    with s.lock: return relearn(self._as_opened, s.dataset, fitted=fitted, images=s.test_set, whole=False)
 
 @patch
-def _recall(self: Explorer, method: DynAD, learned: Learned, alive: Callable[[], bool]) -> Learned | None:
-    "What that costs, between the other work."
-    return with_recall(learned, self._as_opened, method, alive=alive, lock=self.session.lock)
+def _follow(self: Explorer, method: DynAD, learned: Learned, alive: Callable[[], bool]) -> Iterator[Learned]:
+    "What else there is to know, between the other work."
+    s = self.session
+    return follow(learned, self._as_opened, method, s.dataset, s.test_set, alive=alive, lock=s.lock)
 
 @patch
 def _use(self: Explorer, method: DynAD | None) -> None:

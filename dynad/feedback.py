@@ -17,14 +17,17 @@ from .cache import ImageSet
 from .config import Config, ConfigError, content_key
 from .marks import Mark, marked_images, marks_in_force, pixels_key
 from .prediction import Decision, NotFittedError, Prediction
-from .store import atomic_write, load_json
+from .store import StoreError, atomic_write, load_json
 from .threshold import Chosen, forget_choice, load_choice, save_choice
+from .tiled import marked_sets
 from .tiles import Tiling
 
 # %% auto #0
-__all__ = ['FOLDS', 'LEARNED', 'TakesFeedback']
+__all__ = ['BANK', 'BOTH', 'INTO', 'FOLDS', 'LEARNED', 'TakesFeedback', 'plain']
 
 # %% ../nbs/14i_feedback.ipynb #8b03817a
+BANK, BOTH = INTO = 'bank', 'both' # what marked images may join: the bank alone, or the threshold too
+
 class TakesFeedback:
     "The part of a method that holds its thresholds, and listens to a person about them."
     config: Config
@@ -37,8 +40,11 @@ class TakesFeedback:
     held_out_prediction: Callable[[], Prediction]
     root: Path | None = None                 # run directory, or folder of a saved method
     choice: Chosen | None = None             # of a person, kept in `root`
-    normals: ImageSet | None = None          # marked as normal by a person
+    normals: ImageSet | None = None          # marked as normal by a person: as they are learned from
     joined: tuple[int, ...] = ()             # those of `normals` that it has learned from
+    marked: ImageSet | None = None           # the same as they are judged: `normals`, or whole where those are tiles
+    cuts: Sequence[list[int]] = ()           # of each of `marked` its rows in `normals`
+    into: str = BOTH                         # one of INTO: what they have joined
     base: TakesFeedback | None = None        # the same before it has
     absorbs: ClassVar[Sequence[str]] = ()    # what marked normal images join, beside the threshold, in words
     _decision: Decision | None = None        # as it was learned
@@ -58,12 +64,17 @@ def decision(self: TakesFeedback) -> Decision | None:
     return learned if learned is None else learned.under(self.choice)
 
 # %% ../nbs/14i_feedback.ipynb #0ef1d90e
+def plain(p: Prediction) -> Prediction:
+    "Score and map alone, which is all that thresholds are learned from."
+    return Prediction(p.score, p.map)
+
 @patch
 def learn_decision(self: TakesFeedback) -> None:
     "Thresholds from the held-out normal images."
     f, held = self.config.fusion, self.held_out_prediction()
-    if self.joined: held = type(held).concatenated([held, self.normals_prediction()])
-    d = replace(Decision.learned(held, f.threshold_quantile, f.false_alarms, self.inside), marked=len(self.joined))
+    n = len(self.marked) if self.joined and self.into == BOTH else 0
+    if n: held = Prediction.concatenated([plain(held), plain(self.normals_prediction())])
+    d = replace(Decision.learned(held, f.threshold_quantile, f.false_alarms, self.inside), marked=n)
     if d.marked and f.false_alarms is None: # a quantile promises nothing, and a person has said that these are normal
         d = replace(d, image_threshold=max(d.image_threshold, *d.normal_scores[-d.marked:]))
     self._decision = d
@@ -110,44 +121,55 @@ def take_over(self: TakesFeedback, images: ImageSet, same: dict[int, int]) -> No
 @patch
 def join_normals(self: TakesFeedback,
     images: Tensor, # [M,3,size,size] uint8
-    known: tuple[ImageSet, dict[int, int]] | None = None # a set that some are in: its row -> which of `images`
+    known: tuple[ImageSet, dict[int, int]] | None = None, # a set that some are in: its row -> which of `images`
+    files: Sequence[Path] = (), # the same images as they are, for a method that cuts them into tiles
+    into: str = BOTH
 ) -> TakesFeedback:
     "Learn from these normal images too, in place of those learned before; no training."
     if not len(images): return self
-    if self.tiling: raise ConfigError(f'data.tile = {self.config.data.tile}: a method on tiles learns from no marked '
-                                      'images; fit with them (`dynad learn --fit`)')
-    self.base = self.base or copy.copy(self)
+    self.base, self.into = self.base or copy.copy(self), into
     key = content_key(['marked', [pixels_key(x) for x in images], self.config.data.image_size])
-    self.normals = ImageSet(self.training_set.store, key, len(images), lambda: images)
-    self.joined, self._decision = tuple(range(len(images))), None
-    if known and known[1]: self.take_over(*known)
+    if self.tiling: self.normals, self.marked, self.cuts = marked_sets(self, files, key)
+    else:
+        self.normals = self.marked = ImageSet(self.training_set.store, key, len(images), lambda: images)
+        self.cuts = [[k] for k in range(len(images))]
+        if known and known[1]: self.take_over(*known)
+    self.joined, self._decision = tuple(range(len(self.normals))), None
     self.absorb(list(self.joined))
     return self
 
 # %% ../nbs/14i_feedback.ipynb #0eee3158
 @patch
 def with_normals(self: TakesFeedback,
-    images: Tensor, known: tuple[ImageSet, dict[int, int]] | None = None # as in `join_normals`
-) -> TakesFeedback:
+    images: Tensor, known: tuple[ImageSet, dict[int, int]] | None = None, files: Sequence[Path] = (), into: str = BOTH
+) -> TakesFeedback: # arguments as in `join_normals`
     "Another object that has learned from these normal images; this one stays as it is."
     other = copy.copy(self.base or self)
     other.choice, other.root = self.choice, self.root
-    return other.join_normals(images, known)
+    return other.join_normals(images, known, files, into)
+
+@patch
+def joined_into(self: TakesFeedback, into: str) -> TakesFeedback: # into: one of INTO
+    "The same marked images, with or without a word in the threshold; the bank is shared."
+    if into == self.into: return self
+    other = copy.copy(self)
+    other.into, other._decision = into, None
+    return other
 
 # %% ../nbs/14i_feedback.ipynb #6ba44f00
 @patch
 def normals_prediction(self: TakesFeedback) -> Prediction:
     "Of the marked normal images, each by a bank without its group, and of two scores the larger: as it is scored now."
-    n, found = len(self.joined), {}
+    n, found = len(self.marked), {}
     for k in range(min(FOLDS, n)):
-        fold, rest = list(range(k, n, FOLDS)), [r for r in range(n) if r % FOLDS != k]
+        fold, rest = list(range(k, n, FOLDS)), [r for i in range(n) if i % FOLDS != k for r in self.cuts[i]]
         other = copy.copy(self.base)
         other.normals, other.joined = self.normals, tuple(rest)
         if rest: other.absorb(rest)
-        p = self.prediction_class.concatenated([p for _, p in other.predictions(self.normals, fold)])
+        p = Prediction.concatenated([plain(p) for _, p in other.predictions(self.marked, fold)])
         found |= {r: p.rows([i]) for i, r in enumerate(fold)}
-    apart = self.prediction_class.concatenated([found[r] for r in range(n)])
-    own = torch.cat([p.score for _, p in self.predictions(self.normals)])
+    apart = Prediction.concatenated([found[r] for r in range(n)])
+    own = torch.cat([p.score for _, p in self.predictions(self.marked)])
     return replace(apart, score=torch.maximum(apart.score, own.to(apart.score)))
 
 # %% ../nbs/14i_feedback.ipynb #de92639e
@@ -155,17 +177,21 @@ def normals_prediction(self: TakesFeedback) -> Prediction:
 def keep_normals(self: TakesFeedback, marks: Sequence[Mark]) -> None:
     "From now on an `open` of this run learns from these marked images; none: from none."
     if self.root is None: raise NotFittedError(f"this {type(self).__name__} is kept nowhere; fit or open a run first")
-    atomic_write(self.root/LEARNED, json.dumps({'normals': [m.pixels for m in marks]}, indent=1))
+    atomic_write(self.root/LEARNED, json.dumps({'normals': [m.pixels for m in marks], 'into': self.into}, indent=1))
 
 # %% ../nbs/14i_feedback.ipynb #afa56725
 @patch
 def find_normals(self: TakesFeedback, root: Path) -> None:
     "Learn from the marked images that the run names; where one of these marks was taken back, from none."
     if not (root/LEARNED).exists(): return
-    named, c = load_json(root/LEARNED, 'normals')['normals'], self.config.data
+    kept, c = load_json(root/LEARNED, 'normals'), self.config.data
+    named, into = kept['normals'], kept.get('into', BOTH) # of a run of before: both
+    if into not in INTO:
+        raise StoreError(f"{root/LEARNED}: into = {into!r}; allowed: {', '.join(INTO)}; run `dynad learn` again")
     marks = [m for k, m in marks_in_force(root).items() if k in named and m.what == 'normal']
     if len(marks) < len(named):
         warnings.warn(f'{root}: {len(named) - len(marks)} of the {len(named)} marks that it has learned from were '
                       'taken back; it decides as it was fitted until `dynad learn` has learned from the others',
                       stacklevel=3)
-    else: self.join_normals(marked_images(root, marks, c.image_size, c.max_pixels))
+    else: self.join_normals(marked_images(root, marks, c.image_size, c.max_pixels), None,
+                            [root/m.kept for m in marks], into)

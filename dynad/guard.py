@@ -5,6 +5,7 @@
 # %% ../nbs/00b_guard.ipynb #ac90cecc
 from __future__ import annotations
 import io, sys, threading, warnings
+from collections import deque
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Callable, Iterator
@@ -14,7 +15,7 @@ from tqdm.auto import tqdm as plain_bar
 from .config import DynadError
 
 # %% auto #0
-__all__ = ['SkippedWarning', 'Stop', 'Aside', 'tell', 'aside', 'Console', 'tqdm', 'building']
+__all__ = ['SkippedWarning', 'Stop', 'Aside', 'tell', 'aside', 'Console', 'tqdm', 'building', 'Turns']
 
 # %% ../nbs/00b_guard.ipynb #49cb27dd
 class SkippedWarning(UserWarning):
@@ -128,3 +129,24 @@ def building(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             yield
+
+# %% ../nbs/00b_guard.ipynb #61e80bb9
+class Turns:
+    "A lock that threads get in the order in which they asked; who has it may ask again."
+    def __init__(self):
+        self._changed, self._asked, self._owner, self._depth = threading.Condition(), deque(), None, 0
+
+    def __enter__(self) -> None:
+        me, ticket = threading.get_ident(), object()
+        with self._changed:
+            if self._owner != me:
+                self._asked.append(ticket)
+                try: self._changed.wait_for(lambda: self._owner is None and self._asked[0] is ticket)
+                finally: self._asked.remove(ticket)
+                self._owner = me
+            self._depth += 1
+
+    def __exit__(self, *error) -> None:
+        with self._changed:
+            self._depth -= 1
+            if not self._depth: self._owner = None; self._changed.notify_all()

@@ -4,7 +4,7 @@
 
 # %% ../nbs/18i_inspection.ipynb #21a3dce3
 from __future__ import annotations
-import base64, html, io, threading
+import base64, html, io
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from .data import AnomalyDataset, open_folder, split_normal
 from .exports import export_to
 from .detector import DynAD, DynADPrediction
 from .collector import EXTENSIONS, DataError
-from .guard import Aside
+from .guard import Aside, Turns
 from .images import read_image, read_whole
 from .output import prediction_rows, result_stems, rows_csv, unlike
 from .paths import expanded, file_name, name_key, numbered, printable
@@ -258,7 +258,7 @@ class Inspector:
         self.progress, self.stopped = FitProgress(), False
         self.files: list[Path] = []              # that were inspected
         self.images: ImageSet | None = None      # the same in the run's store, so that nothing is computed twice
-        self.lock = threading.RLock()            # one thread at a time calls the detector
+        self.lock = Turns()                      # one thread at a time calls the detector
         self.prediction: DynADPrediction | None = None
         self.inspected_by: DynAD | None = None   # the detector that made the prediction
         self.begun: Callable[[AnomalyDataset], None] = lambda dataset: None
@@ -343,11 +343,13 @@ def predicted(
 ) -> tuple[DynADPrediction, ImageSet | None]: # the images as a set of the run's store; None: they are not kept there
     "The answer for images, and what was computed on the way kept in the run: for the sliders, and for learning."
     c = detector.config
-    if detector.tiling or c.fusion.calibration == 'test' or detector.info is None: return detector.predict(files), None
+    if c.fusion.calibration == 'test' or detector.info is None: return detector.predict(files), None
     try: data = with_unlabelled(fitted_dataset(detector.info, c), files)
     except DataError: return detector.predict(files), None # the normal images are gone
     images = detector.test_images(data.test, data)
-    p = DynADPrediction.concatenated([q for _, q in detector.predictions(images)])
+    parts = [q for _, q in detector.predictions(images)]
+    p = type(parts[0]).concatenated(parts)
+    if detector.tiling: return detector.decided(p), images
     whole = replace(p, reconstruction=detector.reconstructions(images, list(range(len(files)))))
     return detector.decided(whole), images
 

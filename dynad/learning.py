@@ -5,24 +5,26 @@
 # %% ../nbs/17m_learning.ipynb #91b91203
 from __future__ import annotations
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from .cache import ImageSet
+from .cache import ImageSet, batches
 from .choosing import N_DEFECTS, synthetic_set
 from .data import AnomalyDataset, DataError, Sample, images_key, load_images, split_normal
-from .images import read_image
+from .feedback import BANK, BOTH, INTO
+from .images import read_image, read_whole
 from .marks import Mark, MarkError, marked_images, marks_in_force, pixels_key
 from .method import Method, above
 from .paths import printable
+from .tiles import WholeImages, tile_set, tiles_of
 
 # %% auto #0
-__all__ = ['SLICE', 'give_pixels', 'Flip', 'Learned', 'called', 'relearn', 'with_recall', 'same_images', 'normal_marks',
-           'learned_lines', 'recall_line']
+__all__ = ['SLICE', 'WAYS', 'give_pixels', 'Flip', 'Learned', 'called', 'changed', 'at_hand', 'other_way', 'relearn',
+           'with_recall', 'follow', 'same_images', 'normal_marks', 'learned_lines', 'recall_line', 'other_line']
 
 # %% ../nbs/17m_learning.ipynb #5a3caece
 def give_pixels(
@@ -31,11 +33,17 @@ def give_pixels(
 ) -> None:
     "Let an opened run find the pixels of its held-out normal images. Raises DataError when they have changed."
     c = method.config
-    held = split_normal(dataset, c.data, c.seed)[1]
-    if images_key(held, dataset.fingerprint, c.data.image_size) != method.held_out_set.key:
+    held, size, most = split_normal(dataset, c.data, c.seed)[1], c.data.image_size, c.data.max_pixels
+    key, load = images_key(held, dataset.fingerprint, size), lambda: load_images(held, size, max_pixels=most)
+    if method.tiling:
+        tiles = tiles_of(held, method.tiling, c.data.max_calibration, c.seed)
+        known = tile_set(method.held_out_set.store, tiles, dataset, size, max_pixels=most)
+        key, load = known.key, known.load
+    if key != method.held_out_set.key:
         raise DataError(f"{dataset.root}: not the normal images that the run was fitted on, or they have changed "
                         "since; give the data set of the run")
-    method.held_out_set.load = lambda: load_images(held, c.data.image_size, max_pixels=c.data.max_pixels)
+    method.held_out_set.load = load
+    if method.tiling: method.held_out_images.read = lambda k: read_whole(held[k].image, most)
 
 # %% ../nbs/17m_learning.ipynb #19e6b3b5
 @dataclass(frozen=True)
@@ -63,13 +71,69 @@ class Learned:
     absorbed: tuple[str, ...]        # what the marked images joined
     seconds: float
     unlabelled: bool = False         # nobody knows which of the images at hand are anomalous
+    into: str = BOTH                 # one of INTO
+    other: Learned | None = None     # the other way, once it was tried
+    what: str = 'images'             # what synthetic defects were put into: held-out normal images, or tiles of them
 
 # %% ../nbs/17m_learning.ipynb #8fbf76d9
-def called(method: Method, images: ImageSet, rows: list[int] | None = None # default: all
-           ) -> tuple[torch.Tensor, torch.Tensor]: # scores, anomalous (bool): [N], as long as `rows`
-    "The verdicts about images of a set at the threshold in force."
-    scores = torch.cat([p.score.float() for _, p in method.predict_set(images, rows)])
+SLICE = 8 # images between two looks at `alive`
+
+def called(
+    method: Method, images: ImageSet,
+    rows: list[int] | None = None,                # default: all
+    alive: Callable[[], bool] = lambda: True,     # False: nobody wants it any more
+    lock: AbstractContextManager = nullcontext()  # held while a model is called, for a few images at a time
+) -> tuple[torch.Tensor, torch.Tensor] | None:    # scores, anomalous (bool): [N], as long as `rows`; None: not alive
+    "The verdicts about images of a set at the threshold in force; a tile is scored as a part of an image is."
+    tiles, scores = method.tiling and not isinstance(images, WholeImages), []
+    of = lambda p: method.score_of(p.map.flatten(2)) if tiles else p.score
+    rows = list(range(len(images))) if rows is None else rows
+    for b in batches(len(rows), SLICE):
+        if not alive(): return None
+        with lock: scores += [of(p).float().flatten() for _, p in method.predictions(images, [rows[k] for k in b])]
+    scores = torch.cat(scores)
     return scores, above(scores, method.decision.image_threshold)
+
+# %% ../nbs/17m_learning.ipynb #474f59d5
+def changed(
+    method: Method, after: Method,      # before, and with the marked images
+    marks: Sequence[Mark],              # those images
+    start: float                        # `time.perf_counter` when it began
+) -> Learned:
+    "What marked images have changed for themselves."
+    (s, was), (t, now) = (called(m, after.marked) for m in (method, after))
+    where = ('the threshold',) if after.into == BOTH else ()
+    thresholds = method.decision.image_threshold, after.decision.image_threshold
+    flips = [Flip(Path(m.file).name, 'marked', bool(was[k]), bool(now[k]), (float(s[k]), float(t[k])))
+             for k, m in enumerate(marks) if was[k] != now[k]]
+    return Learned(len(marks), int(now.sum()), thresholds, flips, (0, 0), (0, 0), 0, None, 0,
+                   (*method.absorbs, *where), time.perf_counter() - start, into=after.into)
+
+def at_hand(
+    learned: Learned, method: Method, after: Method,
+    dataset: AnomalyDataset, images: ImageSet, # its test images
+    **how                                      # alive, lock: as in `called`
+) -> Learned | None:                           # None: no longer alive
+    "And for the images at hand, the marked ones among them."
+    pairs = [called(m, images, **how) for m in (method, after)]
+    if None in pairs: return None
+    (s, was), (t, now) = pairs
+    y = torch.tensor([x.label for x in dataset.test]).bool()
+    flips = [Flip(x.name, x.defect, bool(was[i]), bool(now[i]), (float(s[i]), float(t[i])))
+             for i, x in enumerate(dataset.test) if was[i] != now[i]]
+    found, false = (tuple(int((v & of).sum()) for v in (was, now)) for of in (y, ~y))
+    return replace(learned, flips=flips, found=found, false_alarms=false, shown=len(dataset.test),
+                   unlabelled={x.defect for x in dataset.test} == {'unlabelled'})
+
+# %% ../nbs/17m_learning.ipynb #10390345
+def other_way(
+    learned: Learned, method: Method, after: Method,
+    marks: Sequence[Mark]
+) -> tuple[Method, Learned] | None: # None: there is one way only, for a method without a bank
+    "The same marked images joined to the other of the two."
+    if not method.absorbs: return None
+    start, other = time.perf_counter(), after.joined_into(BOTH if learned.into == BANK else BANK)
+    return other, changed(method, other, marks, start)
 
 # %% ../nbs/17m_learning.ipynb #42b09ea7
 def relearn(
@@ -78,10 +142,13 @@ def relearn(
     marks: Sequence[Mark] | None = None,# default: all that are marked as normal in the run
     defects: int = 0,                   # synthetic ones whose recall is measured at once; see `with_recall`
     fitted: AnomalyDataset | None = None,# that the run was fitted on; default: `dataset`
-    images: ImageSet | None = None      # those at hand, if they are open; default: opened now
+    images: ImageSet | None = None,     # those at hand, if they are open; default: opened now
+    into: str | None = None,            # one of INTO; default: as said above
+    whole: bool = True                  # False: what changes for the marked images alone; `follow` tells the rest
 ) -> tuple[Method, Learned]:            # the method that has learned; what has changed
     "Learn from marked images, and see what flips; nothing is kept yet. Raises MarkError where none is marked as normal."
     start, c = time.perf_counter(), method.config
+    if into is not None and into not in INTO: raise MarkError(f"into = {into!r}; allowed: {', '.join(INTO)}")
     marks = normal_marks(method.root) if marks is None else list(marks)
     if not marks:
         raise MarkError(f"{method.root}: no image is marked as normal; "
@@ -89,42 +156,53 @@ def relearn(
     give_pixels(method, fitted or dataset)
     if images is None and dataset.test: images = method.test_images(dataset.test, dataset)
     marked = marked_images(method.root, marks, c.data.image_size, c.data.max_pixels)
-    after = method.with_normals(marked, (images, same_images(dataset.test, marks, method)) if images else None)
-    sets = [images] if images else []
-    kinds = [s.defect for s in dataset.test]
-    flips, found, false = [], (0, 0), (0, 0)
-    if sets:
-        (s, was), (t, now) = (called(m, sets[0]) for m in (method, after))
-        y = torch.tensor([x.label for x in dataset.test]).bool()
-        flips = [Flip(x.name, kinds[i], bool(was[i]), bool(now[i]), (float(s[i]), float(t[i])))
-                 for i, x in enumerate(dataset.test) if was[i] != now[i]]
-        found, false = (tuple(int((v & of).sum()) for v in (was, now)) for of in (y, ~y))
-    thresholds = method.decision.image_threshold, after.decision.image_threshold
-    still = int(called(after, after.normals)[1].sum())
-    learned = Learned(len(marks), still, thresholds, flips, found, false, len(dataset.test), None, 0,
-                      method.absorbs + ('the threshold',), time.perf_counter() - start,
-                      bool(kinds) and set(kinds) == {'unlabelled'})
+    first = into or (BANK if method.absorbs else BOTH)
+    after = method.with_normals(marked, (images, same_images(dataset.test, marks, method)) if images else None,
+                                [method.root/m.kept for m in marks], first)
+    learned = changed(method, after, marks, start)
+    if into is None and learned.still and first == BANK: # in the threshold they may weigh more
+        both, more = other_way(learned, method, after, marks)
+        if more.still < learned.still: after, learned = both, more
+    if whole and images: learned = at_hand(learned, method, after, dataset, images)
+    learned = replace(learned, seconds=time.perf_counter() - start)
     return after, with_recall(learned, method, after, defects) if defects else learned
 
 # %% ../nbs/17m_learning.ipynb #42b09eb1
-SLICE = 8 # images between two looks at `alive`
-
 def with_recall(
     learned: Learned,
     before: Method, after: Method,
-    n: int = N_DEFECTS,                              # synthetic defects; default: as many as a fit chooses by
-    alive: Callable[[], bool] = lambda: True,        # False: nobody wants it any more
-    lock: AbstractContextManager = nullcontext()     # held while a model is called, for a few images at a time
-) -> Learned | None:                                 # None: no longer alive
+    n: int = N_DEFECTS,  # synthetic defects; default: as many as a fit chooses by
+    **how                # alive, lock: as in `called`
+) -> Learned | None:     # None: no longer alive
     "The same with the recall on synthetic defects in the run's held-out normal images; needs `give_pixels`."
-    bad, found = synthetic_set(before.held_out_set, n, before.config.seed), []
-    for m in (before, after):
-        hits = []
-        for a in range(0, n, SLICE):
-            if not alive(): return None
-            with lock: hits.append(called(m, bad, list(range(a, min(a + SLICE, n))))[1])
-        found.append(float(torch.cat(hits).float().mean()))
-    return replace(learned, recall=tuple(found), defects=n)
+    bad = synthetic_set(before.held_out_set, n, before.config.seed)
+    pairs = [called(m, bad, **how) for m in (before, after)]
+    if None in pairs: return None
+    recall = tuple(float(now.float().mean()) for _, now in pairs)
+    return replace(learned, recall=recall, defects=n, what='tiles' if before.tiling else 'images')
+
+# %% ../nbs/17m_learning.ipynb #ddf58a69
+def follow(
+    learned: Learned, method: Method, after: Method, # of `relearn`
+    dataset: AnomalyDataset,
+    images: ImageSet | None,                         # its test images; None: there are none
+    n: int = N_DEFECTS,                              # synthetic defects; 0: their recall is not measured
+    **how                                            # alive, lock: as in `called`
+) -> Iterator[Learned]:
+    "What else there is to know, the quickest first: the verdicts at hand, the other way, and what both cost."
+    tell, marks = nullcontext(), normal_marks(method.root)
+    if images and not learned.shown:
+        if (learned := at_hand(learned, method, after, dataset, images, **how)) is None: return
+        yield learned
+    with how.get('lock', tell): both = other_way(learned, method, after, marks)
+    if both is not None:
+        other, more = both
+        if images and (more := at_hand(more, method, other, dataset, images, **how)) is None: return
+        yield (learned := replace(learned, other=more))
+    if not n or (learned := with_recall(learned, method, after, n, **how)) is None: return
+    yield learned
+    if both is None or (more := with_recall(more, method, other, n, **how)) is None: return
+    yield replace(learned, other=more)
 
 # %% ../nbs/17m_learning.ipynb #42b09eb2
 def same_images(samples: Sequence[Sample], marks: Sequence[Mark], method: Method) -> dict[int, int]:
@@ -153,9 +231,18 @@ def learned_lines(l: Learned) -> list[str]:
     word = {True: 'anomalous', False: 'normal'}
     out += [f'  {f.image} ({f.kind}): {word[f.before]} → {word[f.after]} '
             f'(score {f.score[0]:.3g} → {f.score[1]:.3g})' for f in l.flips]
-    return out + ([recall_line(l)] if l.recall else [])
+    return out + ([recall_line(l)] if l.recall else []) + ([other_line(l.other)] if l.other else [])
 
 def recall_line(l: Learned) -> str:
     "What `with_recall` has measured."
-    return (f'recall on {l.defects} synthetic defects in held-out normal images '
+    return (f'recall on {l.defects} synthetic defects in held-out normal {l.what} '
             f'{l.recall[0]:.0%} → {l.recall[1]:.0%}')
+
+WAYS = {BANK: 'the bank alone', BOTH: 'the threshold too'}
+
+def other_line(l: Learned) -> str: # l: of the way that is not taken
+    "The other way, in one line."
+    found = '' if l.unlabelled or not l.shown else f', anomalous images found {l.found[0]} → {l.found[1]}'
+    lost = f', recall on synthetic defects {l.recall[0]:.0%} → {l.recall[1]:.0%}' if l.recall else ''
+    return (f'the other way, {WAYS[l.into]}: threshold {l.threshold[0]:.4g} → {l.threshold[1]:.4g}, {l.still} of '
+            f'{l.normals} marked still called anomalous{found}{lost}')

@@ -5,8 +5,8 @@
 # %% ../nbs/18bb_marking.ipynb #c014ba6b
 from __future__ import annotations
 import html
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ipywidgets as W
@@ -14,14 +14,14 @@ from fastcore.basics import patch
 
 from .charts import error_html
 from .images import read_image
-from .learning import Learned, learned_lines, normal_marks
+from .learning import WAYS, Learned, learned_lines, normal_marks
 from .live import Background, error_text
 from .marks import mark_images, marks_in_force, pixels_key
 from .method import Method
-from .view import button, heading, row, soft
+from .view import Quiet, button, heading, row, soft
 
 # %% auto #0
-__all__ = ['Target', 'MarkBar']
+__all__ = ['Follow', 'Target', 'MarkBar']
 
 # %% ../nbs/18bb_marking.ipynb #aa3b3242
 @dataclass(frozen=True)
@@ -32,34 +32,48 @@ class Target:
     size: int             # side that the run was fitted at
     max_pixels: int | None = None
 
+Follow = Callable[[Method, Learned, Callable[[], bool]], Iterator[Learned]] # `alive` is the last argument
+
 class MarkBar:
     "Marks of the selected image, and learning from all of the run; `.ui` is the whole."
     def __init__(self,
-        target: Callable[[], Target],                            # the image in view
-        learn: Callable[[], tuple[Method, Learned]],             # try: the method that has learned, and what changes
-        use: Callable[[Method | None], None],                    # show by this method; None: by that of before
-        recall: Callable[[Method, Learned, Callable[[], bool]], Learned | None] | None = None # what it costs, later
+        target: Callable[[], Target],                # the image in view
+        learn: Callable[[], tuple[Method, Learned]], # try: the method that has learned, and what changes at once
+        use: Callable[[Method | None], None],        # show by this method; None: by that of before
+        follow: Follow | None = None                 # what else changes, and what it costs, later
     ):
-        self.target, self.learn, self.use, self.recall = target, learn, use, recall
-        self.after: Method | None = None                         # what is tried and not kept
-        self.found: Learned | None = None                        # what the last try has changed
-        self.asked = self.measuring = False                      # 'learn' was pressed; what it costs is being measured
-        self.kept = ''                                           # what is said of a try that was kept
-        self.thread = Background(self._step, self._failed)       # learns, then measures what it costs
-        self.message, self.said, self.changes = W.HTML(), W.HTML(), W.HTML()
-        self.normal = button('this is normal', 'a false alarm, if it was called anomalous', 'check')
-        self.anomalous = button('this has a defect', 'missed, if it was called normal', 'exclamation')
-        self.withdraw = button('take the mark back', icon='undo')
-        self.try_it = button('learn from the marks', 'seconds, no training: bank and threshold', 'bolt')
-        self.keep = button('keep in the run', 'every later open has learned it', 'save', disabled=True)
-        self.undo = button('undo', 'as before', disabled=True)
-        self.ui = W.VBox([heading('Say that it is wrong'), self.message, self.said,
-                          row([self.normal, self.anomalous, self.withdraw]),
-                          row([self.try_it, self.keep, self.undo]), self.changes])
-        for b, f in ((self.normal, lambda: self.mark('normal')), (self.anomalous, lambda: self.mark('anomalous')),
-                     (self.withdraw, lambda: self.mark('withdrawn')), (self.try_it, self._try), (self.keep, self._keep),
-                     (self.undo, self._undo)):
-            b.on_click(lambda _, f=f: self._safely(f))
+        self.target, self.learn, self.use, self.follow = target, learn, use, follow
+        self.after: Method | None = None             # what is tried and not kept
+        self.found: Learned | None = None            # what the last try has changed
+        self.asked = False                           # 'learn' was pressed
+        self.rest: Iterator[Learned] | None = None   # what is still being measured
+        self.kept = ''                               # what is said of a try that was kept
+        self.quiet = Quiet()
+        self.thread = Background(self._step, self._failed) # learns, then measures the rest
+        self._build()
+
+# %% ../nbs/18bb_marking.ipynb #6a3ef683
+@patch
+def _build(self: MarkBar) -> None:
+    self.message, self.said, self.changes = W.HTML(), W.HTML(), W.HTML()
+    self.normal = button('this is normal', 'a false alarm, if it was called anomalous', 'check')
+    self.anomalous = button('this has a defect', 'missed, if it was called normal', 'exclamation')
+    self.withdraw = button('take the mark back', icon='undo')
+    self.try_it = button('learn from the marks', 'seconds, no training', 'bolt')
+    self.way = W.ToggleButtons(options=[(text, k) for k, text in WAYS.items()], style={'button_width': 'auto'},
+                               description='they join', tooltips=['what looks like them counts as normal',
+                               'and their scores raise the line for every image'])
+    self.way.layout.display = 'none' # until both ways were tried
+    self.keep = button('keep in the run', 'every later open has learned it', 'save', disabled=True)
+    self.undo = button('undo', 'as before', disabled=True)
+    self.ui = W.VBox([heading('Say that it is wrong'), self.message, self.said,
+                      row([self.normal, self.anomalous, self.withdraw]),
+                      row([self.try_it, self.way, self.keep, self.undo]), self.changes])
+    for b, f in ((self.normal, lambda: self.mark('normal')), (self.anomalous, lambda: self.mark('anomalous')),
+                 (self.withdraw, lambda: self.mark('withdrawn')), (self.try_it, self._try), (self.keep, self._keep),
+                 (self.undo, self._undo)):
+        b.on_click(lambda _, f=f: self._safely(f))
+    self.way.observe(lambda c: self.quiet.on or self._safely(self._take_way), 'value')
 
 # %% ../nbs/18bb_marking.ipynb #e6123431
 @patch
@@ -88,7 +102,12 @@ def update(self: MarkBar) -> None:
     self.said.value = soft(f"{here}; in the run {kinds.count('normal')} marked as normal, {kinds.count('anomalous')} "
                            'as anomalous. None of them counts as a test image in evaluate any more.')
     self.withdraw.disabled, self.try_it.disabled = own is None, self.asked or 'normal' not in kinds
-    self.keep.disabled = self.undo.disabled = self.asked or self.after is None
+    tried = self.after is not None and not self.asked
+    self.keep.disabled = self.undo.disabled = not tried
+    both = tried and self.found is not None and self.found.other is not None
+    self.way.layout.display = None if both else 'none'
+    if self.found is not None and not both:
+        with self.quiet(): self.way.value = self.found.into
 
 # %% ../nbs/18bb_marking.ipynb #4cdca629
 @patch
@@ -98,31 +117,41 @@ def _try(self: MarkBar) -> None:
 
 @patch
 def _step(self: MarkBar) -> bool:
-    "Learn and show what flips; then, for as long as nobody has gone back, measure what it costs."
+    "Learn and show what flips; then, for as long as nobody has gone back, measure what else changes, and what it costs."
     if self.asked:
-        self.found, self.kept = None, ''
-        try: self.after, self.found = learner, _ = self.learn()
+        self.found, self.rest, self.kept = None, None, ''
+        try: self.after, self.found = self.learner, first = self.learn()
         finally: self.asked = False
-        self.learner, self.measuring = learner, self.recall is not None
-        self.use(learner)
-        self.update(); self._show()
-        return self.measuring
-    if (found := self.found) is None or not self.measuring: return False
-    got = self.recall(self.learner, found, lambda: self.found is found and not self.asked)
-    if got is not None and self.found is found: self.found, self.measuring = got, False; self._show()
-    return False
+        if self.follow: self.rest = self.follow(self.learner, first, lambda: self.found is not None and not self.asked)
+        self.use(self.learner)
+    elif (rest := self.rest) is None or self.found is None: return False
+    elif (found := next(rest, None)) is None: self.rest = None
+    elif self.found is not None: self.found = found
+    self.update(); self._show()
+    return self.rest is not None
 
 # %% ../nbs/18bb_marking.ipynb #4cdca62b
 @patch
 def _show(self: MarkBar) -> None:
-    "What the last try has changed, and what of it is not measured yet."
-    lines = [html.escape(l).replace('  ', '&emsp;') for l in learned_lines(self.found)]
-    if self.measuring: lines.append(soft('recall on synthetic defects: being measured in the background …'))
+    "What the last try has changed, by the way that is taken, and what of it is not measured yet."
+    if (found := self.found) is None: return
+    if found.other and self.way.value == found.other.into: found = replace(found.other, other=replace(found, other=None))
+    lines = [html.escape(l).replace('  ', '&emsp;') for l in learned_lines(found)]
+    missing = [text for there, text in ((found.shown, 'the verdicts on the other images'), (found.recall,
+               'the recall on synthetic defects'), (found.other, 'the other way')) if not there]
+    if self.rest is not None and missing: lines.append(soft(f"being measured: {', '.join(missing)} …"))
     self.changes.value = '<br>'.join([*lines, *([self.kept] if self.kept else [])])
 
 @patch
+def _take_way(self: MarkBar) -> None:
+    "The same marks in the bank alone, or in the threshold too."
+    self.after = self.learner.joined_into(self.way.value)
+    self.use(self.after)
+    self._show()
+
+@patch
 def _failed(self: MarkBar, e: Exception) -> None:
-    self.measuring = False
+    self.rest = None
     if self.found is None: self.changes.value = ''
     else: self._show()
     self.message.value = error_html(error_text(e))
@@ -138,5 +167,5 @@ def _keep(self: MarkBar) -> None:
 @patch
 def _undo(self: MarkBar) -> None:
     self.use(None)
-    self.after = self.found = None
+    self.after = self.found = self.rest = None
     self.changes.value = soft('as before; the marks stay in the log')

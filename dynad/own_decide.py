@@ -4,7 +4,7 @@
 
 # %% ../nbs/18ib_own_decide.ipynb #6a3e0b03
 from __future__ import annotations
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import ipywidgets as W
 import numpy as np
@@ -15,12 +15,12 @@ from .decision import DecisionBench
 from .detector import DynAD
 from .images import read_image
 from .inspection import Inspector
-from .learning import Learned, relearn, with_recall
+from .learning import Learned, follow, relearn
 from .marking import MarkBar, Target
 from .marks import marks_in_force, pixels_key
 from .paths import printable
 from .session import fitted_dataset, with_unlabelled
-from .verdict_view import VerdictView, claims_of
+from .verdict_view import VerdictView, claims_of, prepare
 from .view import labelled
 
 # %% auto #0
@@ -36,7 +36,7 @@ class OwnDecide:
         again: Callable[[], None]                # inspect the same images by `model.detector`, another one now
     ):
         self.model, self.kept, self.again = model, kept, again
-        self.bench, self.marking = DecisionBench(), MarkBar(self._target, self._learn, self._use, self._recall)
+        self.bench, self.marking = DecisionBench(), MarkBar(self._target, self._learn, self._use, self._follow)
         self.bench.moved = self._threshold_tried
         self.bench.keep = lambda chosen: model.inspected_by.keep_choice(chosen)
         self.which = labelled(W.Dropdown, 'image', 60, layout=dict(max_width='560px'))
@@ -88,12 +88,14 @@ def _learn(self: OwnDecide) -> tuple[DynAD, Learned]:
     m = self.model
     self._before = m.inspected_by
     fitted = fitted_dataset(self._before.info, self._before.config)
-    with m.lock: return relearn(self._before, with_unlabelled(fitted, m.files), fitted=fitted, images=m.images)
+    self._data, self._images = with_unlabelled(fitted, m.files), m.images
+    with m.lock: return relearn(self._before, self._data, fitted=fitted, images=self._images, whole=False)
 
 @patch
-def _recall(self: OwnDecide, detector: DynAD, learned: Learned, alive: Callable[[], bool]) -> Learned | None:
-    "What that costs; it gives way to an inspection."
-    return with_recall(learned, self._before, detector, alive=alive, lock=self.model.lock)
+def _follow(self: OwnDecide, detector: DynAD, learned: Learned, alive: Callable[[], bool]) -> Iterator[Learned]:
+    "What else there is to know; it gives way to an inspection."
+    images = self._images or self._before.test_images(self._data.test, self._data)
+    return follow(learned, self._before, detector, self._data, images, alive=alive, lock=self.model.lock)
 
 @patch
 def _use(self: OwnDecide, detector: DynAD | None) -> None:
@@ -105,4 +107,6 @@ def _use(self: OwnDecide, detector: DynAD | None) -> None:
 @patch
 def _claims(self: OwnDecide, parts: bool) -> list[dict[str, str]]:
     "The verdict on the detector that there is; its images have no labels."
-    with self.model.lock: return claims_of(self.model.detector, None)
+    m, detector = self.model, self.model.detector
+    prepare(detector, m.lock)
+    with m.lock: return claims_of(detector, None)

@@ -105,7 +105,7 @@ def _arrange(self: OwnImages) -> None:
     "Four steps, one below the other; those that have nothing to show yet are not there."
     hidden = W.Layout(display='none')
     self.trust = W.VBox([_head(0, 'What to trust'), self.decide.verdict.ui, self.warnings], layout=hidden)
-    self.judged = W.VBox([_head(4, 'Decide, and say what is wrong'), self.decide.ui], layout=W.Layout(display='none'))
+    self.judged = W.VBox([_head(4, 'Decide'), self.decide.ui], layout=W.Layout(display='none'))
     self.assemble([
         _head(1, 'Normal images'), self.normal.ui, row([self.look_button, self.look_status]), self.slots['normal'],
         self.data_page, _head(2, 'Fit'), self.preset, self.region.ui,

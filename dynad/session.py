@@ -4,7 +4,6 @@
 
 # %% ../nbs/18_session.ipynb #d3591bc3
 from __future__ import annotations
-import threading
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,15 +15,16 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .cache import CachedWalk, ImageSet
-from .config import Config, ConfigError
+from .config import Config, ConfigError, load_config
 from .data import AnomalyDataset, Sample, images_key, load_masks, open_dataset, split_normal, with_mask_rule
 from .demo import NOTE
 from .detector import DynAD, calibration_of_set
 from .fusion import Calibration
+from .guard import Turns
 from .images import DataError
 from .map_cache import MapCache, Setting, calibrated_parts, neighbour_parts
 from .method import fitted_dataset
-from .paths import name_key, numbered
+from .paths import expanded, name_key, numbered
 from .quick_metrics import QuickMetrics
 from .reconstruction import pull, timesteps
 from .walk import averaged_t_hat, decode, sampler_settings
@@ -125,10 +125,10 @@ class Session:
         data: AnomalyDataset | str | Path | None = None # default: the data set that the run was fitted on
     ):
         self.run = Path(run) if not isinstance(run, DynAD) else run.training_set.store.root
+        if tile := (run.config if isinstance(run, DynAD) else load_config(expanded(run)/'config.json')).data.tile:
+            raise ConfigError(f"{self.run}: fitted on tiles (data.tile = {tile}), and the sliders show images that were "
+                              "fitted whole; `dynad predict`, `evaluate`, `mark`, `learn` and `threshold` take this run")
         self.model = model = run if isinstance(run, DynAD) else DynAD.open(run, progress=False)
-        if model.tiling:
-            raise ConfigError(f"{self.run}: fitted on tiles (data.tile = {model.tiling.tile}); the sliders show images "
-                              "that were fitted whole; `dynad predict` and `dynad evaluate` take this run")
         self.dataset = _opened(data, model)
         c = model.config.data
         self.samples, self.size = with_mask_rule(self.dataset.test, c.mask_rule), c.image_size
@@ -146,7 +146,7 @@ class Session:
         self.quick_metrics = QuickMetrics(self.labels, self.masks, self.has_mask,
                                           inside=None if inside is None else inside.numpy())
         self.map_caches: dict[tuple, MapCache] = {}  # by `Setting.maps_key`
-        self.lock = threading.RLock()  # one thread at a time calls the model
+        self.lock = Turns()  # one thread at a time calls the model
         for walk in (self.staged, model.held_out): walk.z0, walk.features, walk.severity  # made now, not under a slider
 
     def use(self, model: DynAD) -> None:

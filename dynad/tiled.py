@@ -5,7 +5,7 @@
 # %% ../nbs/14h_tiled.ipynb #1c07afaf
 from __future__ import annotations
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -14,15 +14,17 @@ from PIL import Image
 from torch import Tensor
 
 from .cache import Cached, ImageSet, batches, image_set
-from .data import AnomalyDataset
+from .config import content_key
+from .data import AnomalyDataset, Sample
 from .images import read_whole
 from .prediction import Prediction, checked_range
 from .roi import HasROI
 from .store import Store, load_json
-from .tiles import (Kept, WholeImages, common_kept, kept, tile_set, tiles_of, whole_images, whole_map)
+from .tiles import (
+    Kept, WholeImages, common_kept, files_as_they_are, kept, load_tiles, tile_set, tiles_of, whole_images, whole_map)
 
 # %% auto #0
-__all__ = ['OnTiles', 'tiles_info', 'open_tiles']
+__all__ = ['OnTiles', 'tiles_info', 'open_tiles', 'marked_sets']
 
 # %% ../nbs/14h_tiled.ipynb #346ebb6b
 class OnTiles(HasROI):
@@ -110,3 +112,22 @@ def open_tiles(method: OnTiles, store: Store, load: Callable, progress: bool) ->
     method.kept = Kept(tuple(t['shape']), t['area'])
     method.held_out_images = WholeImages(store, t['key'], t['held_out'], load, progress, {}, lambda k: load(),
                                          method.kept.shape)
+
+# %% ../nbs/14h_tiled.ipynb #4c3375c0
+def marked_sets(
+    method: OnTiles,        # on tiles, fitted
+    files: Sequence[Path],  # the marked images
+    key: str                # of their content
+) -> tuple[ImageSet, WholeImages, list[list[int]]]: # tiles; whole images; of each image the rows of its tiles
+    "Marked images to learn from, and to be judged."
+    c, store = method.config.data, method.training_set.store
+    samples = [Sample(str(k), Path(f), 0, 'good', 'train') for k, f in enumerate(files)]
+    tiles, rows = [], []
+    for s in samples:
+        cut = tiles_of([s], method.tiling, c.max_tiles, method.config.seed)
+        rows.append(list(range(len(tiles), len(tiles) + len(cut))))
+        tiles += cut
+    named = content_key(['tiles', key, [t.name for t in tiles], c.image_size])
+    learned = ImageSet(store, named, len(tiles), lambda: load_tiles(tiles, c.image_size, max_pixels=c.max_pixels))
+    whole = content_key(['whole', key, list(method.kept.shape)])
+    return learned, files_as_they_are(store, files, whole, method.kept.shape, max_pixels=c.max_pixels), rows

@@ -7,6 +7,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Callable, Sequence
 
 import numpy as np
@@ -23,7 +24,7 @@ from .store import Store
 
 # %% auto #0
 __all__ = ['LONGEST', 'Tiling', 'cut', 'window', 'Canvas', 'whole_map', 'kept_shape', 'kept', 'TileOf', 'tiles_of', 'load_tiles',
-           'tile_set', 'WholeImages', 'whole_images', 'Kept', 'common_kept']
+           'tile_set', 'WholeImages', 'whole_images', 'files_as_they_are', 'Kept', 'common_kept']
 
 # %% ../nbs/14e_tiles.ipynb #eda829f6
 @dataclass(frozen=True)
@@ -190,13 +191,20 @@ def whole_images(
     progress: bool = False, max_pixels: int | None = None
 ) -> WholeImages:
     "The images of samples as they are."
-    read = lambda k: read_whole(samples[k].image, max_pixels)
-    def small() -> Tensor:
-        out = torch.empty(len(samples), 3, *shape, dtype=torch.uint8)
-        for k in range(len(samples)): out[k] = (resized(read(k), shape[::-1])*255).round().to(torch.uint8)
-        return out
     key = content_key(dict(images=images_key(samples, dataset.fingerprint, 0), shape=shape))
-    return WholeImages(store, key, len(samples), small, progress, {}, read, tuple(shape))
+    return files_as_they_are(store, [s.image for s in samples], key, shape, progress, max_pixels)
+
+def files_as_they_are(
+    store: Store, files: Sequence[Path], key: str,
+    shape: tuple[int, int], progress: bool = False, max_pixels: int | None = None # as in `whole_images`
+) -> WholeImages:
+    "The images of files as they are, under a key of their content."
+    read = lambda k: read_whole(files[k], max_pixels)
+    def small() -> Tensor:
+        out = torch.empty(len(files), 3, *shape, dtype=torch.uint8)
+        for k in range(len(files)): out[k] = (resized(read(k), shape[::-1])*255).round().to(torch.uint8)
+        return out
+    return WholeImages(store, key, len(files), small, progress, {}, read, tuple(shape))
 
 # %% ../nbs/14e_tiles.ipynb #47e5b11d
 @dataclass(frozen=True)

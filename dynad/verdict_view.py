@@ -5,19 +5,23 @@
 # %% ../nbs/18bc_verdict_view.ipynb #4f1e0c03
 from __future__ import annotations
 import html
+from contextlib import AbstractContextManager
 from typing import Any, Callable
 
 import ipywidgets as W
+import torch
 from fastcore.basics import patch
 
+from .cache import batches
 from .data import AnomalyDataset
 from .evaluate import evaluate
+from .detector import DynAD, possible_t_hat
 from .method import Method
 from .verdict import SIGNS, headline, verdict
 from .view import View, button, row, soft
 
 # %% auto #0
-__all__ = ['WORDS', 'claims_html', 'untested', 'claims_of', 'VerdictView']
+__all__ = ['WORDS', 'FEW', 'claims_html', 'untested', 'prepare', 'claims_of', 'VerdictView']
 
 # %% ../nbs/18bc_verdict_view.ipynb #4f1e0c06
 WORDS = {'serious': 'do not rely on this', 'careful': 'be careful', 'good': 'good', 'note': 'note'}
@@ -41,6 +45,22 @@ def untested(method: Method) -> dict[str, Any]:
     return dict(protocol=protocol, settings=c.model_dump(mode='json'),
                 decision=dict(true_positives=0, false_positives=0),
                 normal_reconstruction={str(T): e for T, e in method.reconstruction_errors().items()})
+
+# %% ../nbs/18bc_verdict_view.ipynb #81dca481
+FEW = 2 # images that are reconstructed at a time
+
+def prepare(
+    method: Method,             # of a run without labelled test images
+    lock: AbstractContextManager# held while a model is called
+) -> None:
+    "Make what `untested` reads, a few images at a time."
+    if not isinstance(method, DynAD): return
+    walk, n = method.held_out, len(method.held_out_set)
+    for T in possible_t_hat(method).tolist():
+        t = torch.full((n,), T)
+        with lock: todo = walk.cached_latents.missing(list(range(n)), t)
+        for b in batches(len(todo), FEW):
+            with lock: walk.z_hat(t, [todo[k] for k in b])
 
 # %% ../nbs/18bc_verdict_view.ipynb #4f1e0c10
 def claims_of(

@@ -279,6 +279,47 @@ def test_browser_lab_leaves_the_checkout_as_it_is(view, tmp_path, monkeypatch):
     assert {p.name for p in (repo/'dynad_open').glob('*.ipynb')} == {'dynad.ipynb', *(p.name for p in APPS.glob('*.ipynb'))}
     assert git('status', '--porcelain') == '' and process.poll() is not None
 
+def test_browser_app_in_place_keeps_its_file(view, tmp_path, monkeypatch):
+    "A tracked app is run in its checkout in JupyterLab, a slider is moved, the notebook saved: git sees no change, and only the text that is typed."
+    import subprocess
+    from browser import ROOT
+    monkeypatch.setenv('JUPYTER_CONFIG_PATH', str(ROOT/'etc'/'jupyter')) # what `pip install` puts into the environment
+    repo, page = tmp_path/'repo', view.page
+    (repo/'nbs'/'apps').mkdir(parents=True); (repo/'nbs'/'_runs').mkdir()
+    for name in ('settings.ini', '.gitignore', *(f'nbs/apps/{p.name}' for p in APPS.glob('*.ipynb'))): (repo/name).write_bytes((ROOT/name).read_bytes())
+    (repo/'nbs'/'_runs'/'demo').symlink_to(demo().parent)
+    git = lambda *args: subprocess.run(['git', '-c', 'user.name=t', '-c', 'user.email=t@t', *args], cwd=repo, check=True, capture_output=True, text=True).stdout
+    git('init', '-q'); git('add', '-A'); git('commit', '-qm', 'as it was')
+    tracked = repo/'nbs'/'apps'/'explore.ipynb'
+    def save():
+        before = tracked.stat().st_mtime_ns
+        page.keyboard.press('Control+s')
+        view.until(lambda: tracked.stat().st_mtime_ns != before, 60, 'saved')
+    with server('jupyterlab', tmp_path) as url:
+        view.open_in_lab(url, 'repo/nbs/apps/explore.ipynb', WAIT)
+        ready(view)
+        assert 'dynad open --lab' not in ' '.join(page.locator('.jp-OutputArea').all_inner_texts())
+        before = view.readout('λ')
+        view.slider('λ').focus(); page.keyboard.press('ArrowRight')
+        view.until(lambda: view.readout('λ') != before, 30, 'the slider')
+        page.screenshot(path=Path(SHOTS or tmp_path)/'app_in_place.png')
+        save()
+        assert git('status', '--short') == ''
+        page.locator('.jp-CodeCell .cm-content').first.click(); page.keyboard.press('Control+End'); page.keyboard.type('# mine')
+        save()
+        assert git('diff', '--numstat').split()[:2] == ['1', '1'] # one line of one cell
+    assert view.unexpected() == []
+
+def test_browser_app_in_place_says_so(view, tmp_path):
+    "Without the extension the app says in one line that the tracked file would change."
+    from browser import ROOT
+    repo = tmp_path/'repo'
+    (repo/'nbs'/'apps').mkdir(parents=True)
+    for name in ('settings.ini', 'nbs/apps/explore.ipynb'): (repo/name).write_bytes((ROOT/name).read_bytes())
+    with server('jupyterlab', tmp_path) as url:
+        view.open_in_lab(url, 'repo/nbs/apps/explore.ipynb', WAIT)
+        view.until(lambda: 'use dynad open --lab, which opens a copy' in ' '.join(view.page.locator('.jp-OutputArea').all_inner_texts()), WAIT, 'the line')
+
 def test_browser_strip_of_two_thousand(view):
     "Only what is in view exists; a scroll through all of it never holds the page."
     from dynad.charts import template_text

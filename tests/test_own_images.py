@@ -1,5 +1,5 @@
 "A person's own images: dropped, fitted, stopped, resumed, inspected, written."
-import copy, csv, io, re, threading
+import copy, csv, io, re, threading, time
 from pathlib import Path
 from datetime import datetime, timezone
 
@@ -216,6 +216,33 @@ def test_deciding_and_marking_what_was_inspected(own, boards, tmp_path):
     own.wait()
     assert m.inspected_by.joined == ()
     own.marking.withdraw.click()
+
+def test_judging_does_not_wait_for_the_verdict(boards, tmp_path, monkeypatch):
+    "The verdict of a fresh fit reconstructs every held-out image at every T̂; an image that is judged meanwhile waits for a few of them."
+    w = OwnImages(tmp_path/'own', normal=Path(boards.root)/'train'/'good', preset='smoke', overrides=FAST)
+    try:
+        w.fit().wait(300)
+        assert 'Nobody knows yet' in w.decide.verdict.text.value
+        d, f = w.model.detector, boards.test[0].image
+        w.model.inspect([f])                                                           # once, so that nothing is loaded for the first time
+        measured, slow = [], 1.
+        plain = type(d.held_out).z_hat
+        def z_hat(walk, t_hat=None, rows=None):
+            if walk.set is d.held_out_set and rows is not None: measured.append(time.monotonic()); time.sleep(slow)
+            return plain(walk, t_hat, rows)
+        monkeypatch.setattr(type(d.held_out), 'z_hat', z_hat)
+        import shutil; shutil.rmtree(d.held_out_set.store.root/'stages'/'reconstructions', ignore_errors=True)
+        for k in [k for k in d.held_out_set.memory if k[0] == 'reconstructions']: del d.held_out_set.memory[k]
+        start = time.monotonic()
+        w.decide.verdict.ask()
+        while not measured: time.sleep(.01)
+        asked = time.monotonic()
+        w.model.inspect([boards.test[1].image])                                        # as the worker's thread does
+        judged = time.monotonic() - asked
+        assert w.decide.verdict.wait(300)
+        whole = time.monotonic() - start
+        assert w.decide.verdict.message.value == '' and len(measured) >= 6 and judged < 3*slow < whole/2
+    finally: w.close()
 
 def test_a_region_and_tiles_reach_fit_and_predict(boards, tmp_path):
     "Drawn or dropped, the region counts in the fit and in the sheet; tiles are inspected too, at their own resolution."

@@ -1,5 +1,5 @@
 "Images of any size: tiles in fit and predict, whole images in verdicts and metrics, bounded memory, no seams."
-import json, subprocess, sys, warnings
+import json, shutil, subprocess, sys, warnings
 from dataclasses import replace
 
 import numpy as np
@@ -155,6 +155,41 @@ def test_the_papers_method_on_tiles(few, tmp_path):
     assert torch.allclose(saved.predict(files).score, p.score, atol=1e-5)
     with pytest.raises(ConfigError, match='fitted on tiles'): Session(again, boards)
     assert write_report(evaluate(again, boards, n_boot=0, progress=False), tmp_path/'page').exists() # without T̂, distances and reconstructions
+
+@pytest.mark.parametrize('which', ['patchcore', 'dynad'])
+def test_learning_from_marks_on_tiles(which, tiled, few, tmp_path):
+    "A false alarm on a run of tiles is marked and learned from by its tiles; verdicts, recall and the next `open` follow; the sliders say one sentence."
+    from typer.testing import CliRunner
+    from dynad import learning, marks
+    from dynad.cli import app
+    run, boards = tmp_path/'run', few.limited(9, 4)
+    if which == 'patchcore': shutil.copytree(tiled[1], run); boards = few
+    else: DynAD(make_config('smoke', {**SMOKE, 'data.max_tiles': 24, 'data.max_calibration': 6, **TILES})).fit(boards, run, progress=False)
+    method = open_run(run, progress=False)
+    images = method.test_images(boards.test, boards)
+    s, _ = learning.called(method, images)
+    worst = [boards.test[int(i)].image for i in s.topk(2).indices]
+    marks.mark_images(run, worst, 'normal', method.config.data.image_size)
+    after, found = learning.relearn(method, boards, into='bank')
+    assert len(after.marked) == 2 and len(after.normals) == 2*9 == len(after.joined) and found.shown == len(boards.test) and found.normals == 2
+    if which == 'patchcore': assert found.still == 0 and (after.predict(worst).score < method.predict(worst).score).all()
+    *_, found = learning.follow(found, method, after, boards, images, 6)
+    assert found.what == 'tiles' and 'in held-out normal tiles' in learning.recall_line(found) and 0 <= found.recall[1] <= 1
+    assert found.other.into == 'both' and found.other.still <= found.still and after.joined_into('both').decision.marked == 2
+    after.keep_normals(learning.normal_marks(run))
+    again = open_run(run, progress=False)
+    assert again.decision.image_threshold == pytest.approx(after.decision.image_threshold) and torch.allclose(again.predict(worst).score, after.predict(worst).score, atol=1e-5)
+    assert evaluate(again, boards, n_boot=0, progress=False).result['protocol']['marked'] == 2
+    if which == 'dynad':
+        with pytest.raises(ConfigError, match='fitted on tiles .data.tile = 64.*`learn` and `threshold` take this run'): Session(run)
+    dynad = lambda *args: CliRunner().invoke(app, list(map(str, args)))
+    assert dynad('mark', run, worst[1], '--withdraw').exit_code == 0
+    if which == 'dynad': return # its data set was limited
+    root = tmp_path/'few'; [((root/s.name).parent.mkdir(parents=True, exist_ok=True), shutil.copy(s.image, root/s.name)) for s in few.samples]
+    PatchCore(make_config('smoke', TILES)).fit(open_dataset(root), tmp_path/'fresh', progress=False)
+    assert dynad('mark', tmp_path/'fresh', worst[0], '--normal').exit_code == 0
+    said = dynad('learn', tmp_path/'fresh', '--data', root, '--defects', 4)
+    assert said.exit_code == 0 and '1 marked image joined the bank of patches' in said.output and 'kept' in said.output
 
 LESS = {'data.max_tiles': 24, 'data.max_calibration': 6, **TILES}
 RAN_TINY = {'widths': (32, 64), 'attention': (), 'layers_per_block': 1, 'steps': 6, 'batch': 4, 'dims': 12, 'start': 10}
