@@ -31,7 +31,7 @@ setup(
     python_requires=">=" + cfg["min_python"],
     packages=find_packages(include=["dynad", "dynad.*"]),
     # an extension of the Jupyter server: the tracked notebooks of nbs/apps keep their outputs (nbs/18aa_saving.ipynb)
-    data_files=[("etc/jupyter/jupyter_server_config.d", ["etc/jupyter/jupyter_server_config.d/dynad.json"])],
+    data_files=[("etc/jupyter/jupyter_server_config.d", ["dynad/templates/dynad.json"])],
     package_data={"dynad": ["weights/*.safetensors", "weights/*.json", "*.csv", "templates/*"]},
     install_requires=cfg["requirements"].split(),
     extras_require={
