@@ -20,7 +20,8 @@ __all__ = ['open_page']
 def open_page(
     what: Annotated[Optional[Path], typer.Argument(
         parser=place, metavar='[RUN|FOLDER]',
-        help='run directory of `dynad fit`, a folder of normal images, or an empty one; nothing: the demo')] = None,
+        help='run directory of `dynad fit`, a folder of normal images, or an empty one; elpv: the run on real images that '
+             '`dynad demo --data elpv` has made; nothing: the demo')] = None,
     keep: Annotated[Path, typer.Option(
         **Folder, help='for dropped images, their run, results and reports')] = Path('dynad_open'),
     port: Annotated[Optional[int], typer.Option(min=1, max=65535, help='default: a free one')] = None,

@@ -99,19 +99,22 @@ def demo(
     with known_mistakes():
         from dynad import evaluate as ev
         from dynad.detector import DynAD
+        from dynad.demo import NOTE
         from dynad.report import check_report
-        from dynad.store import check_run
+        from dynad.store import atomic_write, check_run
         cfg, start = config_of('small', seed, set, DEMO), time.perf_counter()
         name = 'synthetic_' + product if data == 'synthetic' else expanded(data).resolve().name
         check_folder(out, '--out '); check_run(out/f'run_{name}', '--out '); check_report(out/f'page_{name}', '--out ')
         if data != 'synthetic': checked_place(data)
         dataset = demo_data(data, product, out, category, seed, strict)
         if data != 'synthetic': echo(f'{dataset!r}') # what is left of a larger one
+        if dataset.remark: echo(dataset.remark)
         method = DynAD(cfg).fit(dataset, out/f'run_{name}')
+        atomic_write(out/f'run_{name}'/NOTE, 'fewer training steps than the preset small: a demonstration, not a result')
         e = ev.evaluate(method, dataset, baselines=[ev.fitted_baseline(method, 'patchcore', dataset)])
         ev.write_result(e.result, out/f'run_{name}'/'result.json')
         echo(ev.metrics_table(e.result).iloc[:, :3].to_string())
         echo(f"{'synthetic images, ' if data == 'synthetic' else ''}small preset with fewer steps: "
                    'a demonstration, not a result')
         write_page(e, out/f'page_{name}')
-        echo(f'{(time.perf_counter() - start)/60:.1f} minutes')
+        echo(f'{(time.perf_counter() - start)/60:.1f} minutes; at the sliders: dynad open {out/f"run_{name}"}')

@@ -23,8 +23,8 @@ from .show import Figure, grid, overlay
 from .paths import expanded, printable
 
 # %% auto #0
-__all__ = ['check_mask_size', 'FindingWarning', 'folder_remark', 'open_dataset', 'open_folder', 'load_images', 'with_mask_rule',
-           'load_masks', 'contact_sheet']
+__all__ = ['LICENCES', 'check_mask_size', 'FindingWarning', 'folder_remark', 'open_dataset', 'open_folder', 'load_images',
+           'with_mask_rule', 'load_masks', 'contact_sheet']
 
 # %% ../nbs/03b_data.ipynb #d307e875
 def check_mask_size(sample: Sample, notes: Notes) -> None:
@@ -72,6 +72,9 @@ def _choose_category(
 # %% ../nbs/03b_data.ipynb #11125036
 class FindingWarning(UserWarning): "Something in a folder of images is not used, or cannot be measured."
 
+# said with every result of images that come without a remark of their own
+LICENCES = {'elpv': 'photographs of the ELPV solar cells, under CC BY-NC-SA 4.0: no commercial use'}
+
 def folder_remark(*folders: Path) -> str:
     "What a folder of images says of itself, in the file remark.txt of the first folder that has one."
     for file in (f/'remark.txt' for f in folders):
@@ -98,7 +101,7 @@ def _opened(path: str | Path, layout: str, category: str | None, seed: int, stri
     elif category is not None and not LAYOUTS[layout].nested: name = f'{name}/{category}'
     samples, findings = LAYOUTS[layout].read(root, category, seed)
     data = AnomalyDataset(name, root, layout, category, tuple(samples), tuple(findings),
-                          folder_remark(root, given))
+                          folder_remark(root, given) or LICENCES.get(layout, ''))
     if strict: check_strict(data.findings, data.root)
     notes = Notes()
     for _ in mapped(lambda s: check_mask_size(s, notes), data.samples, 'sizes'): pass

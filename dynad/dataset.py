@@ -68,6 +68,7 @@ class AnomalyDataset:
     samples: tuple[Sample, ...]
     findings: tuple[Finding, ...] = field(default=(), compare=False) # what the folder holds and is not used
     remark: str = field(default='', compare=False)                   # what the folder says of itself, in remark.txt
+    limits: tuple[int, int, int] | None = field(default=None, compare=False) # of `limited`, if it is such a part
 
     def __post_init__(self):
         object.__setattr__(self, 'name', printable(self.name))
@@ -212,4 +213,4 @@ def limited(self: AnomalyDataset,
     if len(kept) == len(self.samples): return self
     n = sum(s.split == 'train' for s in kept)
     size = f'{n} of {len(self.train)} train, {k} of {len(self.test)} test, seed {seed}'
-    return replace(self, name=f'{self.name} ({size})', samples=kept)
+    return replace(self, name=f'{self.name} ({size})', samples=kept, limits=(n_train, n_test, seed))

@@ -159,7 +159,8 @@ def _restore(self: Explorer, setting: Setting | dict | str | None, image: str | 
     if problem: self.say(f'{problem}; the run’s own setting is shown')
     s, i = m.resolve(kept.get('setting', m.base) if setting is None else setting, image)
     if 'setting' in kept and setting is None and s != m.base: self.recall(self.state_file)
-    largest = int(self.session.masks.flatten(1).sum(1).argmax())  # the largest defect
+    area = self.session.masks.flatten(1).sum(1)
+    largest = int((area + self.session.labels*.5).argmax())  # the largest defect; without masks one of them
     if i is None: i = names.index(kept['image']) if kept.get('image') in names else largest
     self._place(s, i)
     for w, key in ((self.kind, 'kind'), (self.order, 'order')):

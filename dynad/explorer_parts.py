@@ -99,7 +99,7 @@ class ExplorerPanels(ImagePanels):
     def __init__(self, model: ExplorerModel):
         super().__init__({k: f'<b>{v}</b>' for k, v in (PANELS | PARTS).items()})
         self.model, self._grey = model, (None, None)
-        self.main, self.parts = self.grid(PANELS), self.grid(PARTS, 'dynad-few')
+        self.main, self.parts = self.grid(PANELS, 'dynad-eight'), self.grid(PARTS, 'dynad-few')
 
     @property
     def grey(self) -> np.ndarray:

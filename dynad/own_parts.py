@@ -83,6 +83,7 @@ class RegionField:
         example: Callable[[], Path]     # an image to draw on; raises DataError where there is none
     ):
         self.file, self.example, self.size = file, example, (1, 1)
+        self.mine = False               # whether the mask is what the outlines show
         self.drawer, self.text = RegionDrawer(), W.HTML()
         self.draw_button = button('draw what counts', 'around the part, on one of the normal images', 'pencil')
         self.upload = W.FileUpload(accept='image/*', description='or a mask file', layout=W.Layout(width='auto'))
@@ -111,13 +112,17 @@ def draw(self: RegionField) -> None:
     self.size, out = im.size, io.BytesIO()
     im.thumbnail((LARGEST, LARGEST), Image.Resampling.BILINEAR)
     im.save(out, 'JPEG', quality=88)
-    self.drawer.image, self.drawer.outlines = out.getvalue(), []
+    self.mine, self.drawer.image, self.drawer.outlines = False, out.getvalue(), []
     self.text.value = soft(f'draw around what counts on {html.escape(path.name)}, with the pointer held down')
 
 @patch
 def drawn(self: RegionField) -> None:
-    "Keep what is drawn; nothing drawn changes nothing."
-    if self.drawer.outlines: save_roi(ROI(filled(self.drawer.outlines, self.size)), self.file); self.update()
+    "Keep what is drawn; where its last outline was taken back, everything counts again."
+    if self.drawer.outlines: save_roi(ROI(filled(self.drawer.outlines, self.size)), self.file)
+    elif self.mine: self.file.unlink(missing_ok=True)
+    else: return
+    self.mine = bool(self.drawer.outlines)
+    self.update()
 
 # %% ../nbs/18ia_own_parts.ipynb #5e2f0d12
 @patch
@@ -128,14 +133,14 @@ def choose(self: RegionField, uploads: Any) -> None:
         try: roi = read_roi(saved)
         except ConfigError as e: raise ConfigError(str(e).replace(str(saved), name)) from None
     save_roi(roi, self.file)
-    self.drawer.image, self.drawer.outlines = b'', []
+    self.mine, self.drawer.image, self.drawer.outlines = False, b'', []
     self.update()
 
 @patch
 def clear(self: RegionField) -> None:
     "Everything counts again."
     self.file.unlink(missing_ok=True)
-    self.drawer.image, self.drawer.outlines = b'', []
+    self.mine, self.drawer.image, self.drawer.outlines = False, b'', []
     self.update()
 
 # %% ../nbs/18ia_own_parts.ipynb #5e2f0d15

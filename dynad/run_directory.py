@@ -51,6 +51,7 @@ def run_info(method: OnTiles, dataset: AnomalyDataset, training: list, held_out:
     "What run.json holds."
     root = method.training_set.store.root
     data = {k: getattr(dataset, k) for k in ('name', 'layout', 'category', 'fingerprint')} | {'root': str(dataset.root)}
+    if dataset.limits: data['limits'] = list(dataset.limits)
     return {'format': FORMAT, 'version': __version__, 'method': method.name, 'data': data,
             'fit': [s.name for s in training], 'held_out': [s.name for s in held_out],
             'keys': {'fit': method.training_set.key, 'held_out': method.held_out_set.key},
@@ -93,6 +94,7 @@ def fitted_dataset(
 ) -> AnomalyDataset:
     "The data set that a run was fitted on. Raises DataError when it is not there any more."
     d = info['data']
-    if d['layout'] == 'folder': return open_folder(d['root'])
-    if d['layout'] == 'elpv': return open_dataset('elpv', layout='elpv', category=d['category'], seed=config.seed)
-    return open_dataset(d['root'], layout=d['layout'], seed=config.seed)
+    if d['layout'] == 'folder': found = open_folder(d['root'])
+    elif d['layout'] == 'elpv': found = open_dataset('elpv', layout='elpv', category=d['category'], seed=config.seed)
+    else: found = open_dataset(d['root'], layout=d['layout'], seed=config.seed)
+    return found.limited(*d['limits']) if d.get('limits') else found

@@ -15,8 +15,8 @@ from .config import DynadError
 from .paths import expanded, printable
 
 # %% auto #0
-__all__ = ['IMAGES', 'FrontError', 'Place', 'place_of', 'page_notebook', 'free_port', 'check_port', 'own_template', 'write_page',
-           'app_copies', 'write_lab', 'server', 'serve']
+__all__ = ['IMAGES', 'ELPV', 'FrontError', 'Place', 'place_of', 'page_notebook', 'free_port', 'check_port', 'own_template',
+           'write_page', 'app_copies', 'write_lab', 'server', 'serve']
 
 # %% ../nbs/18n_server.ipynb #7e0d4711
 class FrontError(DynadError, ValueError):
@@ -32,10 +32,11 @@ class Place:
 IMAGES = {'.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp'} # enough to tell a folder of images
 
 def place_of(
-    path: str | Path | None # a run directory, a folder; None: the demo
+    path: str | Path | None # a run directory, a folder; 'elpv': the run of `dynad demo --data elpv`; None: the demo
 ) -> Place:
     "What is there. Raises FrontError for a place without a finished run and without images."
     if path is None: return Place('demo', None)
+    if str(path) == ELPV[0] and not Path(path).exists(): return _elpv()
     p = expanded(path).resolve()
     if not p.is_dir():
         raise FrontError(f"{printable(p)}: {'a file, not a folder' if p.exists() else 'no such folder'}; "
@@ -48,6 +49,13 @@ def place_of(
     if not _holds_images(p): raise FrontError(f"{printable(p)}: no run and no image in there; name a run directory "
                                               "of `dynad fit`, a folder of images, or an empty one")
     return Place('images', p)
+
+ELPV = 'elpv', Path('dynad_demo')/'run_elpv' # the word, and where `dynad demo --data elpv` leaves its run
+
+def _elpv() -> Place:
+    if (run := ELPV[1].resolve()/'run.json').is_file(): return Place('run', run.parent)
+    raise FrontError('elpv: there is no dynad_demo/run_elpv here yet; `dynad demo --data elpv` makes it once, in some '
+                     '13 minutes of one core, from photographs of solar cells (CC BY-NC-SA 4.0: no commercial use)')
 
 def _holds_images(folder: Path) -> bool:
     return any(Path(name).suffix.lower() in IMAGES for *_, names in os.walk(folder) for name in names)

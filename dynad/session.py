@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .cache import CachedWalk, ImageSet
 from .config import Config, ConfigError, load_config
-from .data import AnomalyDataset, Sample, images_key, load_masks, open_dataset, split_normal, with_mask_rule
+from .data import LICENCES, AnomalyDataset, Sample, images_key, load_masks, open_dataset, split_normal, with_mask_rule
 from .demo import NOTE
 from .detector import DynAD, calibration_of_set
 from .fusion import Calibration
@@ -204,6 +204,7 @@ def note(self: Session) -> str:
     path, said = self.run/NOTE, []
     if path.is_file(): said.append(path.read_text(encoding='utf-8').strip())
     elif self.config.preset == 'smoke': said.append('preset smoke: a test of the machinery, its verdicts mean nothing')
+    if self.dataset.layout in LICENCES: said.append(self.dataset.remark)
     if self.without_test: said.append('no test images: the held-out normal images are shown, which set the threshold')
     if not self.known.all(): said.append(f'{int((~self.known).sum())} images without a label: no figure counts them')
     return '; '.join(said)

@@ -33,7 +33,7 @@ def claims_html(
     def line(c: dict[str, str]) -> str:
         sign = f'<span class="dynad-sign" title="{WORDS[c["severity"]]}">{SIGNS[c["severity"]]}</span>'
         said, why = html.escape(c['claim']), html.escape(c['evidence'])
-        return f'<li class="dynad-{c["severity"]}">{sign}<b>{said}</b><br>{soft(why)}</li>'
+        return f'<li class="dynad-is-{c["severity"]}">{sign}<b>{said}</b><br>{soft(why)}</li>'
     if not found: return soft('The figures say nothing for or against this run.')
     return f'<p><b>{html.escape(headline(found))}</b></p><ul class="dynad-claims">{"".join(map(line, found))}</ul>'
 

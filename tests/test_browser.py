@@ -320,6 +320,62 @@ def test_browser_app_in_place_says_so(view, tmp_path):
         view.open_in_lab(url, 'repo/nbs/apps/explore.ipynb', WAIT)
         view.until(lambda: 'use dynad open --lab, which opens a copy' in ' '.join(view.page.locator('.jp-OutputArea').all_inner_texts()), WAIT, 'the line')
 
+def test_browser_region_by_mouse(view, tmp_path, boards, monkeypatch):
+    "What counts is drawn by a real mouse: outlines add up, are taken back, and the fit, its scores and its marks know nothing of the rest."
+    pytest.importorskip('voila', reason='voila is not installed')
+    from dynad.method import open_run
+    from dynad.regions import read_roi
+    from dynad.server import place_of, server as front_server
+    monkeypatch.setenv('TMPDIR', str(tmp_path))
+    page, mouse = view.page, view.page.context.new_cdp_session(view.page)
+    text = lambda: page.locator('.dynad-x').first.inner_text()
+    press = lambda name: page.locator('.dynad-x button:enabled', has_text=re.compile(rf'^\s*{name}\s*$')).first.click()
+    def trace(*corners): # of shares of the canvas; as a hand draws, in small steps
+        box = page.locator('.dynad-region canvas').bounding_box()
+        at = lambda x, y: dict(x=box['x'] + x*box['width'], y=box['y'] + y*box['height'])
+        send = lambda kind, x, y, **more: mouse.send('Input.dispatchMouseEvent', dict(type=kind, **at(x, y), **more))
+        send('mouseMoved', *corners[0]); send('mousePressed', *corners[0], button='left', buttons=1, clickCount=1)
+        for (a, b), (c, d) in zip(corners, corners[1:]):
+            for k in range(1, 9): send('mouseMoved', a + (c - a)*k/8, b + (d - b)*k/8, button='left', buttons=1)
+        send('mouseReleased', *corners[-1], button='left', buttons=0, clickCount=1)
+    left, low = [(.02, .02), (.5, .02), (.5, .98), (.02, .98), (.02, .02)], [(.02, .5), (.02, .98), (.98, .98), (.98, .5), (.02, .5)] # one each way round
+    bright = lambda x, y: page.locator('.dynad-region canvas').evaluate('(c, [x, y]) => [...c.getContext("2d").getImageData(x*c.width, y*c.height, 1, 1).data].slice(0, 3).reduce((a, b) => a + b)', [x, y])
+    with front_server(place_of(Path(boards.root)/'train'/'good'), tmp_path/'keep') as (url, _):
+        page.goto(url, timeout=WAIT*1000)
+        view.until(lambda: page.locator('button', has_text='draw what counts').first.is_visible(), WAIT, 'the page')
+        press('draw what counts')
+        canvas = page.locator('.dynad-region canvas')
+        view.until(lambda: canvas.is_visible() and canvas.bounding_box()['width'] >= 400, 60, 'an image large enough to draw on')
+        canvas.scroll_into_view_if_needed()
+        whole = {p: bright(*p) for p in ((.25, .75), (.25, .25), (.75, .25), (.75, .75))}
+        trace(*left)
+        roi = tmp_path/'keep'/'good'/'roi.png'
+        share = lambda: read_roi(roi).share if roi.exists() else None
+        view.until(lambda: share() and abs(share() - .47) < .03 and re.search('4[5-9]% of the image counts', text()), 60, 'the region')
+        assert bright(.25, .25) == whole[.25, .25] and bright(.75, .25) < whole[.75, .25]    # the rest is dimmed
+        trace(*low)
+        view.until(lambda: abs(share() - .71) < .03, 60, 'both')
+        assert bright(.25, .75) == whole[.25, .75]                                            # what lies in both counts
+        page.screenshot(path=Path(SHOTS or tmp_path)/'region.png')
+        page.keyboard.press('Control+z'); view.until(lambda: abs(share() - .47) < .03, 60, 'the first alone')
+        page.keyboard.press('Control+z'); view.until(lambda: share() is None and 'everything counts' in text(), 60, 'nothing drawn')
+        trace(*left); view.until(lambda: share() and abs(share() - .47) < .03, 60, 'the region again')
+        page.locator('.widget-dropdown', has_text='preset').locator('select').select_option('smoke (a test)')
+        press('fit')
+        view.until(lambda: re.search(r'fitted on .* 4[5-9]% of the image counts', text()) or page.locator('.dynad-error').count(), 3*WAIT, 'the fit')
+        bad = next(s for s in boards.test if s.label)
+        with page.expect_file_chooser() as chooser: page.locator('.widget-upload', has_text='drop new images').first.click()
+        chooser.value.set_files([str(bad.image)])
+        view.until(lambda: 'of 1 classified as anomalous' in text(), WAIT, 'the judgement')
+        shown = float(re.search(r'score ([\d.]+) [>≤]', text())[1])
+        assert not page.locator('.dynad-error').count() and view.unexpected() == []
+    run = tmp_path/'keep'/'good'/'run'
+    method, blind = open_run(run, progress=False), open_run(run, {'data.roi': None}, progress=False)
+    p, q = method.predict([bad.image]), blind.predict([bad.image])
+    n = method.inside.shape[-1]
+    assert method.inside[n//4, n//4] and not method.inside[:, int(.55*n):].any() and not p.mask[..., ~method.inside].any()
+    assert shown == pytest.approx(float(p.score), abs=.006) and p.map[..., method.inside].max() == pytest.approx(q.map[..., method.inside].max(), rel=1e-3)
+
 def test_browser_strip_of_two_thousand(view):
     "Only what is in view exists; a scroll through all of it never holds the page."
     from dynad.charts import template_text

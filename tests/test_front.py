@@ -55,6 +55,37 @@ def test_one_schema_of_results(smoke, boards, tmp_path):
     far = row_lines([rows[0] | {'doubt': 'unlike the training images'}])
     assert '⚠ unlike the training images' in far[1]
 
+def test_the_word_elpv(tmp_path, monkeypatch):
+    "Opens what `dynad demo --data elpv` has made, says how to make it, and under which licence; a folder of that name is a folder."
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FrontError, match='`dynad demo --data elpv` makes it once.*CC BY-NC-SA 4.0'): place_of('elpv')
+    run = tmp_path/'dynad_demo'/'run_elpv'
+    run.mkdir(parents=True); (run/'run.json').touch()
+    assert place_of('elpv') == place_of(Path('elpv')) and place_of('elpv').kind == 'run' and place_of('elpv').path == run
+    (tmp_path/'elpv').mkdir()
+    assert place_of('elpv').path == tmp_path/'elpv'
+
+def test_a_run_on_a_part_of_a_data_set_opens_with_that_part(boards, tmp_path):
+    "As `dynad demo` fits a part of a large set: the images at hand, and those to learn from, are found again."
+    from dynad.config import make_config
+    from dynad.data import open_dataset
+    from dynad.learning import give_pixels
+    from dynad.method import fitted_dataset, open_run
+    from dynad.patchcore import PatchCore
+    part = open_dataset(boards.root).limited(12, 6, 3)
+    PatchCore(make_config('smoke')).fit(part, tmp_path/'run', progress=False)
+    method = open_run(tmp_path/'run', progress=False)
+    again = fitted_dataset(method.info, method.config)
+    assert again.fingerprint == part.fingerprint and again.name == part.name and len(again.test) == 6
+    give_pixels(method, again)
+    assert method.held_out_set.images.shape[0] == len(method.held_out_set)
+
+def test_the_licence_of_elpv_is_said():
+    pytest.importorskip('elpv_dataset')
+    from dynad.data import open_dataset
+    data = open_dataset('elpv', category='mono').limited(20, 6)
+    assert 'CC BY-NC-SA 4.0' in data.remark and 'CC BY-NC-SA 4.0' in data.line()
+
 def test_tabs(smoke, boards, tmp_path):
     from dynad.front import open_app
     app = open_app(smoke[1], tmp_path)
