@@ -242,6 +242,7 @@ def test_twelve_megapixels_in_bounded_memory(tmp_path):
     big.save(tmp_path/'big.png', compress_level=1)
     child = subprocess.run([sys.executable, '-c', BIG, *map(str, (tmp_path/'run', tmp_path/'big.png', tmp_path/'out'))], capture_output=True, text=True)
     before, after, *size = json.loads(child.stdout.splitlines()[-1]) if not child.returncode else pytest.fail(child.stderr[-800:])
+    print(f'{before:.0f} MB before, {after:.0f} MB at most (VmHWM)')
     assert size == [4000, 3000] and after - before < 700 and after < 2048 # MB
     first = json.loads((tmp_path/'out/regions.json').read_text())['images'][0]['regions'][0]
     assert abs(first['peak_at'][0] - 2130) < 60 and abs(first['peak_at'][1] - 1125) < 60
