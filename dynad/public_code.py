@@ -177,9 +177,10 @@ def test_set(model: DynAD, dataset: AnomalyDataset, images: int | None = None) -
     if images and images < len(of): of = [of[i] for i in np.linspace(0, len(of) - 1, images).round().astype(int)]
     if len({s.label for s in of}) < 2:
         raise PublicCodeError(f'{len(of)} test images: normal and anomalous ones are needed; take more')
-    train, _ = split_normal(dataset, c, model.config.seed)
+    train, held_out = split_normal(dataset, c, model.config.seed)
     load = lambda samples: load_images(samples, c.image_size, max_pixels=c.max_pixels)
-    model.training_set.load = lambda: load(train) # of a run that was opened: other scales are measured on them
+    # of a run that was opened: scales and thresholds of other settings are measured on them
+    model.training_set.load, model.held_out_set.load = lambda: load(train), lambda: load(held_out)
     return TestSet(to_float(load(train)), to_float(load(of)), load_masks(of, c.image_size, c.max_pixels)[0],
                    torch.tensor([s.label for s in of]))
 
