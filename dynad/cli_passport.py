@@ -59,9 +59,10 @@ def passport(
         from dynad.exports import check_export
         if html: check_export(check_folder(html, '--html '), ('index.html', 'passport.json'), '--html ')
         from dynad.cli_fit import opened
-        from dynad.passport import CONTRASTS, Design, default_design, passport as made
+        from dynad.passport import default_design, passport as made
         from dynad.passport_page import keep, write_passport
         from dynad.store import atomic_write
+        from dynad.trials import CONTRASTS, Design
         Design(given[0] or (1.,), given[1] or CONTRASTS) # refuses before the run is opened
         method, dataset = opened(run, data, layout, category, set)
         design = default_design(method, dataset, given[0], given[1], trials, cfg.seed if seed is None else seed)

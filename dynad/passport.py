@@ -5,248 +5,26 @@
 # %% ../nbs/17n_passport.ipynb #d9125991
 from __future__ import annotations
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Sequence
 
 import numpy as np
-import torch
 from fastcore.basics import patch
-from PIL import Image
-from scipy import ndimage, stats
+from scipy import stats
 from scipy.optimize import isotonic_regression
-from torch import Tensor
 
-from .cache import Cached, ImageSet, batches
-from .collector import DataError
-from .config import DynadError, content_key
+from .config import content_key
 from .conformal import in_words
-from .data import AnomalyDataset, Sample, images_key, split_normal
-from .defects import DEFECTS, Place, likely_places, outline
-from .images import Notes, decode, image_size, read_image
+from .data import AnomalyDataset, Sample
+from .images import Notes, image_size
 from .method import Method, above
 from .paths import printable
 from .threshold import share_between
+from .trials import CONTRASTS, Design, PassportError, Trial, held_out_samples, input_sizes, try_all
 
 # %% auto #0
-__all__ = ['REACHED', 'PAINTED', 'CONTRASTS', 'NEAR', 'PLACES', 'VERSION', 'PassportError', 'line_depth', 'Trial', 'window',
-           'changed', 'Made', 'make_defect', 'Design', 'input_sizes', 'held_out_samples', 'file_pixels', 'TrialImages',
-           'located', 'try_all', 'Share', 'rising', 'smallest', 'Passport', 'default_design', 'file_side', 'passport']
-
-# %% ../nbs/17n_passport.ipynb #24ce8e35
-class PassportError(DynadError, ValueError):
-    "A passport that cannot be made: the text names the value and what is allowed."
-
-# %% ../nbs/17n_passport.ipynb #1957f05a
-def line_depth(
-    shape: tuple[int, int], centre: tuple[float, float], size: float, # pixels: a quarter of it wide, four times as long
-    rng: np.random.Generator
-) -> np.ndarray: # [H,W] 1 on the line, 0 on its border, below 0 outside
-    "A thin bent line."
-    width = max(1., size/4)
-    length, turn = size**2/width, rng.uniform(0, np.pi)
-    t = np.linspace(-.5, .5, max(int(3*length), 8))
-    along, across = t*length, rng.uniform(-.35, .35)*length*(1 - 4*t**2)/2
-    row = np.round(centre[0] + np.sin(turn)*along + np.cos(turn)*across).astype(int)
-    column = np.round(centre[1] + np.cos(turn)*along - np.sin(turn)*across).astype(int)
-    inside, off = (row >= 0) & (row < shape[0]) & (column >= 0) & (column < shape[1]), np.ones(shape, bool)
-    off[row[inside], column[inside]] = False
-    return 1 - ndimage.distance_transform_edt(off)/(width/2 + .01)
-
-# %% ../nbs/17n_passport.ipynb #c72c7a7f
-@dataclass(frozen=True)
-class Trial:
-    "One defect to be made."
-    image: int       # position among the held-out images
-    kind: str        # of `DEFECTS`; '' for the image as it is
-    size: float      # √area in pixels of the file
-    contrast: float  # (0,1]
-    place: int       # 0…8, rows of a 3 × 3 grid over the image
-    seed: int
-
-# %% ../nbs/17n_passport.ipynb #63588467
-REACHED = .8 # of the wanted contrast: what a defect must have to count
-
-def window(
-    shape: tuple[int, int], centre: tuple[int, int], side: int
-) -> tuple[slice, slice]:
-    "A square around a place, moved inside of the image."
-    a = [min(max(0, c - side//2), max(0, n - side)) for c, n in zip(centre, shape)]
-    return tuple(slice(k, min(k + side, n)) for k, n in zip(a, shape))
-
-# %% ../nbs/17n_passport.ipynb #a021dedd
-def changed(
-    part: np.ndarray,                # [h,w,3] in [0,1]
-    trial: Trial, centre: tuple[int, int], # in `part`
-    rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:  # [h,w,3] multiples of 1/255; [h,w] bool
-    "The defect, scaled to its contrast."
-    shape = part.shape[:2]
-    depth = (line_depth(shape, centre, trial.size, rng) if trial.kind == 'scratch' else
-             outline(shape, centre, min(.5, trial.size**2/(shape[0]*shape[1])), rng, 2.))
-    p = Place(depth, trial.contrast, rng, part)
-    if not p.mask.any(): return part, p.mask
-    step = np.where(p.mask[..., None], np.clip(DEFECTS[trial.kind](part, p), 0, 1) - part, 0)
-    for _ in range(3): # clipping takes some of it
-        strength = np.abs(np.clip(part + step, 0, 1) - part).max(-1)[p.mask].mean()
-        step = step*min(trial.contrast/max(strength, 1e-6), 4. if trial.kind in PAINTED else 1.)
-    return np.round(np.clip(part + step, 0, 1)*255)/255, p.mask
-
-PAINTED = ('scratch', 'blob', 'stain', 'dent') # kinds that may be made stronger than they come
-
-# %% ../nbs/17n_passport.ipynb #5d9d2739
-@dataclass(frozen=True)
-class Made:
-    "An image with its defect."
-    image: np.ndarray    # [H,W,3] uint8, at the size of the file
-    mask: np.ndarray     # [H,W] bool
-    contrast: float      # as it has become
-    ok: bool             # whether it counts: the place lies on the part, and the contrast is reached
-
-# %% ../nbs/17n_passport.ipynb #e6c91ccc
-def make_defect(
-    image: np.ndarray,  # [H,W,3] uint8
-    likely: np.ndarray, # [h,w] bool, where the part is, at any size
-    trial: Trial
-) -> Made:
-    "One trial in one image."
-    shape, none = image.shape[:2], np.zeros(image.shape[:2], bool)
-    if not trial.kind: return Made(image, none, 0., True)
-    rng, (r, c) = np.random.default_rng([trial.seed, 99173]), divmod(trial.place, 3)
-    cell = np.zeros_like(likely)
-    cell[likely.shape[0]*r//3:likely.shape[0]*(r + 1)//3, likely.shape[1]*c//3:likely.shape[1]*(c + 1)//3] = True
-    at = np.argwhere(likely & cell)
-    if len(at) < .02*cell.sum() or not len(at): return Made(image, none, 0., False) # background
-    centre = tuple(int((v + .5)*n/k) for v, n, k in zip(at[rng.integers(len(at))], shape, likely.shape))
-    w = window(shape, centre, int(max(48, (9 if trial.kind == 'scratch' else 6)*trial.size)))
-    part = image[w].astype(np.float32)/255
-    other, m = changed(part, trial, tuple(v - s.start for v, s in zip(centre, w)), rng)
-    out, mask = image.copy(), none
-    out[w], mask[w] = (other*255).round().astype(np.uint8), m
-    contrast = float(np.abs(other - part).max(-1)[m].mean()) if m.any() else 0.
-    return Made(out, mask, contrast, contrast >= REACHED*trial.contrast)
-
-# %% ../nbs/17n_passport.ipynb #173a2c2f
-CONTRASTS = (.06, .12, .25, .5)
-
-@dataclass(frozen=True)
-class Design:
-    "What is tried."
-    sizes: tuple[float, ...]                 # √area in pixels of the file, rising
-    contrasts: tuple[float, ...] = CONTRASTS # rising
-    kinds: tuple[str, ...] = tuple(DEFECTS)
-    trials: int = 18                         # of each size and contrast
-    seed: int = 0
-
-    def __post_init__(self):
-        if not self.sizes or min(self.sizes) <= 0:
-            raise PassportError(f'sizes = {self.sizes}: at least one, each above 0 pixels')
-        if not self.contrasts or not all(0 < c <= 1 for c in self.contrasts):
-            raise PassportError(f'contrasts = {self.contrasts}: at least one, each above 0 and at most 1')
-        if unknown := [k for k in self.kinds if k not in DEFECTS]:
-            raise PassportError(f"kind = {unknown[0]!r} does not exist; allowed: {', '.join(DEFECTS)}")
-        if self.trials < 1: raise PassportError(f'trials = {self.trials}: at least 1')
-
-    def all_trials(self, n: int) -> list[Trial]: # in n held-out images, image by image
-        "Each image as it is, and the defects."
-        out, k = [], 0
-        for size in self.sizes:
-            for contrast in self.contrasts:
-                for i in range(self.trials):
-                    kind = self.kinds[(i + k//self.trials) % len(self.kinds)]
-                    out.append(Trial((k*5 + k//n) % n, kind, size, contrast, (i + k//self.trials) % 9,
-                                     self.seed*10**6 + k))
-                    k += 1
-        return sorted([*(Trial(i, '', 0., 0., 0, 0) for i in range(n)), *out], key=lambda t: (t.image, t.seed))
-
-# %% ../nbs/17n_passport.ipynb #4861b346
-def input_sizes(
-    side: int,  # shorter side of the files in pixels
-    size: int   # of the model's input
-) -> tuple[float, ...]:
-    "1, 2, 4, 8 and 16 pixels of the input, in whole pixels of the file, at least 2."
-    return tuple(sorted({float(max(2, round(k*side/size))) for k in (1, 2, 4, 8, 16)}))
-
-# %% ../nbs/17n_passport.ipynb #5e22ef91
-def held_out_samples(
-    method: Method,
-    dataset: AnomalyDataset # that it was fitted on
-) -> list[Sample]:
-    "The normal images that the run kept apart. Raises DataError where these are others."
-    c = method.config
-    try: held = split_normal(dataset, c.data, c.seed)[1]
-    except DataError: held = []
-    if not held or images_key(held, dataset.fingerprint, c.data.image_size) != method.held_out_set.key:
-        raise DataError(f"{dataset.root}: not the images that the run was fitted on ({method.info['data']['name']}, "
-                        f"{method.info['data']['root']}), or they have changed since; the passport needs its held-out "
-                        'normal images')
-    return held
-
-# %% ../nbs/17n_passport.ipynb #fad35f8d
-def file_pixels(s: Sample, max_pixels: int | None) -> np.ndarray: # [H,W,3] uint8
-    "An image at the size of its file; one of more than 8 bits in 8."
-    im = decode(s.image, max_pixels, Notes())
-    if im.mode in ('RGBA', 'LA', 'PA') or 'transparency' in im.info: # over black, as `read_image` has it
-        im = Image.alpha_composite(Image.new('RGBA', im.size, (0, 0, 0, 255)), im.convert('RGBA'))
-    if im.mode not in ('I', 'F') and not im.mode.startswith('I;16'): return np.asarray(im.convert('RGB'))
-    w, h = im.size
-    side = max(w, h) # `read_image` knows deep images, and gives squares
-    x = (read_image(s.image, side, max_pixels, Notes())*255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    return np.asarray(Image.fromarray(x).resize((w, h), Image.Resampling.BILINEAR))
-
-# %% ../nbs/17n_passport.ipynb #34bad21d
-class TrialImages:
-    "The images of trials, made when they are asked for; the file of the last one is kept."
-    def __init__(self, samples: Sequence[Sample], trials: Sequence[Trial], size: int, max_pixels: int | None = None):
-        self.samples, self.trials, self.size = samples, trials, size
-        self.pixels = lru_cache(2)(lambda i: self._pixels(i, max_pixels))
-
-    def _pixels(self, i: int, max_pixels: int | None) -> tuple[np.ndarray, np.ndarray]:
-        x = file_pixels(self.samples[i], max_pixels)
-        small = Image.fromarray(x).resize((96, 96), Image.Resampling.BILINEAR)
-        return x, likely_places(np.asarray(small).astype(np.float32)/255)
-
-    def made(self, k: int) -> Made: return make_defect(*self.pixels(self.trials[k].image), self.trials[k])
-
-    def input(self, x: np.ndarray) -> Tensor: # [3,size,size] in [0,1]
-        "As `read_image` would give it."
-        a = np.array(Image.fromarray(x).resize((self.size, self.size), Image.Resampling.BILINEAR))
-        return torch.from_numpy(a).permute(2, 0, 1).float()/255
-
-# %% ../nbs/17n_passport.ipynb #ca8c1892
-NEAR = 2 # pixels of the input by which the map's highest place may lie beside the defect
-
-def located(
-    m: Tensor,        # [1,h,w] map
-    mask: np.ndarray  # [H,W] bool, at the size of the file
-) -> bool:
-    "Whether the map is highest at the defect."
-    h, w = m.shape[-2:]
-    y, x = divmod(int(m.flatten().argmax()), w)
-    rows, columns = np.nonzero(mask)
-    if not len(rows): return False
-    return bool((np.hypot((rows + .5)*h/mask.shape[0] - y - .5, (columns + .5)*w/mask.shape[1] - x - .5) <= NEAR).any())
-
-# %% ../nbs/17n_passport.ipynb #27f3f7b1
-def try_all(
-    method: Method, samples: Sequence[Sample], trials: Sequence[Trial],
-    key: str,                # of samples and design
-    progress: bool = True
-) -> dict[str, np.ndarray]:  # score, located, contrast, ok: one per trial
-    "Each trial by the method."
-    c = method.config
-    source = TrialImages(samples, trials, c.data.image_size, c.data.max_pixels)
-    def function(rows):
-        made = [source.made(k) for k in rows]
-        p = method.predict_batch(torch.stack([source.input(m.image) for m in made]), rows)
-        there = [False]*len(rows) if p.map is None else [located(a.cpu(), m.mask) for a, m in zip(p.map, made)]
-        return {'score': p.score.double().cpu(), 'located': torch.tensor(there),
-                'contrast': torch.tensor([m.contrast for m in made]).double(), 'ok': torch.tensor([m.ok for m in made])}
-    images = ImageSet(method.training_set.store, key, len(trials), lambda: None)
-    cached = Cached(images.shards('passport', method.prediction_key), function, c.batch, 'passport')
-    rows = list(range(len(trials)))
-    for b in batches(len(rows), c.batch, 'passport', progress): cached.fill(b) # what a kill can lose
-    return {k: v.numpy() for k, v in cached(rows).items()}
+__all__ = ['PLACES', 'VERSION', 'Share', 'rising', 'smallest', 'Passport', 'default_design', 'file_side', 'passport']
 
 # %% ../nbs/17n_passport.ipynb #03af7a80
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from .charts import css, render
 from .data_page import data_uri, png_uri
 from .exports import export_to
 from .guard import aside
-from .passport import PLACES, Passport, TrialImages
+from .passport import PLACES, Passport
 from .show import COLORS, Figure, overlay
 from .store import StoreError, atomic_write, load_json
+from .trials import TrialImages
 
 # %% auto #0
 __all__ = ['FILES', 'KEPT', 'curve_figure', 'cell', 'grid_rows', 'place_rows', 'kind_rows', 'examples', 'section_html',
@@ -141,7 +142,8 @@ def keep(p: Passport, run: str | Path) -> None:
 def kept_passport(method, dataset) -> Passport | None: # None: there is none, or the images or settings are others now
     "The passport that was made of a run."
     from dynad.collector import DataError
-    from dynad.passport import Design, PassportError, passport
+    from dynad.passport import passport
+    from dynad.trials import Design, PassportError
     file = Path(method.training_set.store.root)/KEPT
     if not file.is_file(): return None
     try:

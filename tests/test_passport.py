@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from dynad import passport as P
+from dynad import passport as P, trials as T
 from dynad.collector import DataError
 from dynad.data import open_dataset
 from dynad.defects import DEFECTS
@@ -18,7 +18,7 @@ def picture(seed=0, shape=(90, 140)): return np.random.default_rng(seed).integer
 @pytest.mark.parametrize('size', (1, 7, 60))
 def test_a_defect_has_its_contrast_and_changes_nothing_else(kind, size):
     x = picture()
-    a, b = (P.make_defect(x, EVERYWHERE, P.Trial(0, kind, size, .2, 5, 11)) for _ in range(2))
+    a, b = (T.make_defect(x, EVERYWHERE, T.Trial(0, kind, size, .2, 5, 11)) for _ in range(2))
     assert (a.image == b.image).all() and (a.image[~a.mask] == x[~a.mask]).all()
     if a.ok: assert a.mask.any() and .15 < a.contrast < .26
     rows, columns = np.nonzero(a.mask)
@@ -26,17 +26,17 @@ def test_a_defect_has_its_contrast_and_changes_nothing_else(kind, size):
 
 def test_what_cannot_be_had_does_not_count():
     white = np.full((80, 80, 3), 128, np.uint8)
-    assert not P.make_defect(white, EVERYWHERE, P.Trial(0, 'missing', 10, .2, 4, 0)).ok # nothing is there to be missing
+    assert not T.make_defect(white, EVERYWHERE, T.Trial(0, 'missing', 10, .2, 4, 0)).ok # nothing is there to be missing
     corner = np.zeros((9, 9), bool); corner[:3, :3] = True
-    assert not P.make_defect(white, corner, P.Trial(0, 'blob', 10, .2, 8, 0)).ok        # background
+    assert not T.make_defect(white, corner, T.Trial(0, 'blob', 10, .2, 8, 0)).ok        # background
 
 def test_area_is_the_wanted_one():
     for kind in ('blob', 'scratch'):
-        areas = [P.make_defect(picture(1, (256, 256)), EVERYWHERE, P.Trial(0, kind, 20, .3, 4, s)).mask.sum()**.5 for s in range(12)]
+        areas = [T.make_defect(picture(1, (256, 256)), EVERYWHERE, T.Trial(0, kind, 20, .3, 4, s)).mask.sum()**.5 for s in range(12)]
         assert 14 < np.median(areas) < 27, (kind, areas)
 
 def test_the_design_is_balanced():
-    d = P.Design((4., 8.), (.1, .3), trials=63)
+    d = T.Design((4., 8.), (.1, .3), trials=63)
     t = [t for t in d.all_trials(6) if t.kind]
     count = lambda f: np.unique([f(x) for x in t], return_counts=True)[1]
     assert (count(lambda x: x.place) == 28).all() and (count(lambda x: x.kind) == 36).all() and (count(lambda x: x.image) == 42).all()
@@ -44,7 +44,7 @@ def test_the_design_is_balanced():
 
 def made(found, ok=None, alarms=()):
     "A passport of made-up results."
-    d = P.Design((2., 4., 8.), (.2,), ('blob',), trials=len(found)//3)
+    d = T.Design((2., 4., 8.), (.2,), ('blob',), trials=len(found)//3)
     trials = d.all_trials(3)
     score, it = [], iter(found)
     score = [float(t.image in alarms) if not t.kind else float(found[t.seed]) for t in trials]
@@ -70,7 +70,7 @@ def test_share_interval():
         want = binomtest(k, n).proportion_ci(.95, 'exact')
         assert np.allclose(P.Share(k, n).interval, (want.low, want.high))
 
-SMALL = P.Design((8., 40.), (.15, .5), trials=4)
+SMALL = T.Design((8., 40.), (.15, .5), trials=4)
 
 @pytest.fixture(scope='module')
 def run(smoke, tmp_path_factory):
@@ -95,7 +95,7 @@ def test_other_images_are_refused(run, tmp_path):
 
 def test_wrong_designs_are_refused():
     for bad in (dict(sizes=()), dict(sizes=(-1.,)), dict(sizes=(1.,), contrasts=(2.,)), dict(sizes=(1.,), kinds=('hole',)), dict(sizes=(1.,), trials=0)):
-        with pytest.raises(P.PassportError): P.Design(**bad)
+        with pytest.raises(T.PassportError): T.Design(**bad)
 
 def test_at_the_command_line_and_in_the_report(run, boards, tmp_path):
     from dynad.cli import app
