@@ -12,6 +12,7 @@ from dynad.cli import app
 from dynad.data import load_images, load_masks, split_normal, to_float
 from dynad.detector import DynAD
 from dynad.public_code import Clock, PublicCodeError, PublicPhi, PublicVAE, TestSet, against, public_code, row_of, run_ours, run_public, settings_of_the_public_code, watched, ways
+from dynad.store import StoreError
 from dynad.synthetic import write_synthetic
 
 STAND_IN = '''
@@ -143,11 +144,12 @@ def test_on_the_command_line(stand_in, smoke, boards, tmp_path):
 def test_an_opened_run_has_its_images_again(smoke, boards, tmp_path):
     "Under settings of its own a run measures scales on its held-out images, which an opened one does not hold."
     shutil.copytree(smoke[1], tmp_path/'run')
-    for stage in ('features', 'maps', 'latents'): shutil.rmtree(tmp_path/'run'/'stages'/stage, ignore_errors=True)
     opened = DynAD.open(tmp_path/'run', progress=False)
+    for stage in ('features', 'latents'): shutil.rmtree(tmp_path/'run'/'stages'/stage)
+    with pytest.raises(StoreError, match='its images are not at hand'): ways(opened)['3 steps'].predict(torch.rand(1, 3, 64, 64))
     data = pc.test_set(opened, boards, 4)
     assert len(data.images) == 4 and len(opened.training_set.load()) == len(data.train) and len(opened.held_out_set.load()) == len(opened.held_out_set)
-    assert ways(opened)['3 steps, no f_map'].predict(data.images).map.isfinite().all()
+    assert ways(opened)['3 steps'].predict(data.images).map.isfinite().all()
 
 def test_what_the_command_line_refuses(stand_in, smoke, gears, tmp_path):
     for words, why in ((['--against', stand_in], 'name the run'), ([smoke[1], '--against', tmp_path], 'test.py: no such file'), ([smoke[1], '--data', tmp_path], 'only with --against'),
