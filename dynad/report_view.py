@@ -5,11 +5,13 @@
 # %% ../nbs/18o_report_view.ipynb #b45f7be7
 from __future__ import annotations
 import base64, html, re
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import ipywidgets as W
 from fastcore.basics import patch
 
+from .detector import DynAD
 from .evaluate import evaluate
 from .paths import file_name, printable
 from .report import write_report
@@ -17,7 +19,7 @@ from .session import Session
 from .view import View, button, row, soft
 
 # %% auto #0
-__all__ = ['ANCHORS', 'inlined', 'framed', 'ReportView']
+__all__ = ['ANCHORS', 'inlined', 'framed', 'model_beside', 'ReportView']
 
 # %% ../nbs/18o_report_view.ipynb #a8195aea
 def inlined(
@@ -41,6 +43,14 @@ def framed(page: str, height: str = '78vh') -> str:
     "A page as HTML within a page; its styles stay inside."
     return (f'<iframe title="results page" style="width:100%;height:{height};border:0" '
             f'srcdoc="{html.escape(page)}"></iframe>')
+
+# %% ../nbs/18o_report_view.ipynb #eeae2845
+def model_beside(
+    s: Session
+) -> tuple[DynAD, AbstractContextManager]: # the model to work with, and what is held meanwhile
+    "What a session shows, for long work."
+    own, seen = DynAD.open(s.run, progress=False), lambda m: (m.config, m.into, m.marked and m.marked.key)
+    return (own, nullcontext()) if seen(own) == seen(s.model) else (s.model, s.lock)
 
 # %% ../nbs/18o_report_view.ipynb #2cdde246
 class ReportView(View):
@@ -89,7 +99,8 @@ def _make(self: ReportView) -> bool:
     if not self.wanted: return False
     self.wanted, s = False, self.session
     try:
-        with s.lock: e = evaluate(s.model, s.dataset, n_boot=200, progress=False)
+        model, held = model_beside(s)
+        with held: e = evaluate(model, s.dataset, n_boot=200, progress=False)
         page = write_report(e, self.folder)
         if s is self.session: self.frame.value = framed(inlined(page))
         self.said.value = soft(f'written: {html.escape(printable(page))}; intervals from 200 resamples')

@@ -104,6 +104,25 @@ def test_every_symbol_explains_itself():
         assert (NBS/f'{s.notebook}.ipynb').is_file() and len(s.sentence) > 40 and s.sentence.endswith('.')
         assert '<math' in symbol_html(name) and f'{s.notebook}.ipynb' in symbol_html(name)
 
+def test_a_report_is_made_beside_the_sliders(smoke, monkeypatch, tmp_path):
+    "The session's lock is free while the test images are evaluated; a model that the run does not open as is held."
+    import threading
+    import dynad.report_view as rv
+    from dynad.session import Session
+    begun, ended = threading.Event(), threading.Event()
+    def slowly(*a, **k):
+        begun.set(); e = evaluate(*a, **k); ended.set(); return e
+    evaluate = rv.evaluate
+    monkeypatch.setattr(rv, 'evaluate', slowly)
+    w = rv.ReportView(tmp_path); w.show(s := Session(smoke[1]))
+    w.make()
+    assert begun.wait(120)
+    with s.lock: assert not ended.is_set()
+    w.wait(200); w.close()
+    assert ended.is_set() and (w.folder/'index.html').is_file() and not w.message.value
+    s.use(s.model.with_settings({'fusion.lam': .3}))
+    assert rv.model_beside(s) == (s.model, s.lock)
+
 def test_a_report_opens_images_large(smoke, boards, tmp_path):
     from dynad.evaluate import evaluate
     from dynad.report import write_report
