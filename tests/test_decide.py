@@ -298,7 +298,7 @@ def test_the_verdict_in_the_explorer(run):
         x.wait(300)
         e = evaluate(open_run(run, progress=False), x.session.dataset, n_boot=200, null_models=False)
         assert x.verdict.message.value == '' and x.verdict.found == e.result['verdict'] and len(x.verdict.found) > 2
-        for c in x.verdict.found: assert c['claim'].replace("'", '&#x27;') in x.verdict.text.value and f'class="dynad-{c["severity"]}"' in x.verdict.text.value
+        for c in x.verdict.found: assert c['claim'].replace("'", '&#x27;') in x.verdict.text.value and f'class="dynad-is-{c["severity"]}"' in x.verdict.text.value
         x.session.model.keep_choice(Chosen(at=1e6))                      # nothing is found any more
         x.verdict.again.click(); x.wait(300)
         assert any('misses most defects' in c['claim'] for c in x.verdict.found)
