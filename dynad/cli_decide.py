@@ -4,6 +4,7 @@
 
 # %% ../nbs/20j_cli_decide.ipynb #668776b9
 from __future__ import annotations
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -122,7 +123,7 @@ def learn(
         before = method.base or method
         before.choice, before.root = method.choice, method.root
         after, found = learning.relearn(before, dataset, into=into)
-        for line in learning.learned_lines(found): echo(line)
+        for line in learning.learned_lines(replace(found, other=None)): echo(line) # the other way comes last
         n, images = learning.N_DEFECTS if defects is None else defects, None
         if dataset.test: images = before.test_images(dataset.test, dataset)
         for found in learning.follow(found, before, after, dataset, images, n): pass # what takes longer comes last

@@ -21,10 +21,13 @@ __all__ = ['FrozenError', 'freeze', 'Frozen', 'Layers', 'FrozenPhi', 'Noise', 'F
 class FrozenError(DynadError, ValueError):
     "A method that cannot be frozen: the text names the setting and what is allowed."
 
-def freeze(net: nn.Module, example: tuple[Tensor, ...]) -> torch.jit.ScriptModule:
-    "A network without gradients as torch's optimizer of constant weights leaves it, for any number of images."
+def freeze(
+    net: nn.Module,              # in eval mode afterwards
+    example: tuple[Tensor, ...]  # of its arguments, each [B,…]
+) -> torch.jit.ScriptModule:     # takes any B, and every other size as in the example
+    "A network without gradients, its weights folded into constants by torch."
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter('ignore') # of the tracer; torch names compile as its heir, which needs a C++ compiler here
+        warnings.simplefilter('ignore') # torch names compile as the tracer's heir, which needs a C++ compiler
         traced = torch.jit.trace(net.eval(), example, check_trace=False)
         return torch.jit.optimize_for_inference(torch.jit.freeze(traced))
 
@@ -39,8 +42,12 @@ class Frozen(nn.Module):
         try: return super().__getattr__(name)
         except AttributeError: return getattr(super().__getattr__('of'), name)
 
-    def frozen(self, key, net: nn.Module, *x: Tensor):
-        "What the network says."
+    def frozen(self,
+        key: int | None, # which of several networks
+        net: nn.Module,
+        *x: Tensor       # its arguments, [B,…] each
+    ) -> Tensor | tuple[Tensor, ...]: # its answer
+        "The network's answer by the frozen one of this key and size, made where there is none yet."
         key = (key, *(tuple(a.shape[1:]) for a in x))
         if key not in self.made: self.made[key] = freeze(net, x)
         with torch.no_grad(): return self.made[key](*x)
@@ -57,8 +64,11 @@ class Layers(nn.Module):
                                                    output_fmt='NCHW', intermediates_only=True))
 
 class FrozenPhi(Frozen):
-    "φ."
-    def forward(self, image: Tensor, first: int | None = None) -> dict[int, Tensor]: # as `FeatureExtractor`
+    "φ with constant weights; called as `FeatureExtractor`."
+    def forward(self,
+        image: Tensor,            # [B,3,H,W] in [0,1]
+        first: int | None = None  # so many layers, the finest ones; None: all
+    ) -> dict[int, Tensor]:       # layer -> [B,C_j,h_j,w_j]
         phi: FeatureExtractor = self.of
         maps = self.frozen(first, Layers(phi.net, first), phi.normalized(image))
         return dict(zip(phi.layers[:first], maps))
@@ -70,8 +80,11 @@ class Noise(nn.Module):
     def forward(self, z_t: Tensor, t: Tensor) -> Tensor: return self.denoiser(z_t, t)
 
 class FrozenDenoiser(Frozen):
-    "ε_θ; the calls are counted by the original."
-    def forward(self, z_t: Tensor, t: Tensor) -> Tensor: # as `Denoiser`
+    "ε_θ with constant weights, called as `Denoiser`; the calls are counted by the original."
+    def forward(self,
+        z_t: Tensor, # [B,C,h,w]
+        t: Tensor    # [B] int64 in 0…T-1
+    ) -> Tensor:     # [B,C,h,w] ε
         calls, samples = self.of.calls, self.of.samples
         eps = self.frozen(None, Noise(self.of), z_t, t)
         self.of.calls, self.of.samples = calls + 1, samples + len(z_t)
@@ -81,7 +94,7 @@ class FrozenDenoiser(Frozen):
 def frozen(
     model: DynAD # fitted, on a CPU, in float32
 ) -> DynAD:      # the same method; the original stays as it is
-    "A method whose φ and ε_θ are frozen: equal maps to about 1e-5, fewer seconds from the third batch on."
+    "The same maps but for rounding. Raises FrozenError for another device or precision."
     if model.device.type != 'cpu' or model.config.precision != 'no':
         raise FrozenError(f"device = {model.device.type}, precision = {model.config.precision!r}: frozen networks are "
                           "measured on a CPU in float32 only; open the run with device = 'cpu' and precision = 'no'")

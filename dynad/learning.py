@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -73,6 +73,7 @@ class Learned:
     unlabelled: bool = False         # nobody knows which of the images at hand are anomalous
     into: str = BOTH                 # one of INTO
     other: Learned | None = None     # the other way, once it was tried
+    method: Method | None = field(default=None, repr=False, compare=False) # that has learned so
     what: str = 'images'             # what synthetic defects were put into: held-out normal images, or tiles of them
 
 # %% ../nbs/17m_learning.ipynb #8fbf76d9
@@ -107,7 +108,7 @@ def changed(
     flips = [Flip(Path(m.file).name, 'marked', bool(was[k]), bool(now[k]), (float(s[k]), float(t[k])))
              for k, m in enumerate(marks) if was[k] != now[k]]
     return Learned(len(marks), int(now.sum()), thresholds, flips, (0, 0), (0, 0), 0, None, 0,
-                   (*method.absorbs, *where), time.perf_counter() - start, into=after.into)
+                   (*method.absorbs, *where), time.perf_counter() - start, into=after.into, method=after)
 
 def at_hand(
     learned: Learned, method: Method, after: Method,
@@ -127,13 +128,14 @@ def at_hand(
 
 # %% ../nbs/17m_learning.ipynb #10390345
 def other_way(
-    learned: Learned, method: Method, after: Method,
+    learned: Learned,         # of `changed`
+    before: Method,
     marks: Sequence[Mark]
-) -> tuple[Method, Learned] | None: # None: there is one way only, for a method without a bank
+) -> Learned | None:          # None: there is one way only, for a method without a bank
     "The same marked images joined to the other of the two."
-    if not method.absorbs: return None
-    start, other = time.perf_counter(), after.joined_into(BOTH if learned.into == BANK else BANK)
-    return other, changed(method, other, marks, start)
+    if not before.absorbs: return None
+    start, other = time.perf_counter(), learned.method.joined_into(BOTH if learned.into == BANK else BANK)
+    return changed(before, other, marks, start)
 
 # %% ../nbs/17m_learning.ipynb #42b09ea7
 def relearn(
@@ -143,7 +145,7 @@ def relearn(
     defects: int = 0,                   # synthetic ones whose recall is measured at once; see `with_recall`
     fitted: AnomalyDataset | None = None,# that the run was fitted on; default: `dataset`
     images: ImageSet | None = None,     # those at hand, if they are open; default: opened now
-    into: str | None = None,            # one of INTO; default: as said above
+    into: str | None = None,            # one of INTO; default: what leaves fewer marks anomalous, else the bank
     whole: bool = True                  # False: what changes for the marked images alone; `follow` tells the rest
 ) -> tuple[Method, Learned]:            # the method that has learned; what has changed
     "Learn from marked images, and see what flips; nothing is kept yet. Raises MarkError where none is marked as normal."
@@ -161,8 +163,10 @@ def relearn(
                                 [method.root/m.kept for m in marks], first)
     learned = changed(method, after, marks, start)
     if into is None and learned.still and first == BANK: # in the threshold they may weigh more
-        both, more = other_way(learned, method, after, marks)
-        if more.still < learned.still: after, learned = both, more
+        other = other_way(learned, method, marks)
+        few, more = (other, learned) if other.still < learned.still else (learned, other)
+        learned = replace(few, other=more)
+    after = learned.method
     if whole and images: learned = at_hand(learned, method, after, dataset, images)
     learned = replace(learned, seconds=time.perf_counter() - start)
     return after, with_recall(learned, method, after, defects) if defects else learned
@@ -190,19 +194,17 @@ def follow(
     **how                                            # alive, lock: as in `called`
 ) -> Iterator[Learned]:
     "What else there is to know, the quickest first: the verdicts at hand, the other way, and what both cost."
-    tell, marks = nullcontext(), normal_marks(method.root)
     if images and not learned.shown:
         if (learned := at_hand(learned, method, after, dataset, images, **how)) is None: return
         yield learned
-    with how.get('lock', tell): both = other_way(learned, method, after, marks)
-    if both is not None:
-        other, more = both
-        if images and (more := at_hand(more, method, other, dataset, images, **how)) is None: return
-        yield (learned := replace(learned, other=more))
+    with how.get('lock', nullcontext()): other = learned.other or other_way(learned, method, normal_marks(method.root))
+    if other is not None:
+        if images and (other := at_hand(other, method, other.method, dataset, images, **how)) is None: return
+        yield (learned := replace(learned, other=other))
     if not n or (learned := with_recall(learned, method, after, n, **how)) is None: return
     yield learned
-    if both is None or (more := with_recall(more, method, other, n, **how)) is None: return
-    yield replace(learned, other=more)
+    if other is None or (other := with_recall(other, method, other.method, n, **how)) is None: return
+    yield replace(learned, other=other)
 
 # %% ../nbs/17m_learning.ipynb #42b09eb2
 def same_images(samples: Sequence[Sample], marks: Sequence[Mark], method: Method) -> dict[int, int]:

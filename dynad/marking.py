@@ -106,8 +106,6 @@ def update(self: MarkBar) -> None:
     self.keep.disabled = self.undo.disabled = not tried
     both = tried and self.found is not None and self.found.other is not None
     self.way.layout.display = None if both else 'none'
-    if self.found is not None and not both:
-        with self.quiet(): self.way.value = self.found.into
 
 # %% ../nbs/18bb_marking.ipynb #4cdca629
 @patch
@@ -120,10 +118,12 @@ def _step(self: MarkBar) -> bool:
     "Learn and show what flips; then, for as long as nobody has gone back, measure what else changes, and what it costs."
     if self.asked:
         self.found, self.rest, self.kept = None, None, ''
-        try: self.after, self.found = self.learner, first = self.learn()
+        try: self.after, self.found = self.learn()
         finally: self.asked = False
-        if self.follow: self.rest = self.follow(self.learner, first, lambda: self.found is not None and not self.asked)
-        self.use(self.learner)
+        with self.quiet(): self.way.value = self.found.into
+        alive = lambda: self.found is not None and not self.asked
+        if self.follow: self.rest = self.follow(self.after, self.found, alive)
+        self.use(self.after)
     elif (rest := self.rest) is None or self.found is None: return False
     elif (found := next(rest, None)) is None: self.rest = None
     elif self.found is not None: self.found = found
@@ -145,7 +145,7 @@ def _show(self: MarkBar) -> None:
 @patch
 def _take_way(self: MarkBar) -> None:
     "The same marks in the bank alone, or in the threshold too."
-    self.after = self.learner.joined_into(self.way.value)
+    self.after = next(l.method for l in (self.found, self.found.other) if l.into == self.way.value)
     self.use(self.after)
     self._show()
 

@@ -48,11 +48,11 @@ class Clock:
 
     def stop(self) -> None: self.total = now() - self.begin
 
-    def timed(self, name: str, f: Callable) -> Callable:
+    def timed(self, name: str, f: Callable, decodes: bool = False) -> Callable: # decodes: its argument is a latent
         "The function, timed under this name."
         def call(x, *more, **named):
             if self.inside: return f(x, *more, **named)
-            if getattr(f, '__name__', '') == 'decode': self.decoded.append(x)
+            if decodes: self.decoded.append(x)
             self.inside, begin = name, now()
             try: return f(x, *more, **named)
             finally:
@@ -68,7 +68,8 @@ def watched(model: DynAD, clock: Clock) -> Iterator[None]:
     p = model.parts
     named = [(p.phi, 'forward', 'φ'), (p.denoiser, 'forward', 'UNet'), (p.autoencoder, 'encode', 'E and D'),
              (p.autoencoder, 'decode', 'E and D'), (p.dic, 'severity', 'neighbours')]
-    for part, call, name in named: object.__setattr__(part, call, clock.timed(name, getattr(part, call)))
+    for part, call, name in named: 
+        object.__setattr__(part, call, clock.timed(name, getattr(part, call), call == 'decode'))
     try: yield
     finally:
         for part, call, _ in named: object.__delattr__(part, call)
@@ -229,7 +230,7 @@ def run_public(code: ModuleType, model: DynAD, data: TestSet, batch: int = 12,
     class Neighbours(code.KNN):
         def transform(self, x): return clock.timed('neighbours', super().transform)(x)
     for part, call, name in ((phi, 'forward', 'φ'), (vae, 'encode', 'E and D'), (vae, 'decode', 'E and D')):
-        setattr(part, call, clock.timed(name, getattr(part, call)))
+        setattr(part, call, clock.timed(name, getattr(part, call), call == 'decode'))
     metric_of = code.__dict__.setdefault('public_metric', code.metric)
     given = dict(
         MVTecDataset=lambda is_train, **_: train if is_train else test, KNN=Neighbours,
@@ -311,7 +312,8 @@ def row_of(name: str, runs: dict[str, list[Run]], data: TestSet) -> dict[str, An
     of_each = [{k: v[1] for k, v in r.parts.items()} for r in own]
     for e, o in zip(of_each, own): e['rest'] = o.seconds[1] - sum(e.values())
     out['parts, processor, ms'] = {k: 1e3*statistics.median(e[k] for e in of_each)/n for k in of_each[0]}
-    if name == 'public code' or name.startswith('exact'): out['map, largest difference'] = float((r.map - public[0].map).abs().max())
+    if name == 'public code' or name.startswith('exact'):
+        out['map, largest difference'] = float((r.map - public[0].map).abs().max())
     return out
 
 # %% ../nbs/17ba_public_code.ipynb #7da0aa78
