@@ -279,12 +279,21 @@ def test_browser_lab_leaves_the_checkout_as_it_is(view, tmp_path, monkeypatch):
     assert {p.name for p in (repo/'dynad_open').glob('*.ipynb')} == {'dynad.ipynb', *(p.name for p in APPS.glob('*.ipynb'))}
     assert git('status', '--porcelain') == '' and process.poll() is not None
 
+def switch_extension(etc, monkeypatch, to):
+    "Let the Jupyter server load the extension or not, whatever `pip install` has put into this environment."
+    from browser import ROOT
+    text = (ROOT/'dynad'/'templates'/'dynad.json').read_text()
+    assert text.count('true') == 1
+    (etc/'jupyter_server_config.d').mkdir(parents=True)
+    (etc/'jupyter_server_config.d'/'dynad.json').write_text(text.replace('true', to))
+    monkeypatch.setenv('JUPYTER_CONFIG_PATH', str(etc))
+
 def test_browser_app_in_place_keeps_its_file(view, tmp_path, monkeypatch):
     "A tracked app is run in its checkout in JupyterLab, a slider is moved, the notebook saved: git sees no change, and only the text that is typed."
     import subprocess
     from browser import ROOT
-    monkeypatch.setenv('JUPYTER_CONFIG_PATH', str(ROOT/'etc'/'jupyter')) # what `pip install` puts into the environment
     repo, page = tmp_path/'repo', view.page
+    switch_extension(tmp_path/'etc', monkeypatch, 'true')
     (repo/'nbs'/'apps').mkdir(parents=True); (repo/'nbs'/'_runs').mkdir()
     for name in ('settings.ini', '.gitignore', *(f'nbs/apps/{p.name}' for p in APPS.glob('*.ipynb'))): (repo/name).write_bytes((ROOT/name).read_bytes())
     (repo/'nbs'/'_runs'/'demo').symlink_to(demo().parent)
@@ -310,9 +319,10 @@ def test_browser_app_in_place_keeps_its_file(view, tmp_path, monkeypatch):
         assert git('diff', '--numstat').split()[:2] == ['1', '1'] # one line of one cell
     assert view.unexpected() == []
 
-def test_browser_app_in_place_says_so(view, tmp_path):
+def test_browser_app_in_place_says_so(view, tmp_path, monkeypatch):
     "Without the extension the app says in one line that the tracked file would change."
     from browser import ROOT
+    switch_extension(tmp_path/'etc', monkeypatch, 'false')
     repo = tmp_path/'repo'
     (repo/'nbs'/'apps').mkdir(parents=True)
     for name in ('settings.ini', 'nbs/apps/explore.ipynb'): (repo/name).write_bytes((ROOT/name).read_bytes())
