@@ -436,6 +436,6 @@ def test_browser_voila(view, tmp_path, name):
             view.until(lambda: view.bytes('z_t decoded') != before and 'call 2, t = 144' in text(), 60, 'the step')
         else:
             view.page.locator('.dynad-x button', has_text='fit').first.click()
-            view.until(lambda: 'no such folder; name the folder that holds your normal images' in text(), 60, 'the answer to an empty form')
+            view.until(lambda: 'no such folder; name the folder that holds your normal images' in text(), WAIT, 'the answer to an empty form')
         shot(view, f'voila_{name}', tmp_path)
         assert view.unexpected() == []
