@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .evaluate import KEYS
+from .accumulator import KEYS
 from .experiments import MAIN, METRICS, SETS, TABLE_SET, plain_name, printed
 from .findings import Lines, provenance
 from .record import Record, comparison_table, compared, machine_words, text_cell

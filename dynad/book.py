@@ -12,8 +12,8 @@ from typing import Any
 from markupsafe import Markup
 from PIL import Image
 
+from .accumulator import KEYS
 from .charts import css, render
-from .evaluate import KEYS
 from .experiments import HEADLINE, METRICS, TARGETS, plain_name, printed
 from .lesson import runs_folder
 from .record import comparison_table, text_cell

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from .cache import CachedWalk, ImageSet, MAP_NAMES, batches
+from .cache import ImageSet, batches
+from .cached_walk import CachedWalk, MAP_NAMES
 from .choice import Choice, Mixture, StoredMaps, choose
 from .config import content_key, with_overrides
 from .data import to_float

@@ -16,10 +16,11 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from . import __version__
+from .accumulator import KEYS, NAMES
 from .charts import css, render
 from .config import ConfigError, content_key
 from .data import AnomalyDataset, DataError, load_images, load_masks, open_dataset, to_float
-from .evaluate import KEYS, NAMES, described, versions
+from .evaluate import described, versions
 from .metrics import paired_bootstrap
 from .show import Figure, TRUTH, figure_png, marked, panel
 from .store import atomic_write, load_tensors, make_folder

@@ -15,7 +15,8 @@ from fastcore.basics import patch
 from pydantic import Field
 from torch import Tensor, nn
 
-from .cache import CachedWalk, ImageSet, batches
+from .cache import ImageSet, batches
+from .cached_walk import CachedWalk
 from .config import Config, ConfigError, DiffusionSettings, Settings, make_config, with_overrides
 from .data import to_float
 from .diffusion import Schedule, abar_at, broadcast_coefficients, make_schedule, predict_x0, q_sample

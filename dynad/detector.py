@@ -4,8 +4,8 @@
 
 # %% ../nbs/16_detector.ipynb #95f5f119
 from __future__ import annotations
-import copy, json, warnings
-from dataclasses import asdict, dataclass, replace
+import copy, warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -13,30 +13,30 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .cache import CachedWalk, ImageSet, batches
-from .choosing import chosen, fit_spatial
+from .cache import ImageSet, batches
+from .cached_walk import CachedWalk
+from .choosing import fit_spatial
 from .config import (UNKEYED_DATA_SETTINGS, Config, ConfigError, content_key, dump_config, load_config,
                           with_overrides)
 from .denoiser import make_unet, save_denoiser
-from .dic import pooled, t_grid
-from .fusion import Calibration, feature_map, map_range, mean_map, score, upsample
-from .launch import processes
+from .dic import pooled
+from .fusion import Calibration, feature_map, mean_map, score, upsample
 from .lean import lean_walk, needed, picked
-from .method import (Decision, Hooks, Method, Prediction, checked_images, given_roi, keep_roi, kept_roi, register)
+from .method import Method, Prediction, checked_images, given_roi, keep_roi, kept_roi, register
 from .marks import pixels_key
 from .paths import expanded
+from .scales import (calibration_of_set, counted_key, load_calibration, measured_level, neighbour_ranges,
+                          possible_t_hat, save_calibration)
 from .spatial_dic import SpatialDIC
-from .stages import (fit_autoencoder, fit_bank, fit_denoiser, fit_phi, load_autoencoder, load_bank, load_phi,
-                          load_spatial, load_unet, phi_of)
-from .store import REPAIR_HINT, StoreError, atomic_write, load_json, save_tensors, state_hash
+from .stages import (fit_bank, fit_denoiser, load_autoencoder, load_bank, load_parts, load_phi, load_spatial,
+                          load_unet, train_parts)
+from .store import atomic_write, load_json, save_tensors, state_hash
 from .tiles import Kept
 from .threshold import forget_choice, save_choice
-from .walk import Parts, WalkOutputs, averaged_t_hat, neighbour_groups, walk
+from .walk import Parts, WalkOutputs, neighbour_groups, walk
 
 # %% auto #0
-__all__ = ['DynADPrediction', 'DynAD', 'train_parts', 'choose_mixture', 'load_parts', 'neighbour_ranges', 'counted_key',
-           'counted', 'measured_level', 'finished', 'novel_patches', 'refuse_retraining', 'calibration_of_set',
-           'untrained', 'possible_t_hat', 'load_calibration']
+__all__ = ['DynADPrediction', 'DynAD', 'finished', 'novel_patches', 'refuse_retraining', 'untrained']
 
 # %% ../nbs/16_detector.ipynb #c2d2088e
 @dataclass
@@ -104,44 +104,6 @@ def __repr__(self: DynAD) -> str:
     c, fitted = self.config, 'not fitted' if self.parts.dic is None else f'{len(self.parts.dic.bank)} training images'
     return f'DynAD(preset {c.preset!r}, {c.data.image_size}², seed {c.seed}, {fitted})'
 
-# %% ../nbs/16_detector.ipynb #40a40114
-def train_parts(method: DynAD, hooks: Hooks) -> dict[str, Path]:
-    "All trainings, in the order in which they need each other; returns the stages by name."
-    state, stages = processes(method.config.device), {}
-    phi0 = phi_of(method.config).to(method.device)
-    plain = copy.copy(phi0)
-    plain.enlarge = 1 # the autoencoder is judged at the image's own size, in a fraction of the time
-    with state.main_process_first():
-        stages['autoencoder'] = fit_autoencoder(method, plain, hooks)
-        load_autoencoder(method, stages['autoencoder'])
-        method.training.z0
-    stages['denoiser'] = method.fit_denoiser(hooks)
-    load_unet(method, stages['denoiser'])
-    with state.main_process_first():
-        stages['phi'] = fit_phi(method, phi0, hooks)
-        load_phi(method, stages['phi'])
-        fit_bank(method)
-        method.held_out.features, method.held_out.image_keys # an opened run finds them without the images
-        if method.config.fusion.choice == 'synthetic': choose_mixture(method)
-    return stages
-
-# %% ../nbs/16_detector.ipynb #cba0d8f0
-def choose_mixture(method: DynAD) -> None:
-    "The settings that synthetic defects in the held-out images choose become those of the method."
-    config = with_overrides(method.config, chosen(method.parts, method.held_out_set)['settings'])
-    method.config, method.parts = config, replace(method.parts, config=config)
-
-# %% ../nbs/16_detector.ipynb #750daaa1
-def load_parts(method: DynAD, stages: dict[str, Path]) -> None:
-    "All parts from their stages. Raises StoreError that names what is missing."
-    if missing := {'autoencoder', 'denoiser', 'phi'} - stages.keys():
-        raise StoreError(f"{method.training_set.store.root/'run.json'}: names no stage {', '.join(sorted(missing))}; "
-                         f"{REPAIR_HINT}")
-    load_autoencoder(method, stages['autoencoder'])
-    load_unet(method, stages['denoiser'])
-    load_phi(method, stages['phi'])
-    fit_bank(method)
-
 # %% ../nbs/16_detector.ipynb #554cbe19
 @patch
 def calibrated(self: DynAD,
@@ -158,37 +120,6 @@ def calibrated(self: DynAD,
         if T not in known: known[T] = measured_level(held, T, self.inside_square)
         levels[T] = known[T]
     return Calibration(levels, neighbour_ranges(self))
-
-# %% ../nbs/16_detector.ipynb #bb1eacfe
-def neighbour_ranges(method: DynAD) -> tuple[tuple[float, float], ...]:
-    "Median and upper quantile of each part of n_map on the held-out normal images."
-    if not method.parts.spatial: return ()
-    c, p, memory = method.config, method.parts, method.held_out_set.memory
-    inside = method.inside_square
-    key = 'neighbour ranges', content_key([p.hashes['spatial'], c.fusion.quantile] + counted_key(method))
-    if key not in memory:
-        memory[key] = tuple(map_range(counted(upsample(m, c.data.image_size, aligned=False), inside), c.fusion.quantile)
-                            for m in method.held_out.neighbour_maps())
-    return memory[key]
-
-# %% ../nbs/16_detector.ipynb #3ba2ad5e
-def counted_key(method: DynAD) -> list[str]:
-    "The region of interest in the key of a calibration; nothing without one."
-    return [method.roi.key] if method.roi and not method.tiling else []
-
-def counted(m: Tensor, inside: Tensor | None) -> Tensor:
-    "The values of maps [B,1,H,W] that count."
-    return m if inside is None else m[..., inside]
-
-# %% ../nbs/16_detector.ipynb #e0d84640
-def measured_level(
-    held_out: CachedWalk, T: int,
-    inside: Tensor | None = None # [H,W] bool: the pixels that count; None: all
-) -> tuple[float, float, float, float]:
-    "Median and upper quantile of both maps of held-out normal images that were all reconstructed at T̂ = T."
-    raw, c = held_out.raw_maps(torch.full((len(held_out),), T)), held_out.parts.config
-    l, f = upsample(raw.latent, c.data.image_size), feature_map(raw.features, c.data.image_size)
-    return Calibration.measure(counted(l, inside), counted(f, inside), c.fusion.quantile)
 
 # %% ../nbs/16_detector.ipynb #4377ff00
 def finished(method: DynAD, w: WalkOutputs) -> DynADPrediction:
@@ -381,17 +312,6 @@ def for_test_set(self: DynAD, images: ImageSet) -> DynAD:
     if self.config.fusion.calibration != 'test': return self
     return self.on_scale_of(calibration_of_set(self.cached_walk(images)))
 
-# %% ../nbs/16_detector.ipynb #c23be6ac
-def calibration_of_set(walk: CachedWalk) -> Calibration:
-    "Minimum and maximum of both maps over a whole set at image size, in batches."
-    size, raw, ends = walk.parts.config.data.image_size, walk.raw_maps(), []
-    for b in batches(len(walk), 64):
-        l, f = upsample(raw.latent[b], size), feature_map({j: v[b] for j, v in raw.features.items()}, size)
-        ends.append(Calibration.of_test_set(l, f).levels[-1])
-    ends = torch.tensor(ends)
-    return Calibration({-1: tuple(torch.where(torch.tensor([True, False, True, False]),
-                                              ends.amin(0), ends.amax(0)).tolist())})
-
 # %% ../nbs/16_detector.ipynb #56763dd6
 @patch
 def predict(self: DynAD,
@@ -449,23 +369,12 @@ def save_pretrained(self: DynAD, folder: str | Path) -> Path:
                                                     for n, t in b.state().items()})
     scale = self.fixed_calibration
     if scale is None: scale = self.calibrated(torch.cat([self.held_out.t_hat, possible_t_hat(self)]))
-    decision = asdict(self.learned_decision)
-    decision['threshold'] = decision.pop('pixel_threshold') # the name of before
-    if self.tiling: decision['kept'] = asdict(self.kept)
-    atomic_write(folder/'calibration.json', json.dumps(asdict(scale) | decision, indent=1))
+    save_calibration(folder/'calibration.json', scale, self.learned_decision, self.kept if self.tiling else None)
     keep_roi(self.roi, folder)
     if (chosen := self.decision.chosen) is None: forget_choice(folder)
     else: save_choice(folder, chosen)
     atomic_write(folder/'config.json', dump_config(self.config))
     return folder
-
-# %% ../nbs/16_detector.ipynb #0527f7b5
-def possible_t_hat(method: DynAD) -> Tensor:
-    "Every T̂ that these settings can choose."
-    r, d = method.config.reconstruction, method.config.dic
-    if averaged := averaged_t_hat(method.config): return torch.tensor(averaged)
-    if r.severity == 'static': return torch.tensor([r.t_max if r.static_t is None else r.static_t])
-    return torch.tensor(t_grid(r.t_max, d.bins, r.S, d.floor))
 
 # %% ../nbs/16_detector.ipynb #04ce4d5b
 @patch(cls_method=True)
@@ -486,16 +395,3 @@ def from_pretrained(cls: DynAD, folder: str | Path) -> DynAD:
         self.kept = Kept(tuple(k['shape']), k['area'])
     self.find_choice(folder)
     return self
-
-# %% ../nbs/16_detector.ipynb #a22f290d
-def load_calibration(file: Path) -> tuple[Calibration, Decision]:
-    "The scales and thresholds of a saved model."
-    c = load_json(file, 'levels', 'threshold', 'image_threshold')
-    try:
-        levels = {int(k): (float(a), float(b), float(p), float(q)) for k, (a, b, p, q) in c['levels'].items()}
-        near = tuple((float(a), float(b)) for a, b in c.get('neighbour', ()))
-        scores, rate = tuple(map(float, c.get('normal_scores', ()))), c.get('false_alarms')
-        return Calibration(levels, near), Decision(float(c['image_threshold']), float(c['threshold']), scores,
-                                                   None if rate is None else float(rate))
-    except (AttributeError, TypeError, ValueError, OverflowError) as e:
-        raise StoreError(f"{file}: holds no calibration ({e}); {REPAIR_HINT}") from None

@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from . import __version__
+from .accumulator import KEYS, NAMES, MetricAccumulator, Scored, differences, within
 from .cache import ImageSet
 from .checks import data_warnings
 from .collector import Finding
@@ -25,140 +26,17 @@ from .data import AnomalyDataset, DataError, Sample, load_masks, with_mask_rule
 from .exports import export_to
 from .machine import peak_memory_mb
 from .marks import without_marked
-from .method import Method, Prediction, above, method_named
-from .metrics import Metric, StreamingPixelMetrics, image_metrics, paired_bootstrap, pixel_metrics
+from .method import Method, Prediction, method_named
 from .paths import expanded, printable
 from .store import atomic_write, replacing
 from .threshold import outcome, reachable
 from .verdict import verdict
 
 # %% auto #0
-__all__ = ['KEYS', 'NAMES', 'EXACT', 'PAIRED', 'ORIGIN', 'PRESET_NOTES', 'MASK_RULES', 'MEASURED', 'as_json', 'all_metrics',
-           'MetricAccumulator', 'Scored', 'HeldMaps', 'StreamedMaps', 'as_array', 'decided', 'differences',
-           'Evaluation', 'evaluate', 'within', 'counting', 'timing', 'versions', 'described', 'threshold_rule',
-           'protocol', 'image_words', 'roi_words', 'pixel_reason', 'explain_pixels', 'fitted_baseline', 'write_result',
-           'save_maps', 'save_table', 'masks_note', 'metrics_table', 'undefined', 'method_title']
-
-# %% ../nbs/17_evaluate.ipynb #eb662a68
-KEYS = ('i_auroc', 'p_auroc', 'pro', 'i_ap', 'p_ap', 'i_f1_max', 'p_f1_max') # the metrics of every result
-NAMES = dict(zip(KEYS, ('I-AUROC', 'P-AUROC', 'PRO', 'I-AP', 'P-AP', 'I-F1-max', 'P-F1-max'))) # as tables show them
-
-def as_json(metrics: dict[str, Metric]) -> dict[str, dict | None]:
-    "Every key of `KEYS`; null where a metric is not defined."
-    return {k: metrics[k].to_json() if k in metrics else None for k in KEYS}
-
-# %% ../nbs/17_evaluate.ipynb #65e4ddab
-def all_metrics(
-    scores: Tensor,            # [N]
-    labels: Tensor,            # [N] 0 normal, 1 anomalous
-    maps: Tensor | None,       # [N,1,H,W]; None: a method that gives no map
-    masks: Tensor,             # [N,1,H,W] bool
-    has_mask: Tensor,          # [N] bool
-    n_boot: int = 1000,        # bootstrap resamples over images
-    seed: int = 0
-) -> dict[str, dict | None]:   # KEYS -> value, low, high
-    "Every metric of `KEYS` with its interval; null where it is not defined."
-    pixels = pixel_metrics(maps, masks, has_mask, n_boot=n_boot, seed=seed) if maps is not None else {}
-    return as_json(image_metrics(scores, labels, n_boot=n_boot, seed=seed) | pixels)
-
-# %% ../nbs/17_evaluate.ipynb #8279450f
-EXACT = 40_000_000 # pixels: 2441 images at 128², 610 at 256²
-
-@dataclass
-class MetricAccumulator:
-    "The ground truth of a test set, and the metrics of any method's predictions of it."
-    labels: Tensor             # [N]
-    masks: Tensor              # [N,1,H,W] bool
-    has_mask: Tensor           # [N]
-    n_boot: int = 1000
-    seed: int = 0
-    inside: Tensor | None = None # [H,W] bool: the pixels that count; None: all
-
-    @property
-    def exact(self) -> bool:
-        "Whether maps are held for exact pixel metrics."
-        return self.masks.numel() <= EXACT
-
-# %% ../nbs/17_evaluate.ipynb #fa5de500
-@dataclass
-class Scored:
-    "What the predictions of a test set amount to."
-    metrics: dict[str, dict | None]  # KEYS -> value, low, high
-    scores: Tensor                   # [N]
-    per_image: dict[str, Tensor]     # further numbers of the method, name -> [N]
-    overlap: tuple[int, int]         # pixels predicted and anomalous; pixels predicted plus pixels anomalous
-    pixels: StreamingPixelMetrics | None = None # for paired differences; None: no map, or no interval is wanted
-
-# %% ../nbs/17_evaluate.ipynb #bcb9294d
-@patch
-def __call__(self: MetricAccumulator,
-    predictions: Iterable[tuple[list[int], Prediction]], # rows of the test set, and their prediction
-    threshold: float | None = None                        # of the map's pixels, for `overlap`
-) -> Scored:
-    "The metrics of predictions that come in batches."
-    n, scores, per_image, overlap = len(self.labels), torch.empty(len(self.labels)), {}, [0, 0]
-    pixels = HeldMaps(self) if self.exact else StreamedMaps(self)
-    for rows, p in predictions:
-        scores[rows] = p.score.float()
-        for k, v in p.per_image.items(): per_image.setdefault(k, torch.zeros(n, dtype=v.dtype))[rows] = v
-        if p.map is None: continue
-        pixels.add(rows, p.map)
-        if threshold is not None: self.count_overlap(overlap, rows, above(p.map, threshold))
-    images = image_metrics(scores, self.labels, n_boot=self.n_boot, seed=self.seed)
-    return Scored(as_json(images | pixels.metrics()), scores, per_image, tuple(overlap), pixels.streamed())
-
-# %% ../nbs/17_evaluate.ipynb #c78dd1e3
-@patch
-def count_overlap(self: MetricAccumulator, overlap: list[int], rows: list[int], predicted: Tensor) -> None:
-    "Add the pixels of these rows that have a ground truth."
-    ok = self.has_mask[rows]
-    p, y = predicted[ok], self.masks[rows][ok]
-    if self.inside is not None: p, y = p[..., self.inside], y[..., self.inside]
-    overlap[0] += int((p & y).sum())
-    overlap[1] += int(p.sum() + y.sum())
-
-# %% ../nbs/17_evaluate.ipynb #2f568a43
-class HeldMaps:
-    "Pixel metrics of maps that are all held."
-    def __init__(self, truth: MetricAccumulator): self.truth, self.maps = truth, None
-
-    def add(self, rows: list[int], maps: Tensor) -> None:
-        if self.maps is None: self.maps = torch.empty(self.truth.masks.shape)
-        self.maps[rows] = maps
-
-    def metrics(self) -> dict[str, Metric]:
-        t = self.truth
-        if self.maps is None: return {}
-        return pixel_metrics(self.maps, t.masks, t.has_mask, n_boot=t.n_boot, seed=t.seed, inside=as_array(t.inside))
-
-    def streamed(self) -> StreamingPixelMetrics | None:
-        "The same maps as histograms, which pairs of methods are compared by."
-        t = self.truth
-        if self.maps is None or not t.n_boot: return None
-        return StreamingPixelMetrics(inside=as_array(t.inside)).update(self.maps, t.masks, t.has_mask)
-
-# %% ../nbs/17_evaluate.ipynb #7a256630
-class StreamedMaps:
-    "Pixel metrics of maps that are let go, by histograms: fewer bins per image for more images, the same memory."
-    def __init__(self, truth: MetricAccumulator):
-        self.truth, self.any = truth, False
-        bins = min(2000, max(200, 2_000_000//len(truth.labels)))
-        self.stream = StreamingPixelMetrics(bins, inside=as_array(truth.inside))
-
-    def add(self, rows: list[int], maps: Tensor) -> None:
-        self.any = True
-        self.stream.update(maps, self.truth.masks[rows], self.truth.has_mask[rows])
-
-    def metrics(self) -> dict[str, Metric]:
-        return self.stream.bootstrap(self.truth.n_boot, self.truth.seed) if self.any else {}
-
-    def streamed(self) -> StreamingPixelMetrics | None:
-        return self.stream if self.any and self.truth.n_boot else None
-
-# %% ../nbs/17_evaluate.ipynb #6bf02678
-def as_array(mask: Tensor | None) -> np.ndarray | None:
-    "A mask as the metrics take it."
-    return None if mask is None else mask.numpy()
+__all__ = ['ORIGIN', 'PRESET_NOTES', 'MASK_RULES', 'MEASURED', 'decided', 'Evaluation', 'evaluate', 'counting', 'timing',
+           'versions', 'described', 'threshold_rule', 'protocol', 'image_words', 'roi_words', 'pixel_reason',
+           'explain_pixels', 'fitted_baseline', 'write_result', 'save_maps', 'save_table', 'masks_note',
+           'metrics_table', 'undefined', 'method_title']
 
 # %% ../nbs/17_evaluate.ipynb #c972f1ed
 def decided(scored: Scored, labels: Tensor, method: Method) -> dict[str, Any]:
@@ -175,20 +53,6 @@ def decided(scored: Scored, labels: Tensor, method: Method) -> dict[str, Any]:
             'learned_rate': method.learned_decision.false_alarms, 'normal_scores': list(d.normal_scores),
             'chosen': asdict(d.chosen) if d.chosen else None,
             'oracle': {'threshold': most.threshold, 'true_positives': most.found, 'false_positives': most.false_alarms}}
-
-# %% ../nbs/17_evaluate.ipynb #9e147b20
-PAIRED = KEYS[:3] # the metrics whose differences a verdict rests on
-
-def differences(
-    one: Scored, other: Scored,
-    truth: MetricAccumulator
-) -> dict[str, dict]: # of PAIRED -> one − other: value, low, high
-    "What one set of predictions has over another one, under common resamples of the images."
-    if not truth.n_boot: return {}
-    found = paired_bootstrap(one.scores, other.scores, truth.labels, truth.n_boot, truth.seed)
-    if one.pixels is not None and other.pixels is not None:
-        found |= paired_bootstrap(one.pixels, other.pixels, n_boot=truth.n_boot, seed=truth.seed)
-    return {k: found[k].to_json() for k in PAIRED if k in found and found[k].value is not None}
 
 # %% ../nbs/17_evaluate.ipynb #38c2de72
 @dataclass
@@ -269,18 +133,6 @@ def evaluate(
     explain_pixels(result, samples, truth)
     result['verdict'] = verdict(result)
     return Evaluation(result, samples, scored.scores, scored.per_image, masks, has_mask, method, images)
-
-# %% ../nbs/17_evaluate.ipynb #b71220a4
-def within(
-    inside: Tensor | None,  # [H,W] bool: the pixels that count; None: all
-    masks: Tensor,          # [N,1,H,W] bool
-    has_mask: Tensor        # [N] bool
-) -> tuple[Tensor, Tensor, int]: # masks, has_mask, and how many masks lie wholly outside
-    "The ground truth within a region of interest."
-    if inside is None: return masks, has_mask, 0
-    cut = masks & inside
-    gone = masks.flatten(1).any(1) & ~cut.flatten(1).any(1)
-    return cut, has_mask & ~gone, int(gone.sum())
 
 # %% ../nbs/17_evaluate.ipynb #2a18df6f
 def counting(method: Method, predictions: Iterable) -> Iterator[tuple[list[int], Prediction]]:

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from . import __version__
 from .config import DynadError
-from .detector import DynAD, possible_t_hat
+from .detector import DynAD
 from .method import Method
 from .patchcore import PatchCore
 from .reconstruction import start_index, timesteps
 from .runtime import FORMAT, RUNTIMES, Package, needed, sha256
+from .scales import possible_t_hat
 from .store import atomic_write
 from .walk import averaged_t_hat, choose_t_hat, neighbour_groups, sampler_settings
 

@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
 
+from .accumulator import KEYS, NAMES
 from .data import AnomalyDataset
 from .detector import DynAD
-from .evaluate import KEYS, NAMES, masks_note, method_title
+from .evaluate import masks_note, method_title
 from .experiments import MAIN, METRICS
 from .record import Record
 from .show import Figure
@@ -321,7 +322,7 @@ def rows_of(
 # %% ../nbs/19f_findings.ipynb #2148b1ee
 def over_seeds(
     rows: list[dict[str, Any]], # one row of several results
-    metric: str                 # a key of `evaluate.KEYS`
+    metric: str                 # a key of `accumulator.KEYS`
 ) -> str:
     "Mean ± standard deviation over seeds; of one seed its interval over images."
     found = [m for r in rows if (m := r.get(metric)) and m['value'] is not None]

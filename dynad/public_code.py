@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from .config import DynadError
 from .data import AnomalyDataset, load_images, load_masks, split_normal, to_float
-from .detector import DynAD, possible_t_hat
+from .detector import DynAD
 from .frozen import frozen
 from .latents import Autoencoder
 from .machine import cpu_load, machine
 from .metrics import image_metrics, pixel_metrics
 from .paths import expanded, printable
+from .scales import possible_t_hat
 
 if TYPE_CHECKING: import pandas as pd
 

@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
+from .accumulator import KEYS
 from .config import Config, content_key
 from .detector import DynAD
-from .evaluate import KEYS, versions
+from .evaluate import versions
 from .experiments import METRICS, SETS, TABLE_SET, find_experiment, plain_name, printed_value
 from .lesson import project_root, runs_folder
 from .machine import machine

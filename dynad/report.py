@@ -14,11 +14,12 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
+from .accumulator import KEYS
 from .bench import Bench, bench_html
 from .charts import Svg, css, gradient, histogram, render, score_chart, t_hat_chart
 from .config import DynadError
 from .data import Sample
-from .evaluate import KEYS, method_title, undefined, write_result
+from .evaluate import method_title, undefined, write_result
 from .method import Decision, above
 from .paths import check_folder, move, printable
 from .show import MARKED, TRUTH, colorize, marked, save_png

@@ -14,11 +14,12 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .cache import CachedWalk, ImageSet
+from .cache import ImageSet
+from .cached_walk import CachedWalk
 from .config import Config, ConfigError, load_config
 from .data import LICENCES, AnomalyDataset, Sample, images_key, load_masks, open_dataset, split_normal, with_mask_rule
 from .demo import NOTE
-from .detector import DynAD, calibration_of_set
+from .detector import DynAD
 from .fusion import Calibration
 from .guard import Turns
 from .images import DataError
@@ -27,6 +28,7 @@ from .method import fitted_dataset
 from .paths import expanded, name_key, numbered
 from .quick_metrics import QuickMetrics
 from .reconstruction import pull, timesteps
+from .scales import calibration_of_set
 from .walk import averaged_t_hat, decode, sampler_settings
 
 # %% auto #0

@@ -18,7 +18,7 @@ from .adaptation import adapt
 from .autoencoder import finetune
 from .config import Config, DynadError, LatentSettings, make_config, parse_config
 from .denoiser import count_parameters, eps_loss, make_unet
-from .detector import DynAD, phi_of, possible_t_hat
+from .detector import DynAD
 from .dic import DIC, pooled, t_grid
 from .diffusion import make_schedule
 from .features import FeatureExtractor
@@ -28,6 +28,8 @@ from .latents import HUB, KLF8, TAESD, Autoencoder, load_latents
 from .machine import machine, peak_memory_mb
 from .method import Decision
 from .metrics import pixel_metrics
+from .scales import possible_t_hat
+from .stages import phi_of
 from .training import EMA
 from .walk import (adaptation_parts, choose_t_hat, compare, decode, encode, extract_features, reconstruct_latents,
                         severity)

@@ -4,6 +4,7 @@
 
 # %% ../nbs/15a_stages.ipynb #659cf738
 from __future__ import annotations
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 
 from .adaptation import adapt
 from .autoencoder import FINETUNE_CHECKPOINT, finetune
-from .choosing import fit_spatial
-from .config import UNKEYED_DENOISER_SETTINGS, Config, content_key
+from .choosing import chosen, fit_spatial
+from .config import UNKEYED_DENOISER_SETTINGS, Config, content_key, with_overrides
 from .denoiser import check_denoiser, load_denoiser, make_unet, save_denoiser, set_compiled, train_denoiser
 from .dic import DIC, pooled
 from .features import FeatureExtractor, load_features
@@ -29,7 +30,7 @@ from .walk import adaptation_parts, decode, extract_features, neighbour_groups, 
 
 # %% auto #0
 __all__ = ['phi_of', 'fit_autoencoder', 'load_autoencoder', 'fit_denoiser', 'denoiser_key', 'load_unet', 'fit_phi', 'phi_key',
-           'load_phi', 'fit_bank', 'load_bank', 'load_spatial']
+           'load_phi', 'fit_bank', 'load_bank', 'load_spatial', 'train_parts', 'choose_mixture', 'load_parts']
 
 # %% ../nbs/15a_stages.ipynb #1ea09fac
 def phi_of(config: Config, pretrained: bool = True) -> FeatureExtractor:
@@ -165,3 +166,41 @@ def load_spatial(method: Method, file: Path) -> tuple[SpatialDIC, ...]:
         for b in banks: b(blank)
     except SpatialDICError as e: raise StoreError(f"{file}: {e}; {REPAIR_HINT}") from None
     return tuple(banks)
+
+# %% ../nbs/15a_stages.ipynb #40a40114
+def train_parts(method: Method, hooks: Hooks) -> dict[str, Path]:
+    "All trainings, in the order in which they need each other; returns the stages by name."
+    state, stages = processes(method.config.device), {}
+    phi0 = phi_of(method.config).to(method.device)
+    plain = copy.copy(phi0)
+    plain.enlarge = 1 # the autoencoder is judged at the image's own size, in a fraction of the time
+    with state.main_process_first():
+        stages['autoencoder'] = fit_autoencoder(method, plain, hooks)
+        load_autoencoder(method, stages['autoencoder'])
+        method.training.z0
+    stages['denoiser'] = method.fit_denoiser(hooks)
+    load_unet(method, stages['denoiser'])
+    with state.main_process_first():
+        stages['phi'] = fit_phi(method, phi0, hooks)
+        load_phi(method, stages['phi'])
+        fit_bank(method)
+        method.held_out.features, method.held_out.image_keys # an opened run finds them without the images
+        if method.config.fusion.choice == 'synthetic': choose_mixture(method)
+    return stages
+
+# %% ../nbs/15a_stages.ipynb #cba0d8f0
+def choose_mixture(method: Method) -> None:
+    "The settings that synthetic defects in the held-out images choose become those of the method."
+    config = with_overrides(method.config, chosen(method.parts, method.held_out_set)['settings'])
+    method.config, method.parts = config, replace(method.parts, config=config)
+
+# %% ../nbs/15a_stages.ipynb #750daaa1
+def load_parts(method: Method, stages: dict[str, Path]) -> None:
+    "All parts from their stages. Raises StoreError that names what is missing."
+    if missing := {'autoencoder', 'denoiser', 'phi'} - stages.keys():
+        raise StoreError(f"{method.training_set.store.root/'run.json'}: names no stage {', '.join(sorted(missing))}; "
+                         f"{REPAIR_HINT}")
+    load_autoencoder(method, stages['autoencoder'])
+    load_unet(method, stages['denoiser'])
+    load_phi(method, stages['phi'])
+    fit_bank(method)

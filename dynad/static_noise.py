@@ -13,7 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from .cache import Cached, CachedWalk, ImageSet
+from .cache import Cached, ImageSet
+from .cached_walk import CachedWalk
 from .config import Config, ConfigError, Settings, make_config, with_overrides
 from .data import to_float
 from .denoiser import denoiser_training, draw_batch, eps_loss, make_unet, save_denoiser

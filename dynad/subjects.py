@@ -14,12 +14,12 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from .accumulator import KEYS, all_metrics
 from .checks import DataWarning
 from .config import Config, ConfigError, data_root, make_config
 from .data import AnomalyDataset, folder_remark, load_masks, open_dataset, with_mask_rule
 from .detector import DynAD, untrained
 from .download import count, missing
-from .evaluate import KEYS, all_metrics
 from .experiments import SETS
 from .fusion import score
 from .lesson import runs_folder
@@ -278,7 +278,7 @@ def pixel_space(
 # %% ../nbs/19a_subjects.ipynb #e0596d58
 def paired(
     a: dict, b: dict,   # two results of `measure` on the same images
-    metric: str,        # one of `evaluate.KEYS`
+    metric: str,        # one of `accumulator.KEYS`
     n_boot: int = 1000,  # 0: no interval
     seed: int = 0
 ) -> dict[str, float | None]: # difference a − b, low, high

@@ -15,8 +15,9 @@ from fastcore.basics import patch
 from .cache import batches
 from .data import AnomalyDataset
 from .evaluate import evaluate
-from .detector import DynAD, possible_t_hat
+from .detector import DynAD
 from .method import Method
+from .scales import possible_t_hat
 from .verdict import SIGNS, headline, verdict
 from .view import View, button, row, soft
 

@@ -4,135 +4,33 @@
 
 # %% ../nbs/17o_watch.ipynb #eb812970
 from __future__ import annotations
-import base64, csv, json, os, shutil, time
+import base64, json, shutil, time
 from collections import Counter, deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any, Callable
 
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
 from . import __version__
+from .arrivals import Arrivals, Arrived, Journal, Known, Look, Table, hashed
 from .charts import css, render
-from .collector import DataError, collect, count, summary_line
+from .collector import DataError, count, summary_line
 from .config import DynadError, content_key
 from .drift import DriftMonitor, DriftWarning
 from .guard import aside, tqdm
 from .method import Method, Prediction
 from .output import row_of, write_one
-from .paths import PathError, check_folder, echo, expanded, file_name, printable
+from .paths import PathError, check_folder, echo, expanded, printable
 from .show import Figure, figure_png
-from .store import (REPAIR_HINT, StoreError, atomic_write, file_sha256, load_json, make_folder,
-                         remove_temporary, replacing, write_error)
+from .store import (REPAIR_HINT, StoreError, atomic_write, load_json, make_folder, remove_temporary,
+                         replacing)
 
 # %% auto #0
-__all__ = ['SHOWN', 'TRIES', 'PICTURES', 'Look', 'Arrivals', 'Journal', 'Arrived', 'Known', 'predicted', 'WatchError',
-           'check_watch', 'identity', 'Table', 'Watch', 'alone', 'claim', 'recover', 'note_scored', 'note_dead',
-           'hashed', 'scores_figure', 'state_of']
-
-# %% ../nbs/17o_watch.ipynb #821d6518
-@dataclass(frozen=True)
-class Look:
-    "What a listing tells of a file; as long as it stays the same, so does the file."
-    size: int
-    mtime_ns: int
-    inode: int     # 0 on file systems that have none
-
-    @classmethod
-    def at(cls, path: Path) -> Look | None: # None: not there, or not to be reached
-        try: s = os.stat(path)
-        except OSError: return None
-        return cls(s.st_size, s.st_mtime_ns, s.st_ino)
-
-# %% ../nbs/17o_watch.ipynb #05b9c688
-class Arrivals:
-    "The files of a folder that are whole."
-    def __init__(self,
-        folder: Path,
-        settle: float = 1.,                          # seconds without a change
-        clock: Callable[[], float] = time.monotonic
-    ):
-        self.folder, self.settle, self.clock, self.listing = folder, settle, clock, None
-        self.since: dict[tuple[Look, Path | None], float] = {} # when each look was first seen
-
-    def poll(self) -> tuple[dict[Path, Look], list[Path]]: # whole images, and those that may still be written
-        "Look once."
-        self.listing, now = collect(self.folder), self.clock()
-        others = [p for f in self.listing.findings if f.kind in ('other', 'system') for p in f.files] # temporary names
-        looks = {p: look for p in (*self.listing.files, *others) if (look := Look.at(p))}
-        keys = {p: (look, None if look.inode else p) for p, look in looks.items()}
-        self.since = {k: self.since.get(k, now) for k in keys.values()}
-        images = [p for p in self.listing.files if p in looks]
-        whole = {p: looks[p] for p in images if now - self.since[keys[p]] >= self.settle}
-        return whole, [p for p in images if p not in whole]
-
-# %% ../nbs/17o_watch.ipynb #51a7e0f4
-class Journal:
-    "Lines of JSON that are only ever added. Raises StoreError for a file of something else, WriteError on a full disk."
-    def __init__(self, path: Path):
-        self.path, self.size = path, 0
-        if not path.exists(): return
-        with open(path, 'r+b') as f:
-            for line in f:
-                if not line.endswith(b'\n'): f.truncate(self.size); break
-                self.size += len(line)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        if not self.size: return
-        with open(self.path, 'rb') as f:
-            for n, line in enumerate(f, 1):
-                try: yield json.loads(line)
-                except ValueError: raise StoreError(f"{self.path}: line {n} is not JSON; put the right file back, or "
-                                                    "remove that line: its image is then judged again") from None
-
-    def add(self, rows: list[dict[str, Any]]) -> None:
-        "Add lines; they are on the disk when this returns, or none of them is."
-        text = ''.join(json.dumps(r) + '\n' for r in rows).encode()
-        try:
-            with open(self.path, 'ab') as f: f.write(text); f.flush(); os.fsync(f.fileno())
-        except OSError as e:
-            if self.path.exists(): os.truncate(self.path, self.size)
-            raise write_error(self.path, e) from None
-        self.size += len(text)
-
-# %% ../nbs/17o_watch.ipynb #422abd40
-@dataclass(frozen=True)
-class Arrived:
-    "A whole file."
-    path: Path
-    name: str             # in the folder, with /
-    look: Look
-    sha256: str | None    # None: it could not be read
-
-    @property
-    def stem(self) -> str: # the same after a restart
-        "What the names of its pictures begin with."
-        return f"{file_name(Path(self.name).stem, 100)}_{(self.sha256 or 'unread')[:8]}"
-
-    @property
-    def note(self) -> dict[str, Any]:
-        "What a line keeps of the file."
-        now = datetime.now(timezone.utc).isoformat(timespec='seconds')
-        return {'name': self.name, 'sha256': self.sha256, 'judged': now, 'look': list(asdict(self.look).values())}
-
-# %% ../nbs/17o_watch.ipynb #463bad84
-class Known:
-    "The files that have had their turn."
-    def __init__(self): self.hashes, self.looks = {}, {}
-
-    def note(self, name: str, sha256: str | None, look: Look) -> None:
-        self.hashes.setdefault(name, set()).add(sha256)
-        self.looks[name] = look
-
-    def __call__(self, name: str, look: Look, hashed: Callable[[], str | None]) -> tuple[bool, str | None]:
-        "Whether a file is one of them, and its hash where it was needed."
-        if self.looks.get(name) == look: return True, None
-        sha256 = hashed()
-        if sha256 is None or sha256 not in self.hashes.get(name, ()): return False, sha256
-        self.looks[name] = look
-        return True, sha256
+__all__ = ['SHOWN', 'TRIES', 'PICTURES', 'predicted', 'WatchError', 'check_watch', 'identity', 'Watch', 'alone', 'claim',
+           'recover', 'note_scored', 'note_dead', 'scores_figure', 'state_of']
 
 # %% ../nbs/17o_watch.ipynb #396ca964
 def predicted(
@@ -177,26 +75,6 @@ def check_watch(
 def identity(method: Method) -> str:
     "What has judged: a saved model is known by its thresholds, a run by its stages."
     return content_key([method.prediction_key, None if method.stages else asdict(method.decision)])
-
-# %% ../nbs/17o_watch.ipynb #20d73d58
-class Table:
-    "A CSV file that grows; its columns are those of the first row."
-    def __init__(self, path: Path, rows: Iterable[dict[str, Any]]):
-        self.path, self.columns = path, []
-        with replacing(path) as tmp, open(tmp, 'w', encoding='utf-8', newline='') as f: self._write(f, rows)
-
-    def _write(self, f, rows: Iterable[dict[str, Any]]) -> None:
-        for row in rows:
-            if not self.columns:
-                self.columns = [k for k in row if k != 'look']
-                csv.writer(f).writerow(self.columns)
-            csv.writer(f).writerow([printable(v) if isinstance(v, str) else v
-                                    for v in (row.get(k, '') for k in self.columns)])
-
-    def add(self, rows: list[dict[str, Any]]) -> None:
-        try:
-            with open(self.path, 'a', encoding='utf-8', newline='') as f: self._write(f, rows)
-        except OSError as e: raise write_error(self.path, e) from None
 
 # %% ../nbs/17o_watch.ipynb #33800de3
 SHOWN, TRIES = 500, 3 # images in the chart; readings of a file before it is given up
@@ -320,12 +198,6 @@ def refuse(self: Watch, a: Arrived, reason: str) -> None:
     self.letters.add([row])
     note_dead(self, row)
     echo(f'dead letter: {row["reason"]}')
-
-# %% ../nbs/17o_watch.ipynb #5237c232
-def hashed(path: Path) -> str | None: # None: cannot be read now
-    "sha256 of a file's content."
-    try: return file_sha256(path)
-    except OSError: return None
 
 # %% ../nbs/17o_watch.ipynb #7ef1c855
 @patch

@@ -7,9 +7,10 @@ from PIL import Image
 
 from dynad.config import ConfigError, make_config
 from dynad.data import DataError, load_images, open_dataset, to_float
-from dynad.detector import DynAD, calibration_of_set
+from dynad.detector import DynAD
 from dynad.evaluate import MEASURED, evaluate
 from dynad.fusion import score
+from dynad.scales import calibration_of_set
 from dynad.store import StoreError
 
 from conftest import SMOKE

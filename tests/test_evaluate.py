@@ -6,7 +6,8 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from dynad.evaluate import KEYS, evaluate, fitted_baseline, metrics_table, save_maps, save_table, write_result
+from dynad.accumulator import KEYS
+from dynad.evaluate import evaluate, fitted_baseline, metrics_table, save_maps, save_table, write_result
 from dynad.metrics import pixel_metrics
 
 
@@ -55,7 +56,7 @@ def test_raw_maps_and_index(evaluation, tmp_path):
 
 def test_a_set_beyond_the_limit_is_evaluated_in_a_stream(smoke, boards, evaluation, patchcore, monkeypatch):
     "Above EXACT pixels no map is held: the same scores and decision, pixel figures within 1e-4 (F1-max 5e-4), and the protocol says so."
-    monkeypatch.setattr('dynad.evaluate.EXACT', 0)
+    monkeypatch.setattr('dynad.accumulator.EXACT', 0)
     e, exact = evaluate(smoke[0], boards, n_boot=50, baselines=[patchcore], progress=False), evaluation.result
     assert e.result['protocol']['pro'].startswith('streaming') and exact['protocol']['pro'].startswith('exact')
     assert torch.equal(e.scores, evaluation.scores) and e.result['decision'] == exact['decision'] and e.result['i_auroc'] == exact['i_auroc']

@@ -4,10 +4,11 @@ import json
 import pytest
 import torch
 
+from dynad.accumulator import KEYS
 from dynad.config import ConfigError, Settings, make_config
 from dynad.data import load_images, to_float
 from dynad.detector import DynAD
-from dynad.evaluate import KEYS, evaluate, metrics_table
+from dynad.evaluate import evaluate, metrics_table
 from dynad.method import METHODS, Method, Prediction, import_methods, method_named, open_run, register
 from dynad.report import write_report
 from dynad.store import StoreError, load_tensors

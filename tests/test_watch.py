@@ -7,10 +7,11 @@ import pandas as pd
 import pytest
 import torch
 
+from dynad.arrivals import Arrivals, Journal
 from dynad.output import open_for_prediction, write_predictions
 from dynad.paths import PathError
 from dynad.store import StoreError
-from dynad.watch import TRIES, Arrivals, Journal, Watch, WatchError, check_watch, predicted
+from dynad.watch import TRIES, Watch, WatchError, check_watch, predicted
 
 @pytest.fixture(scope='module')
 def method(smoke): return open_for_prediction(smoke[1], {'batch': 4})
