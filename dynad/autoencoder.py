@@ -21,8 +21,8 @@ from .store import atomic_write, load_json, load_tensors, save_tensors, state_ha
 from .training import CHECKPOINT, EMA, Training, TrainLog, train, warmup_cosine
 
 # %% auto #0
-__all__ = ['FINETUNE_CHECKPOINT', 'first_feature_maps', 'reconstruction_loss', 'step_generator', 'draw_rows', 'random_shift',
-           'trainable', 'finetuning', 'finetune', 'augment', 'pretraining', 'pretrain_tiny']
+__all__ = ['FINETUNE_CHECKPOINT', 'FLATTEST', 'first_feature_maps', 'reconstruction_loss', 'step_generator', 'draw_rows',
+           'random_shift', 'trainable', 'finetuning', 'finetune', 'augment', 'pretraining', 'pretrain_tiny']
 
 # %% ../nbs/08b_autoencoder.ipynb #be76bda3
 def first_feature_maps(
@@ -117,6 +117,7 @@ def finetuning(
 
 # %% ../nbs/08b_autoencoder.ipynb #bd1557eb
 FINETUNE_CHECKPOINT = 'finetune.safetensors' # in the working folder
+FLATTEST = .1 # smallest σ of a latent channel after fine-tuning, as a share of the one before
 
 def finetune(
     ae: Autoencoder,
@@ -142,7 +143,7 @@ def finetune(
     with trainable(ae, phi):
         training = finetuning(ae, images, settings, phi, seed, save_every)
         log = train(training, path, None, progress, callback, should_stop)
-    ae.standardise(images)
+    ae.standardise(images, least=FLATTEST * ae.std)
     return log.losses
 
 # %% ../nbs/08b_autoencoder.ipynb #32645211

@@ -16,7 +16,7 @@ from .guard import building
 from .store import StoreError, atomic_write, load_json, load_tensors, save_tensors, state_hash
 
 # %% auto #0
-__all__ = ['FLATTEST', 'FILES', 'HUB', 'LatentError', 'Autoencoder', 'psnr', 'IdentityAE', 'KLF8', 'TAESD', 'TinyAE', 'shipped',
+__all__ = ['FILES', 'HUB', 'LatentError', 'Autoencoder', 'psnr', 'IdentityAE', 'KLF8', 'TAESD', 'TinyAE', 'shipped',
            'load_latents']
 
 # %% ../nbs/06_latents.ipynb #ac3713f2
@@ -193,21 +193,20 @@ def noisy(
     return self.unhide(h + noise * spread * torch.randn(h.shape, generator=generator).to(h.device), clamp=False)
 
 # %% ../nbs/06_latents.ipynb #ea574088
-FLATTEST = .1 # smallest new σ of a channel, as a share of the one before
-
 @patch
 @torch.no_grad()
 def standardise(
     self: TinyAE,
-    images: Tensor,  # [N,3,H,W] uint8
-    batch: int = 32
+    images: Tensor,               # [N,3,H,W] uint8
+    batch: int = 32,
+    least: Tensor | float = 1e-4  # smallest σ of a channel; [1,C,1,1] or one for all
 ) -> None:
-    "Compute the buffers anew: over these images every latent channel has mean 0 and variance 1, or less (`FLATTEST`)."
+    "Compute the buffers anew: over these images every latent channel has mean 0 and variance 1, or less at `least`."
     device = self.mean.device
     h = [self.hidden(images[i:i+batch].to(device).float() / 255).cpu() for i in range(0, len(images), batch)]
     h = torch.cat(h).double()
     self.mean.copy_(h.mean((0, 2, 3), keepdim=True))
-    self.std.copy_(torch.maximum(h.std((0, 2, 3), keepdim=True), FLATTEST * self.std.double().cpu()))
+    self.std.copy_(h.std((0, 2, 3), keepdim=True).maximum(torch.as_tensor(least, device='cpu')))
 
 # %% ../nbs/06_latents.ipynb #cebc9e73
 @patch
