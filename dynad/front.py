@@ -17,7 +17,8 @@ from .own_images import OwnImages
 from .paths import printable
 from .report_view import ReportView
 from .server import Place, place_of
-from .view import View, soft
+from .session import Session
+from .view import PageSign, View, soft
 
 # %% auto #0
 __all__ = ['TABS', 'cache_folder', 'Front', 'own_of', 'open_app']
@@ -46,7 +47,8 @@ class Front(View):
         self.reports, self.slot = ReportView(self.keep), W.VBox([W.HTML(soft('Inspect images first, or open a run.'))])
         self.tabs = W.Tab([self.own.ui, W.VBox([self.message, self.slot]), self.reports.ui])
         for k, name in enumerate(TABS): self.tabs.set_title(k, name)
-        self.assemble([self.tabs])
+        self.sign = PageSign()
+        self.assemble([self.tabs, self.sign])
         self.waiting = place.kind in ('demo', 'run')
         self.tabs.selected_index = 1 if self.waiting else 0
         self.worker = self.thread(self._open)
@@ -66,7 +68,10 @@ def own_of(place: Place, keep: Path, **options: Any) -> OwnImages:
 def _open(self: Front) -> bool:
     if not self.waiting: return False
     self.waiting = False
-    try: self.show(Explorer(self.place.path or demo_run(cache_folder()/'demo')))
+    try:
+        session = Session(self.place.path or demo_run(cache_folder()/'demo'))
+        self.sign.wait()
+        self.show(Explorer(session))
     except Exception:
         self.slot.children = []
         raise

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Hashable, Iterable, Iterator, Sequence
 
+import anywidget
 import ipywidgets as W
+import traitlets as T
 from fastcore.basics import patch
 from IPython.display import HTML
 from PIL import Image, ImageDraw
@@ -23,7 +25,7 @@ from .store import atomic_write
 
 # %% auto #0
 __all__ = ['StateFile', 'Jobs', 'Quiet', 'labelled', 'button', 'severity_buttons', 'row', 'heading', 'soft', 'set_stale',
-           'note_html', 'ImagePanels', 'image_row', 'View', 'is_live']
+           'note_html', 'ImagePanels', 'image_row', 'View', 'in_voila', 'is_live', 'PageSign']
 
 # %% ../nbs/18b_view.ipynb #e588e148
 class StateFile:
@@ -267,9 +269,13 @@ def wait(self: View, timeout: float = 300) -> View:
     return self
 
 # %% ../nbs/18b_view.ipynb #f118b002
+def in_voila() -> bool:
+    "Whether Voila has started this kernel."
+    return os.environ.get('SERVER_SOFTWARE', '').startswith('voila')
+
 def is_live() -> bool:
     "Whether JupyterLab or Voila has started this kernel, so that somebody may be at the sliders."
-    return bool(os.environ.get('JPY_SESSION_NAME')) or os.environ.get('SERVER_SOFTWARE', '').startswith('voila')
+    return bool(os.environ.get('JPY_SESSION_NAME')) or in_voila()
 
 @patch(as_prop=True)
 def ready(self: View) -> bool:
@@ -300,3 +306,20 @@ def close(self: View) -> None:
     "End the threads and the widgets."
     for t in self.threads: t.close()
     self.ui.close()
+
+# %% ../nbs/18b_view.ipynb #14fdcc70
+class PageSign(anywidget.AnyWidget):
+    "Shows nothing; `shown` is set by the page, which has every widget that was made until then."
+    _esm = "export default { render({ model }) { model.set('shown', true); model.save_changes(); } };"
+    shown = T.Bool(False).tag(sync=True)
+
+    def __init__(self):
+        super().__init__()
+        self._event = threading.Event()
+        self.observe(lambda _: self._event.set(), 'shown')
+
+    def wait(self,
+        timeout: float = 60  # seconds, after which it is made all the same
+    ) -> bool:
+        "Called by a thread before it makes widgets: until the page is there, or at once where it was there before."
+        return self._event.wait(timeout) if in_voila() else True

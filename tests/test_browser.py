@@ -2,6 +2,7 @@
 import json, os, re
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from browser import APPS, BYTES, FLAGS, WATCH, View, chromium, demo, server, with_parameters
@@ -213,6 +214,46 @@ def test_browser_open(view, tmp_path, monkeypatch):
         assert view.unexpected() == []
     assert process.poll() is not None and not list(tmp_path.glob('dynad-open-*'))
 
+LATER = """
+import time
+import ipywidgets as W
+from dynad.view import PageSign, View
+
+class Later(View):
+    def __init__(self):
+        super().__init__()
+        self.slot, self.sign = W.VBox(), PageSign()
+        self.assemble([self.slot, self.sign])
+        self.thread(self.make).poke()
+
+    def make(self):
+        self.sign.wait()
+        made, more = [], 40
+        while more and len(made) < 3000: # for as long as the page connects, and a little longer
+            made.append(W.VBox([W.HBox([W.HTML(f'made {len(made)};')])]))
+            time.sleep(.01)
+            more -= self.sign.shown
+        self.slot.children = [*made, W.HTML(f'all {len(made)} of them')]
+        return False
+
+Later().ui
+"""
+
+def test_browser_widgets_that_a_thread_makes(view, tmp_path):
+    "Voila connects the page after the notebook has run; nothing that a thread makes in between or afterwards stays empty."
+    pytest.importorskip('voila', reason='voila is not installed')
+    path = tmp_path/'later.ipynb'
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(LATER)])
+    nb.metadata.kernelspec = {'name': 'python3', 'display_name': 'Python 3 (ipykernel)', 'language': 'python'}
+    nbformat.write(nb, path)
+    with server('voila', tmp_path, path) as url:
+        view.page.goto(url, timeout=WAIT*1000)
+        text = lambda: view.page.inner_text('body')
+        view.until(lambda: re.search(r'all \d+ of them', text()), WAIT, 'all widgets')
+        n = int(re.search(r'all (\d+) of them', text())[1])
+        view.until(lambda: text().count('made ') == n, 10, 'none is empty')
+        assert view.unexpected() == []
+
 def test_browser_from_an_empty_folder(view, tmp_path, boards, monkeypatch):
     "`dynad open EMPTY`, without a line of code: images are dropped, fitted, one of one's own is judged, said to be wrong, learned from."
     pytest.importorskip('voila', reason='voila is not installed')
@@ -275,7 +316,7 @@ def test_browser_lab_leaves_the_checkout_as_it_is(view, tmp_path, monkeypatch):
         page.screenshot(path=Path(SHOTS or tmp_path)/'lab.png')
         page.keyboard.press('Control+s')
         kept = repo/'dynad_open'/'dynad.ipynb'
-        view.until(lambda: 'widget-view' in kept.read_text(), 60, 'saved with its outputs')
+        view.until(lambda: 'widget-view' in kept.read_text() and not list(kept.parent.glob('.~*')), 60, 'saved with its outputs')
     assert {p.name for p in (repo/'dynad_open').glob('*.ipynb')} == {'dynad.ipynb', *(p.name for p in APPS.glob('*.ipynb'))}
     assert git('status', '--porcelain') == '' and process.poll() is not None
 
