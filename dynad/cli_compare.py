@@ -30,7 +30,7 @@ def seeds_of(text: str) -> tuple[int, ...]:
 # %% ../nbs/20d_cli_compare.ipynb #97f525bd
 def settings_of(pairs: list[str]) -> dict[str, dict]: # method, or '' for all -> dotted keys
     "The settings of `--set KEY=VALUE` and `--set METHOD:KEY=VALUE`."
-    from dynad.config import parse_overrides
+    from dynad.values import parse_overrides
     out: dict[str, dict] = {}
     for pair in pairs:
         method, sep, rest = pair.partition('=')[0].partition(':')

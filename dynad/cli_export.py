@@ -31,7 +31,8 @@ def export_run(
 ):
     "Write a fitted run as networks of onnxruntime or OpenVINO, with a certificate that both give the same verdicts."
     with known_mistakes():
-        from dynad.config import load_config, parse_overrides, with_overrides
+        from dynad.config import load_config, with_overrides
+        from dynad.values import parse_overrides
         with_overrides(load_config(run/'config.json'), parse_overrides(set or []))
         check_folder(out, '--out ')
         from dynad.export import export, verdict_line

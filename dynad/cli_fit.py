@@ -68,7 +68,7 @@ def fit(
 def opened(run: Path, data: str, layout: str, category: str | None,
            pairs: list[str] | None, strict: bool = False) -> tuple[Method, AnomalyDataset]:
     "A run and a data set; the category is that of the run where the folder has it."
-    from dynad.config import parse_overrides
+    from dynad.values import parse_overrides
     from dynad.method import open_run
     method = open_run(run, parse_overrides(pairs or []))
     own = method.info['data']['category'] # also of another folder of the same build
@@ -135,7 +135,8 @@ def evaluate(
 ):
     "Evaluate a fitted run on the test images of a data set; inference settings may be changed with --set."
     with known_mistakes():
-        from dynad.config import load_config, parse_overrides, with_overrides
+        from dynad.config import load_config, with_overrides
+        from dynad.values import parse_overrides
         # a run that is not there is named before anything slow is imported
         cfg = with_overrides(load_config(run/'config.json'), parse_overrides(set or []))
         checked_place(data)

@@ -48,7 +48,8 @@ def passport(
 ):
     "The smallest synthetic defect that a run finds in its held-out normal images; `evaluate --report` shows it too."
     with known_mistakes():
-        from dynad.config import load_config, parse_overrides, with_overrides
+        from dynad.config import load_config, with_overrides
+        from dynad.values import parse_overrides
         cfg = with_overrides(load_config(run/'config.json'), parse_overrides(set or []))
         given = numbers(sizes, '--sizes') if sizes else (), numbers(contrasts, '--contrasts') if contrasts else ()
         if mm_per_pixel is not None and not 0 < mm_per_pixel < float('inf'):

@@ -39,7 +39,8 @@ def predict(
 ):
     "Score single images: map, mask and overlay at the size of each image, its score, and its anomalous regions."
     with known_mistakes():
-        from dynad.config import load_config, parse_overrides
+        from dynad.config import load_config
+        from dynad.values import parse_overrides
         check_folder(out, '--out ')
         if roi: checked_file(roi, '--roi ')
         from dynad.collector import check_strict, collect_places, count, summary_line

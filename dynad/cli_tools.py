@@ -59,7 +59,7 @@ def bench(
         if data: raise DynadError('--data: only with --against, which judges its test images')
         import torch
         from dynad import speed
-        from dynad.config import parse_overrides
+        from dynad.values import parse_overrides
         from dynad.detector import DynAD
         from dynad.store import atomic_write
         model = DynAD.open(run, parse_overrides(set or [])) if run else speed.fresh(config_of(preset, seed, set))
@@ -78,7 +78,7 @@ def bench_against(run: Path | None, code: Path, data: str | None, images: int | 
     if run is None: raise DynadError('--against: name the run whose networks both shall use, e.g. dynad bench RUN')
     if data: checked_place(data)
     from dynad import public_code as pc
-    from dynad.config import parse_overrides
+    from dynad.values import parse_overrides
     from dynad.detector import DynAD
     from dynad.run_directory import fitted_dataset
     from dynad.store import atomic_write

@@ -40,7 +40,8 @@ def watch(
 ):
     "Judge images as they arrive in a folder; killed at any moment, it goes on where it was. Ctrl-C ends it."
     with known_mistakes():
-        from dynad.config import load_config, parse_overrides
+        from dynad.config import load_config
+        from dynad.values import parse_overrides
         load_config(run/'config.json')
         checked_place(str(folder))
         check_folder(out, '--out ')

@@ -93,7 +93,8 @@ Preset = Annotated[str, typer.Option(help='small, smoke, paper or authors')]
 # %% ../nbs/20_commands.ipynb #ee818b0a
 def config_of(preset: str, seed: int, pairs: list[str] | None, more: dict | None = None, **fields) -> Config:
     "The settings of a command line."
-    from dynad.config import make_config, parse_overrides
+    from dynad.config import make_config
+    from dynad.values import parse_overrides
     return make_config(preset, {**(more or {}), **parse_overrides(pairs or [])}, seed=seed, **fields)
 
 # %% ../nbs/20_commands.ipynb #baedb017

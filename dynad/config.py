@@ -4,19 +4,19 @@
 
 # %% ../nbs/00_config.ipynb #eafcef86
 from __future__ import annotations
-import difflib, hashlib, json, math, os, re
+import difflib, hashlib, json, math, os
 from pathlib import Path
-from typing import Annotated, Any, Callable, ClassVar, Iterable, Literal
+from typing import Annotated, Any, ClassVar, Iterable, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
 # %% auto #0
-__all__ = ['UNKEYED_DATA_SETTINGS', 'BACKBONES', 'Layer', 'UNKEYED_DENOISER_SETTINGS', 'PRESETS', 'CHOSEN', 'WORDS', 'NUMBER',
-           'DynadError', 'ConfigError', 'Settings', 'DataSettings', 'check_backbone', 'FeatureSettings',
-           'LatentSettings', 'DiffusionSettings', 'DenoiserSettings', 'DICSettings', 'ReconstructionSettings',
-           'AdaptationSettings', 'FusionSettings', 'check_places', 'check_together', 'Config', 'did_you_mean', 'nested',
-           'merged', 'allowed_values', 'setting_names', 'parse_config', 'make_config', 'with_overrides', 'parse_value',
-           'parse_pairs', 'parse_overrides', 'dump_config', 'load_config', 'content_key', 'data_root', 'weights_root']
+__all__ = ['UNKEYED_DATA_SETTINGS', 'BACKBONES', 'Layer', 'UNKEYED_DENOISER_SETTINGS', 'PRESETS', 'CHOSEN', 'DynadError',
+           'ConfigError', 'Settings', 'DataSettings', 'check_backbone', 'FeatureSettings', 'LatentSettings',
+           'DiffusionSettings', 'DenoiserSettings', 'DICSettings', 'ReconstructionSettings', 'AdaptationSettings',
+           'FusionSettings', 'check_places', 'check_together', 'Config', 'did_you_mean', 'nested', 'merged',
+           'allowed_values', 'setting_names', 'parse_config', 'make_config', 'with_overrides', 'dump_config',
+           'load_config', 'content_key', 'data_root', 'weights_root']
 
 # %% ../nbs/00_config.ipynb #b5371bd3
 class DynadError(Exception):
@@ -391,46 +391,6 @@ def with_overrides(
 ) -> Config:                  # validated
     "The same settings with some values changed. Raises `ConfigError` naming the key, the value and what is allowed."
     return parse_config(merged(config.model_dump(), nested(overrides)))
-
-# %% ../nbs/00_config.ipynb #c2e0ebf0
-WORDS = {'True': True, 'False': False, 'None': None} # beside JSON's true, false, null
-NUMBER = re.compile(r'[-+]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][-+]?[0-9]+)?') # those that JSON refuses: .5, +1, 1., 007
-
-def parse_value(
-    text: str # e.g. '4', 'true', 'None', '[64, 128]', '[tile, wood]', 'taesd'
-) -> Any:
-    "A value of the command line: JSON, True/False/None, a number, a list or object of YAML, else the text itself."
-    try: return json.loads(text)
-    except (ValueError, RecursionError): pass
-    word = text.strip()
-    if word in WORDS: return WORDS[word]
-    if NUMBER.fullmatch(word) and math.isfinite(number := float(word)): return number
-    if word[:1] not in ('[', '{'): return text
-    import yaml
-    try: return yaml.safe_load(word)
-    except (yaml.YAMLError, ValueError, RecursionError): return text
-
-# %% ../nbs/00_config.ipynb #2a50edda
-def parse_pairs(
-    pairs: list[str],                     # e.g. ['reconstruction.eta=4', 'denoiser.widths=[64,128]']
-    what: str = '--set',                  # the option, for the error
-    example: str = 'reconstruction.eta=4', # of a pair, for the error
-    parse: Callable[[str], Any] = parse_value # of the text behind `=`
-) -> dict[str, Any]:
-    "`key=value` pairs of a command line. Raises `ConfigError` for a pair without a key or `=`."
-    out = {}
-    for pair in pairs:
-        key, sep, value = pair.partition('=')
-        if not sep or not key.strip(): raise ConfigError(f"{what} {pair!r}: expected key=value, e.g. {example}")
-        out[key.strip()] = parse(value)
-    return out
-
-# %% ../nbs/00_config.ipynb #9cf2505e
-def parse_overrides(
-    pairs: list[str] # e.g. ['reconstruction.eta=4', 'denoiser.widths=[64,128]']
-) -> dict[str, Any]:
-    "The pairs of `--set`, as overrides of settings. Raises `ConfigError`."
-    return parse_pairs(pairs, '--set')
 
 # %% ../nbs/00_config.ipynb #580588e1
 def dump_config(cfg: Config) -> str:

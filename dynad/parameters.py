@@ -9,7 +9,7 @@ from typing import Any, Sequence
 
 import yaml
 
-from .config import WORDS, parse_pairs, parse_value
+from .values import WORDS, parse_pairs, parse_value
 from .experiments import RunnerError
 from .paths import expanded, printable
 

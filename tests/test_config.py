@@ -3,7 +3,8 @@ import json
 import pytest
 from hypothesis import given, strategies as st
 
-from dynad.config import PRESETS, Config, ConfigError, content_key, dump_config, load_config, make_config, merged, nested, parse_config, parse_overrides, parse_pairs, parse_value, with_overrides
+from dynad.config import PRESETS, Config, ConfigError, content_key, dump_config, load_config, make_config, merged, nested, parse_config, with_overrides
+from dynad.values import parse_overrides, parse_pairs, parse_value
 
 
 @pytest.mark.parametrize('key, value, words', [

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 from PIL import Image
 
 import dynad
-from dynad.config import PRESETS, Config, ConfigError, load_config, make_config, parse_config, parse_overrides
+from dynad.config import PRESETS, Config, ConfigError, load_config, make_config, parse_config
 from dynad.data import DataError, load_images, open_dataset, read_image, read_mask
 from dynad.denoiser import DenoiserError
 from dynad.detector import DynAD
@@ -34,6 +34,7 @@ from dynad.training import CHECKPOINT
 from dynad.paths import PathError
 from dynad.store import Shards, Store, StoreError, TrainingStopped, WriteError, atomic_write, load_tensors, save_tensors
 from dynad.synthetic import write_synthetic
+from dynad.values import parse_overrides
 
 CUT = {'data.image_size': 32, 'denoiser.steps': 8, 'denoiser.checkpoint_every': 3, 'denoiser.batch': 4, 'denoiser.widths': [32, 32], 'denoiser.attention': [], 'denoiser.heads': 2, 'latents.finetune_steps': 2,
        'latents.finetune_batch': 4, 'adaptation.gamma': 1, 'adaptation.batch': 4, 'reconstruction.S': 2, 'dic.bins': 2, 'dic.pool': 4} # every stage, none of it long
