@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -28,7 +28,8 @@ from .task import NOT_HERE, Task, in_this_process, one_after_another, resolved, 
 
 # %% auto #0
 __all__ = ['COLUMNS', 'COSTS', 'Comparison', 'chosen_rows', 'value_of', 'over_seeds', 'summary_of', 'cell_text', 'table_of',
-           'difference', 'title_of', 'compare', 'outcome_text', 'write_comparison_page', 'difference_lines']
+           'difference', 'title_of', 'compare', 'outcome_text', 'joined', 'read_comparisons', 'write_comparison_page',
+           'difference_lines']
 
 # %% ../nbs/17g_compare.ipynb #577ac504
 @dataclass
@@ -232,6 +233,41 @@ def outcome_text(task: Task, result: dict[str, Any]) -> str:
     known = {n: v for k, n in list(COLUMNS.items())[:3] if (v := value_of(result, k)) is not None}
     found = ', '.join(f'{n} {100*v:.1f}' for n, v in known.items())
     return f"{task.label}: {found}, fit {result['fit_minutes']:.1f} min"
+
+# %% ../nbs/17g_compare.ipynb #7e813636
+def joined(
+    results: Sequence[dict[str, Any]] # of `compare`; of a row that several hold, the last one that is done counts
+) -> dict[str, Any]:                  # as one of them, without a grid
+    "What several calls measured. Raises ConfigError where data, preset, settings or version are not the same."
+    first = results[0]
+    for r in results[1:]:
+        for what, of in (('images', lambda r: r['data']['fingerprint']), ('preset', lambda r: r['preset']),
+                         ('settings', lambda r: r['overrides'].get('', {})), ('version', lambda r: r['versions']['dynad'])):
+            if of(r) != of(first):
+                raise ConfigError(f"{first['data']['name']} and {r['data']['name']}: not the same {what} "
+                                  f"({of(first)} and {of(r)}); only what was measured alike is one table")
+    rows, apart = {}, {}
+    for r in results:
+        for row in r['rows']:
+            key = row['method'], row['seed']
+            if key not in rows or row['status'] == 'done': rows[key] = row
+        apart |= {(d['method'], d['against'], d['seed']): d for d in r.get('differences', ())}
+    seeds, methods = (sorted({k[1] for k in rows}), list(dict.fromkeys(k[0] for k in rows)))
+    return first | {'seeds': seeds, 'methods': methods, 'rows': list(rows.values()), 'grid': None,
+                    'finished': all(r['finished'] for r in results), 'summary': summary_of(list(rows.values())),
+                    'differences': list(apart.values())}
+
+# %% ../nbs/17g_compare.ipynb #206793aa
+def read_comparisons(
+    folder: str | Path                # of JSON files of `compare`
+) -> dict[str, dict[str, Any]]:       # name of the first file -> result
+    "What the files of a folder hold, joined where it was measured alike."
+    alike: dict[tuple, dict[str, dict]] = {}
+    for f in sorted(Path(folder).glob('*.json')):
+        r = json.loads(f.read_text(encoding='utf-8'))
+        own = json.dumps(r['overrides'].get('', {}), sort_keys=True)
+        alike.setdefault((r['data']['fingerprint'], r['preset'], own, r['versions']['dynad']), {})[f.stem] = r
+    return {next(iter(group)): joined(list(group.values())) for group in alike.values()}
 
 # %% ../nbs/17g_compare.ipynb #7c04ef28
 def write_comparison_page(
