@@ -68,12 +68,14 @@ def fit(
 def opened(run: Path, data: str, layout: str, category: str | None,
            pairs: list[str] | None, strict: bool = False) -> tuple[Method, AnomalyDataset]:
     "A run and a data set; the category is that of the run where the folder has it."
+    from dynad.frozen import at_its_speed
     from dynad.values import parse_overrides
     from dynad.method import open_run
     method = open_run(run, parse_overrides(pairs or []))
     own = method.info['data']['category'] # also of another folder of the same build
     known = own is not None and (data == 'elpv' or (Path(data)/'labels.csv').exists() or (Path(data)/own).is_dir())
-    return method, dataset_of(data, layout, category or (own if known else None), method.config.seed, strict)
+    dataset = dataset_of(data, layout, category or (own if known else None), method.config.seed, strict)
+    return at_its_speed(method, len(dataset.test)), dataset
 
 # %% ../nbs/20a_cli_fit.ipynb #19fbd4e7
 def baselines_of(method: Method, names: str, dataset: AnomalyDataset) -> list[Method]:

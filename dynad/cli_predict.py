@@ -50,7 +50,8 @@ def predict(
         if strict: check_strict(found.findings, ', '.join(map(str, images)))
         load_config(run/'config.json') # a run that is not there is named first
         check_output(out, files)
-        method = open_for_prediction(run, parse_overrides(set or []) | ({'data.roi': str(roi)} if roi else {}))
+        own = parse_overrides(set or []) | ({'data.roi': str(roi)} if roi else {})
+        method = open_for_prediction(run, own, len(files))
         echo(summary_line(count(len(files), 'image'), found.findings))
         rows = write_predictions(method, files, out, mm_per_pixel, min_area)
         for line in row_lines(rows): echo(line)

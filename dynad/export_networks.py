@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import __version__
 from .config import DynadError
 from .detector import DynAD
+from .frozen import thawed
 from .method import Method
 from .patchcore import PatchCore
 from .reconstruction import start_index, timesteps
@@ -40,6 +41,7 @@ EXPORTED = {'dynad': DynAD, 'patchcore': PatchCore} # methods whose walk the run
 
 def exportable(method: Method) -> Method: # the same in single precision
     "The method, if a package can do what it does. Raises ExportError."
+    method = thawed(method)
     c, r = method.config, method.config.reconstruction
     if method.name not in EXPORTED:
         raise ExportError(f"method = {method.name}: can't be exported, only {' and '.join(EXPORTED)} can; "

@@ -13,9 +13,11 @@ from .config import DynadError
 from .denoiser import Denoiser
 from .detector import DynAD
 from .features import FeatureExtractor
+from .method import Method
 
 # %% auto #0
-__all__ = ['FrozenError', 'freeze', 'Frozen', 'Layers', 'FrozenPhi', 'Noise', 'FrozenDenoiser', 'frozen']
+__all__ = ['FROZEN_SPEEDS', 'FREEZING_PAYS', 'FrozenError', 'freeze', 'Frozen', 'Layers', 'FrozenPhi', 'Noise', 'counted',
+           'FrozenDenoiser', 'can_freeze', 'frozen', 'at_its_speed', 'thawed']
 
 # %% ../nbs/17aa_frozen.ipynb #908648a8
 class FrozenError(DynadError, ValueError):
@@ -79,8 +81,14 @@ class Noise(nn.Module):
     def __init__(self, denoiser: Denoiser): super().__init__(); self.denoiser = denoiser
     def forward(self, z_t: Tensor, t: Tensor) -> Tensor: return self.denoiser(z_t, t)
 
+def counted(name: str) -> property:
+    "A count of the original, also where it is set."
+    return property(lambda self: getattr(self.of, name), lambda self, n: setattr(self.of, name, n))
+
 class FrozenDenoiser(Frozen):
     "ε_θ with constant weights, called as `Denoiser`; the calls are counted by the original."
+    calls, samples = counted('calls'), counted('samples')
+
     def forward(self,
         z_t: Tensor, # [B,C,h,w]
         t: Tensor    # [B] int64 in 0…T-1
@@ -91,14 +99,38 @@ class FrozenDenoiser(Frozen):
         return eps
 
 # %% ../nbs/17aa_frozen.ipynb #ba18969d
+def can_freeze(method: Method) -> bool:
+    "DynAD on a CPU in float32."
+    return isinstance(method, DynAD) and method.device.type == 'cpu' and method.config.precision == 'no'
+
 def frozen(
     model: DynAD # fitted, on a CPU, in float32
 ) -> DynAD:      # the same method; the original stays as it is
     "The same maps but for rounding. Raises FrozenError for another device or precision."
-    if model.device.type != 'cpu' or model.config.precision != 'no':
+    if not can_freeze(model):
         raise FrozenError(f"device = {model.device.type}, precision = {model.config.precision!r}: frozen networks are "
                           "measured on a CPU in float32 only; open the run with device = 'cpu' and precision = 'no'")
     p = model.parts
     phi, denoiser = (m if isinstance(m, Frozen) else own(m)
                      for m, own in ((p.phi, FrozenPhi), (p.denoiser, FrozenDenoiser)))
     return model.with_parts(phi=phi, denoiser=denoiser)
+
+# %% ../nbs/17aa_frozen.ipynb #9289493b
+FROZEN_SPEEDS, FREEZING_PAYS = ('fast', 'fastest'), 16 # images
+
+def at_its_speed(
+    method: Method,        # opened
+    n: int | None = None   # images to come; None: many
+) -> Method:
+    "The method for these images: frozen where its `speed` allows it and it pays, else as it is."
+    many = n is None or n >= FREEZING_PAYS
+    return frozen(method) if many and method.config.speed in FROZEN_SPEEDS and can_freeze(method) else method
+
+def thawed(
+    method: Method
+) -> Method:  # the same with its own networks
+    "What `frozen` was made of; any other method as it is."
+    if not isinstance(method, DynAD): return method
+    p = method.parts
+    own = {k: m.of for k, m in (('phi', p.phi), ('denoiser', p.denoiser)) if isinstance(m, Frozen)}
+    return method.with_parts(**own) if own else method

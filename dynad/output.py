@@ -17,6 +17,7 @@ from .collector import collect_places
 from .config import ConfigError
 from .images import image_size, read_image, read_whole
 from .exports import check_export, export_to
+from .frozen import at_its_speed
 from .guard import tqdm
 from .detector import DynAD
 from .method import Method, Prediction, open_run
@@ -41,7 +42,8 @@ def images_of(
 # %% ../nbs/17c_output.ipynb #7054ecab
 def open_for_prediction(
     folder: Path,             # run directory, or a saved model
-    overrides: dict[str, Any] # inference settings, for a run directory
+    overrides: dict[str, Any], # inference settings, for a run directory
+    n: int | None = None      # images to come; None: many
 ) -> Method:
     "A fitted method that can predict on single images. Raises ConfigError when it cannot, StoreError when incomplete."
     folder = expanded(folder)
@@ -54,7 +56,7 @@ def open_for_prediction(
                           "so that there is no prediction for single images; fit with "
                           "--set fusion.calibration=train, or give that --set here with a run directory; "
                           "`dynad evaluate` evaluates a whole test set")
-    return method
+    return at_its_speed(method, n)
 
 # %% ../nbs/17c_output.ipynb #4fcba6c8
 KINDS = ('map', 'mask', 'overlay', 'reconstruction') # of files for one image

@@ -20,6 +20,7 @@ from .choosing import MOST_NORMAL, N_DEFECTS, defects_in, synthetic_set
 from .config import Config, DynadError, with_overrides
 from .data import AnomalyDataset, load_masks, split_normal, to_float
 from .detector import DynAD
+from .frozen import can_freeze, frozen
 from .guard import tqdm
 from .lean import SPEED_FILE, needed, run_key
 from .machine import machine
@@ -167,16 +168,19 @@ def curve(
 ) -> Curve:
     "Accuracy and time of all points."
     c, held = model.config, model.held_out_set
-    settings = {f'{k} (full)' if s is None else k: s or {} for k, s in points(c)}
-    models = {k: model.with_settings(s | {'speed': 'full' if k.endswith('(full)') else 'exact'})
-              for k, s in settings.items()}
+    names = points(c, can_freeze(model))
+    settings, speeds = {k: s for k, s, _ in names}, {k: v for k, _, v in names}
+    def at(name):
+        m = model.with_settings(settings[name] | {'speed': 'full' if speeds[name] == 'full' else 'exact'})
+        return frozen(m) if speeds[name] == 'fast' and can_freeze(m) else m
+    models = {k: at(k) for k in settings}
     if bf16: models['bf16'] = model.with_parts(config=with_overrides(c, {'precision': 'bf16', 'speed': 'exact'}))
     defects, masks = synthetic_set(held, n, c.seed), defects_in(held, n, c.seed).masks
-    rows, own = {}, None
+    rows, first = {}, None
     for name, m in tqdm(models.items(), desc='points', delay=2, leave=False):
         a = on_defects(m, defects, masks)
-        own = own or a
-        rows[name] = a.metrics | changed(own, a, len(a.scores) - n) | {'test': False, 'pickable': name != 'bf16'}
+        first = first or a
+        rows[name] = a.metrics | changed(first, a, len(a.scores) - n) | {'test': False, 'pickable': name != 'bf16'}
         if test: rows[f'{name} · test set'] = on_test(m, test).metrics | {'test': True, 'pickable': False}
     time = timed_in_turns(models, to_float(held.images[:batch]), repeats)
     table = pd.DataFrame(rows).T.infer_objects()
@@ -188,10 +192,16 @@ def curve(
     return Curve(table, settings, pick(table, counts['normal'] + n), counts)
 
 # %% ../nbs/17p_speed_modes.ipynb #0b3a4c4b
-def points(config: Config) -> list[tuple[str, dict | None]]:
-    "Names and settings; None: as fitted, with everything that is shown."
+def points(
+    config: Config,
+    freezes: bool                   # whether its networks can be frozen
+) -> list[tuple[str, dict, str]]:   # name, settings, speed
+    "As fitted, with everything that is shown and without what has no weight; then what may be picked."
     all_of = candidates(config)
-    return [(next(iter(all_of)), None), *all_of.items()]
+    own = next(iter(all_of))
+    still = {f'{own}, frozen': {}} if freezes else {}
+    return [(f'{own} (full)', {}, 'full'), (own, {}, 'exact'),
+            *((k, s, 'fast') for k, s in (still | all_of).items() if k != own)]
 
 def changed(own: Accuracy, a: Accuracy, n: int) -> dict[str, int]:
     "Verdicts that differ: of n normal images, and of the defects behind them."

@@ -46,6 +46,9 @@ def test_the_original_is_left_and_counts_go_on(both, x):
     d.calls = d.samples = 0
     model.predict(x[:2])
     assert frozen_calls == (d.calls, d.samples) and d.calls > 0
+    fast.parts.denoiser.samples = 0
+    fast.predict(x[:2])
+    assert fast.parts.denoiser.samples == d.samples == frozen_calls[1]               # set and read through the frozen one
     assert fast.parts.hashes == model.parts.hashes and fast.parts.phi.layers == model.parts.phi.layers and fast.parts.denoiser.latent_channels == d.latent_channels
     again = frozen(fast)
     assert again.parts.phi is fast.parts.phi and again.parts.denoiser is fast.parts.denoiser
@@ -54,3 +57,24 @@ def test_the_original_is_left_and_counts_go_on(both, x):
 def test_what_cannot_be_frozen(both):
     half = both[0].with_parts(config=both[0].config.model_copy(update={'precision': 'bf16'}))
     with pytest.raises(FrozenError, match="precision = 'bf16'.*open the run with device = 'cpu'"): frozen(half)
+
+def test_where_it_is_used(smoke, tmp_path):
+    "Runs opened to predict at fast or fastest; full and exact stay the same bits; an export takes the networks themselves."
+    import json, shutil
+    from dynad.export_networks import exportable
+    from dynad.frozen import FREEZING_PAYS, at_its_speed, thawed
+    from dynad.lean import SPEED_FILE, run_key
+    from dynad.output import open_for_prediction
+    model, run = smoke
+    copy = shutil.copytree(run, tmp_path/'run')
+    (copy/SPEED_FILE).write_text(json.dumps({'run': run_key(model.info), 'modes': {k: {'settings': {'reconstruction.S': 3}} for k in ('fast', 'fastest')}}))
+    is_frozen = lambda m: [isinstance(p, Frozen) for p in (m.parts.phi, m.parts.denoiser)]
+    for speed in ('fast', 'fastest'):
+        m = open_for_prediction(copy, {'speed': speed})
+        assert is_frozen(m) == [True, True] and m.config.reconstruction.S == 3
+        assert is_frozen(open_for_prediction(copy, {'speed': speed}, FREEZING_PAYS - 1)) == [False, False]
+        assert is_frozen(exportable(m)) == is_frozen(thawed(m)) == [False, False]
+        assert thawed(m).parts.denoiser is m.parts.denoiser.of
+    for speed in ('full', 'exact'): assert is_frozen(open_for_prediction(copy, {'speed': speed})) == [False, False]
+    half = model.with_parts(config=model.config.model_copy(update={'precision': 'bf16', 'speed': 'fast'}))
+    assert at_its_speed(half) is half

@@ -108,6 +108,8 @@ def test_a_curve_is_kept_with_its_run(smoke, boards, tmp_path):
     t = found.table
     own, exact = t.iloc[0], t[~t.test].iloc[1]
     assert all(own[k] == exact[k] for k in METRICS) and exact.changed_normal == exact.changed_defects == 0
+    still = t.loc[f'{exact.name}, frozen']
+    assert all(abs(own[k] - still[k]) < .002 for k in METRICS) and still.changed_normal == still.changed_defects == 0
     assert t.test.sum() == (~t.test).sum() and t[t.test].ms.notna().all() and t.loc['1 step'].calls == 1
     write_curve(model, found)
     lines = in_words(found)
