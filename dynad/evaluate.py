@@ -33,8 +33,8 @@ from .threshold import outcome, reachable
 from .verdict import verdict
 
 # %% auto #0
-__all__ = ['ORIGIN', 'PRESET_NOTES', 'MASK_RULES', 'MEASURED', 'decided', 'Evaluation', 'evaluate', 'counting', 'timing',
-           'versions', 'described', 'threshold_rule', 'protocol', 'image_words', 'roi_words', 'pixel_reason',
+__all__ = ['ORIGIN', 'PRESET_NOTES', 'MASK_RULES', 'MEASURED', 'decided', 'Evaluation', 'evaluate', 'counting', 'one_map',
+           'timing', 'versions', 'described', 'threshold_rule', 'protocol', 'image_words', 'roi_words', 'pixel_reason',
            'explain_pixels', 'fitted_baseline', 'write_result', 'save_maps', 'save_table', 'masks_note',
            'metrics_table', 'undefined', 'method_title']
 
@@ -119,7 +119,8 @@ def evaluate(
               | {'decision': decided(scored, truth.labels, method)})
     rows = {}
     if null_models and not method.tiling:
-        rows['null_models'] = {k: truth(counting(method, p)) for k, p in method.null_models(images).items()}
+        nulls = method.null_models(images) | one_map(method, images)
+        rows['null_models'] = {k: truth(counting(method, p)) for k, p in nulls.items()}
     if baselines:
         rows['baseline'] = {b.name: truth(b.predictions(b.test_images(samples, dataset, progress))) for b in baselines}
     for part, others in rows.items(): result[part] = {k: s.metrics for k, s in others.items()}
@@ -138,6 +139,13 @@ def evaluate(
 def counting(method: Method, predictions: Iterable) -> Iterator[tuple[list[int], Prediction]]:
     "Predictions of a null model within the method's region of interest; one without a map stays as it is."
     for rows, p in predictions: yield rows, p if p.map is None else method.within_roi(p)
+
+# %% ../nbs/17_evaluate.ipynb #783b592f
+def one_map(method: Method, images: ImageSet) -> dict[str, Iterator[tuple[list[int], Prediction]]]:
+    "The null model that does not look: the mean map of the held-out normal images; none for a saved model."
+    if method.held_out_set is None or (held := method.held_out_prediction().map) is None: return {}
+    mean, n = held.mean(0, keepdim=True), len(images)
+    return {'one_map_for_all': iter([(list(range(n)), Prediction(torch.zeros(n), mean.expand(n, -1, -1, -1)))])}
 
 # %% ../nbs/17_evaluate.ipynb #ce68f32e
 def timing(stages: dict[str, float], metrics: float, n: int) -> dict[str, Any]:

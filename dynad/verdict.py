@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 # %% auto #0
-__all__ = ['SEVERITIES', 'Rule', 'RULES', 'NAMES', 'ROWS', 'SIGNS', 'Claim', 'rule', 'verdict', 'row_name', 'capital', 'value_of',
-           'with_interval', 'side', 'compared', 'origin', 'untested', 'lost_masks', 'ranking', 'few_test_images',
-           'outlines', 'other_methods', 'neighbour_distance', 'diffusion', 'threshold_images', 'found_at_threshold',
-           'false_alarms', 'other_parts', 'headline', 'verdict_lines']
+__all__ = ['SEVERITIES', 'Rule', 'RULES', 'NAMES', 'ROWS', 'MUCH', 'SIGNS', 'Claim', 'rule', 'verdict', 'row_name', 'capital',
+           'value_of', 'with_interval', 'side', 'compared', 'origin', 'untested', 'lost_masks', 'ranking',
+           'few_test_images', 'outlines', 'other_methods', 'neighbour_distance', 'diffusion', 'place',
+           'threshold_images', 'found_at_threshold', 'false_alarms', 'other_parts', 'headline', 'verdict_lines']
 
 # %% ../nbs/13c_verdict.ipynb #1b8af0ad
 SEVERITIES = ('serious', 'careful', 'good', 'note') # in the order in which they are told
@@ -45,6 +45,7 @@ def verdict(
 NAMES = {'i_auroc': 'I-AUROC', 'p_auroc': 'P-AUROC', 'pro': 'PRO'}
 ROWS = {'t_hat_0': 'no diffusion at all (T̂ = 0)', 'untrained_denoiser': 'an untrained denoiser',
         'neighbour_distance': 'the distance to the nearest normal images alone',
+        'one_map_for_all': 'one map for every image, the mean of the held-out normal ones',
         'patchcore': 'PatchCore', 'padim': 'PaDiM', 'spade': 'SPADE'}
 
 def row_name(key: str) -> str:
@@ -188,6 +189,18 @@ def diffusion(r: dict[str, Any]) -> Iterator[Claim]:
         if not gains and not losses:
             yield Claim(f'The {what} adds nothing measurable over {row_name(null)}',
                         '; '.join(said for _, said in rows), 'careful')
+
+# %% ../nbs/13c_verdict.ipynb #4e9417c4
+MUCH = .5 # of the PRO
+
+@rule
+def place(r: dict[str, Any]) -> Iterator[Claim]:
+    "Do its maps say more than one map for every image?"
+    for name, s, said in compared(r, 'null_models', 'pro'):
+        if name != 'one_map_for_all': continue
+        if s <= 0: yield Claim(f'Its outlines say no more than {row_name(name)}', said, 'serious')
+        elif value_of(r['null_models'][name], 'pro') >= MUCH*value_of(r, 'pro'):
+            yield Claim('Much of its PRO is the place where defects usually are', f'{row_name(name)}: {said}', 'careful')
 
 # %% ../nbs/13c_verdict.ipynb #8eb6e3dd
 @rule

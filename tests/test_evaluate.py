@@ -7,7 +7,8 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from dynad.accumulator import KEYS
-from dynad.evaluate import evaluate, fitted_baseline, metrics_table, save_maps, save_table, write_result
+from dynad.detector import DynAD
+from dynad.evaluate import evaluate, fitted_baseline, metrics_table, one_map, save_maps, save_table, write_result
 from dynad.metrics import pixel_metrics
 
 
@@ -26,7 +27,7 @@ def test_the_json_has_what_it_promises(evaluation, tmp_path):
             if row[k] is None: continue
             assert set(row[k]) >= {'value', 'low', 'high'}
             assert 0 <= row[k]['low'] <= row[k]['high'] <= 1 and 0 <= row[k]['value'] <= 1
-    assert set(r['null_models']) == {'t_hat_0', 'untrained_denoiser', 'neighbour_distance'} and r['null_models']['neighbour_distance']['pro'] is None
+    assert set(r['null_models']) == {'t_hat_0', 'untrained_denoiser', 'neighbour_distance', 'one_map_for_all'} and r['null_models']['neighbour_distance']['pro'] is None
     assert r['data']['synthetic'] is True and 'smoke preset' in r['protocol']['note'] and r['images_per_second'] > 0
     assert set(r['seconds_by_stage']) >= {'latents', 'features', 'reconstructions', 'maps', 'metrics'}
 
@@ -99,7 +100,7 @@ def test_the_null_model_without_a_walk_has_no_latent_residual(smoke, boards, eva
 
 def test_the_table_names_every_row(evaluation):
     t = metrics_table(evaluation.result)
-    assert list(t.index) == ['DynAD', 'null: t hat 0', 'null: untrained denoiser', 'null: neighbour distance', 'baseline: patchcore']
+    assert list(t.index) == ['DynAD', 'null: t hat 0', 'null: untrained denoiser', 'null: neighbour distance', 'null: one map for all', 'baseline: patchcore']
     assert t.loc['null: neighbour distance', 'PRO'] == '— (no map)'
 
 
@@ -111,3 +112,22 @@ def test_table_without_intervals(smoke, boards):
     "n_boot = 0 gives values and no brackets."
     e = evaluate(smoke[0], boards, n_boot=0, null_models=False, progress=False)
     assert e.result['i_auroc']['low'] is None and metrics_table(e.result).loc['DynAD', 'I-AUROC'] == f"{e.result['i_auroc']['value']:.3f}"
+
+def test_one_map_for_every_image(evaluation, patchcore, smoke, boards):
+    "The mean of the held-out maps, whatever the method; it ranks nothing, and gets what the place alone gives."
+    model, images = smoke[0], evaluation.images
+    mean = model.held_out_prediction().map.mean(0, keepdim=True)
+    [(rows, p)] = one_map(model, images)['one_map_for_all']
+    assert rows == list(range(len(images))) and all(torch.equal(m, mean[0]) for m in p.map) and p.score.unique().numel() == 1
+    found = evaluation.result['null_models']['one_map_for_all']
+    assert found['i_auroc']['value'] == .5
+    everywhere = mean.expand(len(images), -1, -1, -1)
+    assert found['p_auroc']['value'] == pytest.approx(roc_auc_score(evaluation.masks.flatten().numpy(), everywhere.flatten().numpy()), abs=1e-6)
+    assert found['pro']['value'] == pytest.approx(pixel_metrics(everywhere, evaluation.masks, evaluation.has_mask, n_boot=0)['pro'].value)
+    other = evaluate(patchcore, boards, n_boot=20, progress=False).result
+    assert set(other['null_models']) == {'one_map_for_all'} and {'i_auroc', 'p_auroc', 'pro'} <= set(other['differences']['null_models']['one_map_for_all'])
+    assert other['null_models']['one_map_for_all']['pro']['value'] != found['pro']['value'] # of its own maps
+
+def test_a_saved_model_has_no_such_map(evaluation, smoke, tmp_path):
+    saved = DynAD.from_pretrained(smoke[0].save_pretrained(tmp_path/'saved'))
+    assert one_map(saved, evaluation.images) == {}

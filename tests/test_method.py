@@ -75,8 +75,8 @@ def test_options_belong_to_the_method(fitted, deviation):
 def test_evaluation_table_and_report_take_it(fitted, boards, smoke, tmp_path):
     method, _ = fitted
     e = evaluate(method, boards, n_boot=20, progress=False)
-    assert set(KEYS) <= set(e.result) and e.result['method'] == 'deviation' and e.result['null_models'] == {}
-    assert list(metrics_table(e.result).index) == ['pixel deviation (toy)']
+    assert set(KEYS) <= set(e.result) and e.result['method'] == 'deviation' and set(e.result['null_models']) == {'one_map_for_all'}
+    assert list(metrics_table(e.result).index) == ['pixel deviation (toy)', 'null: one map for all']
     page = write_report(e, tmp_path/'page')
     assert 'pixel deviation (toy)' in page.read_text(encoding='utf-8') and json.loads((tmp_path/'page'/'result.json').read_text())['i_auroc'] == e.result['i_auroc']
     beside = evaluate(smoke[0], boards, n_boot=0, null_models=False, baselines=[method], progress=False).result
