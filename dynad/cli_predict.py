@@ -60,7 +60,7 @@ def predict(
              f"{out/'regions.csv'}")
 
 # %% ../nbs/20b_cli_predict.ipynb #02487885
-# of the `small` preset, to end within 8 minutes on two cores
+# of the `small` preset, to end within some ten minutes on two cores
 DEMO = {'latents.finetune_steps': 80, 'denoiser.steps': 400}
 
 def demo_data(data: str, product: str, out: Path, category: str | None, seed: int,
