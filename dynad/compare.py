@@ -28,8 +28,8 @@ from .task import NOT_HERE, Task, in_this_process, one_after_another, resolved, 
 
 # %% auto #0
 __all__ = ['COLUMNS', 'COSTS', 'Comparison', 'chosen_rows', 'value_of', 'over_seeds', 'summary_of', 'cell_text', 'table_of',
-           'difference', 'title_of', 'compare', 'outcome_text', 'joined', 'read_comparisons', 'write_comparison_page',
-           'difference_lines']
+           'difference', 'title_of', 'compare', 'outcome_text', 'measured_on', 'joined', 'read_comparisons',
+           'write_comparison_page', 'difference_lines']
 
 # %% ../nbs/17g_compare.ipynb #577ac504
 @dataclass
@@ -235,17 +235,21 @@ def outcome_text(task: Task, result: dict[str, Any]) -> str:
     return f"{task.label}: {found}, fit {result['fit_minutes']:.1f} min"
 
 # %% ../nbs/17g_compare.ipynb #7e813636
+def measured_on(result: dict[str, Any]) -> dict[str, Any]:
+    "What must be the same in two results of `compare` that are one table."
+    return {'images': result['data']['fingerprint'], 'preset': result['preset'],
+            'settings': result['overrides'].get('', {}), 'version': result['versions']['dynad']}
+
 def joined(
     results: Sequence[dict[str, Any]] # of `compare`; of a row that several hold, the last one that is done counts
 ) -> dict[str, Any]:                  # as one of them, without a grid
     "What several calls measured. Raises ConfigError where data, preset, settings or version are not the same."
     first = results[0]
     for r in results[1:]:
-        for what, of in (('images', lambda r: r['data']['fingerprint']), ('preset', lambda r: r['preset']),
-                         ('settings', lambda r: r['overrides'].get('', {})), ('version', lambda r: r['versions']['dynad'])):
-            if of(r) != of(first):
+        for (what, a), b in zip(measured_on(first).items(), measured_on(r).values()):
+            if a != b:
                 raise ConfigError(f"{first['data']['name']} and {r['data']['name']}: not the same {what} "
-                                  f"({of(first)} and {of(r)}); only what was measured alike is one table")
+                                  f"({a} and {b}); only what was measured alike is one table")
     rows, apart = {}, {}
     for r in results:
         for row in r['rows']:
@@ -262,11 +266,10 @@ def read_comparisons(
     folder: str | Path                # of JSON files of `compare`
 ) -> dict[str, dict[str, Any]]:       # name of the first file -> result
     "What the files of a folder hold, joined where it was measured alike."
-    alike: dict[tuple, dict[str, dict]] = {}
+    alike: dict[str, dict[str, dict]] = {}
     for f in sorted(Path(folder).glob('*.json')):
         r = json.loads(f.read_text(encoding='utf-8'))
-        own = json.dumps(r['overrides'].get('', {}), sort_keys=True)
-        alike.setdefault((r['data']['fingerprint'], r['preset'], own, r['versions']['dynad']), {})[f.stem] = r
+        alike.setdefault(json.dumps(measured_on(r), sort_keys=True), {})[f.stem] = r
     return {next(iter(group)): joined(list(group.values())) for group in alike.values()}
 
 # %% ../nbs/17g_compare.ipynb #7c04ef28

@@ -141,7 +141,10 @@ def counting(method: Method, predictions: Iterable) -> Iterator[tuple[list[int],
     for rows, p in predictions: yield rows, p if p.map is None else method.within_roi(p)
 
 # %% ../nbs/17_evaluate.ipynb #783b592f
-def one_map(method: Method, images: ImageSet) -> dict[str, Iterator[tuple[list[int], Prediction]]]:
+def one_map(
+    method: Method,
+    images: ImageSet # N of them
+) -> dict[str, Iterator[tuple[list[int], Prediction]]]: # name -> all rows, one map as [N,1,H,W], scores 0 [N]
     "The null model that does not look: the mean map of the held-out normal images; none for a saved model."
     if method.held_out_set is None or (held := method.held_out_prediction().map) is None: return {}
     mean, n = held.mean(0, keepdim=True), len(images)

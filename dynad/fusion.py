@@ -167,7 +167,7 @@ def smooth(
     s = sigma*m.shape[-1]/256 if scale else sigma
     if s <= 0: return m
     k = min(2*int(4*s + .5) + 1, 2*(m.shape[-1] - 1) + 1)
-    return gaussian_blur(m, [k, k], [s, s])
+    return gaussian_blur(gaussian_blur(m, [k, 1], [s, s]), [1, k], [s, s]) # along each axis: 2k products, not k²
 
 # %% ../nbs/12_fusion.ipynb #2d298fdf
 def score(
