@@ -164,6 +164,7 @@ def choose(
         before = now
         for group in candidates(now, every, bool(maps.neighbours)):
             tried = [m for m in candidates(now, every, bool(maps.neighbours))[group] if m != now]
+            if not tried: continue # of a single T̂ there is nothing else
             gains = [gain(of(m), of(now), maps.source) for m in tried]
             best = max(range(len(tried)), key=lambda k: gains[k][0] - sure*gains[k][1])
             taken = gains[best][0] - sure*gains[best][1] > 1e-6

@@ -58,6 +58,14 @@ def test_one_source_image_changes_nothing():
     assert choose(maps, PRIOR).chosen == PRIOR
 
 
+def test_of_a_single_t_hat_there_is_none_to_choose():
+    "`reconstruction.average = 1` with a choice: all other groups are tried."
+    m = stored(feature=3.)
+    one = replace(m, latent={100: m.latent[100]}, features={k: v for k, v in m.features.items() if k[0] == 100})
+    made = choose(one, replace(PRIOR, t_hat=(100,)))
+    assert made.chosen.t_hat == (100,) and made.chosen.lam < .5 and {r['group'] for r in made.rows} == {'weights', 'features', 'σ and score'}
+
+
 def test_few_images_stay_nearer_to_the_prior_than_many():
     noise = [sum(choose(stored(.3, .3, .3, normal=k, n=n, seed=s), PRIOR).chosen != PRIOR for s in range(5))
              for k, n in ((2, 4), (12, 48))]
