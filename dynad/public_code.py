@@ -8,7 +8,7 @@ import contextlib, copy, importlib.util, io, statistics, sys, time, types, warni
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import TYPE_CHECKING, Any, Callable, Iterator
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ if TYPE_CHECKING: import pandas as pd
 __all__ = ['MEAN', 'STD', 'SCALE', 'COLUMNS', 'now', 'Clock', 'watched', 'PublicCodeError', 'public_code', 'PublicPhi',
            'PublicVAE', 'settings_of_the_public_code', 'public_config', 'TestSet', 'test_set', 'Run', 'Loaded',
            'Nowhere', 'run_public', 'run_ours', 'ways', 'in_turns', 'seconds_of', 'row_of', 'between', 'against',
-           'against_table', 'stages_table']
+           'against_table', 'stages_table', 'ratios_table']
 
 # %% ../nbs/17ba_public_code.ipynb #795cf91d
 def now() -> np.ndarray: # [2] s: by the clock, of this process
@@ -354,3 +354,12 @@ def stages_table(result: dict[str, Any]) -> pd.DataFrame: # of `against`
     "Milliseconds of the processor per image of each stage."
     import pandas as pd
     return pd.DataFrame({k: r['parts, processor, ms'] for k, r in result['rows'].items()}).T.fillna(0.)
+
+def ratios_table(results: dict[str, dict[str, Any]], rows: Sequence[str]) -> pd.DataFrame: # name -> of `against`; ways
+    "Times as fast as the public code outside E and D / end to end; verdicts that differ; points of PRO beside its own."
+    import pandas as pd
+    def cell(r, name):
+        way, pro = r['rows'][name], r['rows']['public code']['pro']
+        outside, whole = (way[f'{what}, processor, times'] for what in ('outside E and D', 'all'))
+        return f"{outside:.1f} / {whole:.1f}; {way['verdicts that differ']} of {r['images']}; {way['pro'] - pro:+.1f}"
+    return pd.DataFrame({n: {name: cell(r, name) for name in rows} for n, r in results.items()})

@@ -11,7 +11,7 @@ from dynad import public_code as pc
 from dynad.cli import app
 from dynad.data import load_images, load_masks, split_normal, to_float
 from dynad.detector import DynAD
-from dynad.public_code import Clock, PublicCodeError, PublicPhi, PublicVAE, TestSet, against, public_code, row_of, run_ours, run_public, settings_of_the_public_code, watched, ways
+from dynad.public_code import Clock, PublicCodeError, PublicPhi, PublicVAE, TestSet, against, public_code, ratios_table, row_of, run_ours, run_public, settings_of_the_public_code, watched, ways
 from dynad.store import StoreError
 from dynad.synthetic import write_synthetic
 
@@ -176,6 +176,12 @@ def test_what_is_kept_says_what_the_text_says():
     for r in kept.values():
         exact, public = r['rows']['exact'], r['rows']['public code']
         assert exact['map, largest difference'] < 1e-4 and exact['verdicts that differ'] == 0 and public['φ per image'] == 5 and exact['φ per image'] == 2 and exact['UNet per image'] == public['UNet per image'] == 10
+
+def test_a_cell_of_the_ratios_says_speed_verdicts_and_pro():
+    way = lambda a, b, pro, v: {'outside E and D, processor, times': a, 'all, processor, times': b, 'pro': pro, 'verdicts that differ': v}
+    r = {'images': 54, 'rows': {'public code': way(1., 1., 80.34, 0), 'exact': way(2.137, 2.03, 80.34, 0), '3 steps': way(5.305, 4.389, 84.729, 1)}}
+    t = ratios_table({'cookies, seed 1': r}, ['exact', '3 steps'])
+    assert t['cookies, seed 1'].tolist() == ['2.1 / 2.0; 0 of 54; +0.0', '5.3 / 4.4; 1 of 54; +4.4'] and list(t.index) == ['exact', '3 steps']
 
 CODE = os.environ.get('DYNAD_PUBLIC_CODE')
 
