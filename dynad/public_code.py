@@ -361,5 +361,6 @@ def ratios_table(results: dict[str, dict[str, Any]], rows: Sequence[str]) -> pd.
     def cell(r, name):
         way, pro = r['rows'][name], r['rows']['public code']['pro']
         outside, whole = (way[f'{what}, processor, times'] for what in ('outside E and D', 'all'))
-        return f"{outside:.1f} / {whole:.1f}; {way['verdicts that differ']} of {r['images']}; {way['pro'] - pro:+.1f}"
+        above = round(way['pro'] - pro, 1) + 0. # no -0.0
+        return f"{outside:.1f} / {whole:.1f}; {way['verdicts that differ']} of {r['images']}; {above:+.1f}"
     return pd.DataFrame({n: {name: cell(r, name) for name in rows} for n, r in results.items()})
