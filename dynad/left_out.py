@@ -4,19 +4,17 @@
 
 # %% ../nbs/14ba_left_out.ipynb #9d559b04
 from __future__ import annotations
-from dataclasses import replace
 from typing import Any, Sequence
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .choice import FOUND, WEIGHTS, Choice, Mixture, StoredMaps, choose, found, gain
+from .choice import FOUND, Choice, Mixture, StoredMaps, candidates, choose, found, gain
 from .config import DynadError
 
 # %% auto #0
-__all__ = ['RULES', 'LeftOutError', 'of_images', 'cross_chosen', 'gains', 'weighted', 'grid_found', 'best_weights',
-           'leave_one_out']
+__all__ = ['RULES', 'LeftOutError', 'of_images', 'cross_chosen', 'gains', 'grid_found', 'best_weights', 'leave_one_out']
 
 # %% ../nbs/14ba_left_out.ipynb #1a0c9964
 class LeftOutError(DynadError, ValueError):
@@ -45,13 +43,12 @@ def cross_chosen(
     "How well each defect is found by the mixture that was chosen on other normal images. Raises LeftOutError."
     images = sorted(set(maps.source))
     if len(images) < 2: raise LeftOutError(f"{len(images)} normal images with defects in them; at least 2 are needed")
-    out, choices = torch.zeros(len(maps.masks), len(FOUND)), []
-    for k in tqdm(range(min(folds, len(images))), 'choosing', disable=not progress, delay=2, leave=False):
-        out_of_it = set(images[k::folds])
-        choices.append(choose(of_images(maps, [i for i in range(maps.normal) if i not in out_of_it]), prior, level))
-        rows = [r for r, i in enumerate(maps.source) if i in out_of_it]
-        out[rows] = found(maps, choices[-1].chosen)[rows]
-    return out, choices
+    parts, choices = [set(images[k::folds]) for k in range(min(folds, len(images)))], []
+    for part in tqdm(parts, 'choosing', disable=not progress, delay=2, leave=False):
+        choices.append(choose(of_images(maps, [i for i in range(maps.normal) if i not in part]), prior, level))
+    by = {m: found(maps, m) for m in {c.chosen for c in choices}} # folds often choose alike
+    of = {i: by[c.chosen] for part, c in zip(parts, choices) for i in part}
+    return torch.stack([of[i][r] for r, i in enumerate(maps.source)]), choices
 
 # %% ../nbs/14ba_left_out.ipynb #c5c9afc9
 RULES = {'for sure': .025, 'whatever is best': .5} # levels of `choose`
@@ -73,34 +70,37 @@ def gains(
     return rows
 
 # %% ../nbs/14ba_left_out.ipynb #7c8339e6
-def weighted(m: Mixture, weights: tuple[float, float]) -> Mixture: # λ, λ_n
-    "The mixture with these weights."
-    return replace(m, lam=weights[0], neighbour=weights[1])
-
 def grid_found(
     maps: StoredMaps,
     base: Mixture
 ) -> dict[tuple[float, float], float]: # (λ, λ_n) -> mean of the three numbers of `found`, in [0,1]
     "How well the defects of one product are found with each pair of weights."
-    pairs = [(l, n) for n in (WEIGHTS if maps.neighbours else (0.,)) for l in (WEIGHTS if n < 1 else (base.lam,))]
-    return {p: found(maps, weighted(base, p)).mean().item() for p in pairs}
+    tried = candidates(base, base.t_hat, bool(maps.neighbours))['weights']
+    return {(m.lam, m.neighbour): found(maps, m).mean().item() for m in tried}
 
 def best_weights(
-    products: Sequence[dict[tuple[float, float], float]] # of `grid_found`
+    products: Sequence[dict[tuple[float, float], float]] # of `grid_found`, of the same base
 ) -> tuple[float, float]:                                # λ, λ_n
     "The pair with the best mean over products."
-    mean = {p: sum(g[p] for g in products)/len(products) for p in products[0] if all(p in g for g in products)}
+    mean = {p: sum(g[p] for g in products)/len(products) for p in products[0]}
     return max(mean, key=mean.get)
 
 # %% ../nbs/14ba_left_out.ipynb #3a6d3e94
 def leave_one_out(
-    grids: dict[str, list[dict[tuple[float, float], float]]], # product -> `grid_found` of each of its seeds
-    prior: tuple[float, float]                                # λ, λ_n that stand now
+    grids: dict[str, list[dict[tuple[float, float], float]]], # product -> `grid_found` of each of its seeds, same base
+    prior: tuple[float, float]                                # λ, λ_n that stand now, one pair of the grids
 ) -> list[dict[str, Any]]:                                    # one row a product
     """Each product with the weights that the others choose, beside the prior, each map alone and its own best.
 
-    Raises LeftOutError for a single product."""
+    Raises LeftOutError for a single product, and where not all have the same pairs, a neighbour map among them."""
     if len(grids) < 2: raise LeftOutError(f"one product ({', '.join(grids)}); at least 2 are needed")
+    pairs = {*next(iter(grids.values()))[0]}
+    if other := [n for n, gs in grids.items() for g in gs if {*g} != pairs]:
+        raise LeftOutError(f"{other[0]}: not the pairs of λ and λ_n of {next(iter(grids))}; "
+                           "all need the same base mixture")
+    if not {prior, (1., 0.), (0., 0.)} <= pairs or all(n < 1 for _, n in pairs):
+        raise LeftOutError(f"the grid of {next(iter(grids))} lacks λ, λ_n = {prior} or each map alone; "
+                           "runs need a neighbour map and a prior on the grid of `WEIGHTS`")
     mean = {n: {p: sum(g[p] for g in gs)/len(gs) for p in gs[0]} for n, gs in grids.items()}
     rows = []
     for n, own in mean.items():

@@ -1,8 +1,10 @@
 "The choice judged where it was not made: folds by image, products left out."
+from dataclasses import replace
+
 import pytest, torch
 
 from dynad.choice import Mixture, StoredMaps, choose, found
-from dynad.left_out import LeftOutError, best_weights, cross_chosen, gains, grid_found, leave_one_out, of_images, weighted
+from dynad.left_out import LeftOutError, best_weights, cross_chosen, gains, grid_found, leave_one_out, of_images
 
 PRIOR = Mixture((100,), (1, 2))
 
@@ -57,8 +59,14 @@ def test_weights_of_the_others():
     rows = {r['product']: r for r in leave_one_out(grids, (.5, .5))}
     assert rows['c']['seeds'] == 2 and rows['c']['λ, λ_n of the others'] == best_weights([grids['a'][0], grids['b'][0]])
     assert rows['c']['with them'] < rows['c']['with the prior'] < rows['c']['with its own best']
-    assert rows['a']['f_map alone'] == grids['a'][0][0., 0.] == pytest.approx(found(stored(5, 15, 1), weighted(PRIOR, (0., 0.))).mean().item())
+    assert rows['a']['f_map alone'] == grids['a'][0][0., 0.] == pytest.approx(found(stored(5, 15, 1), replace(PRIOR, lam=0., neighbour=0.)).mean().item())
 
 def test_too_little_to_leave_any_out():
     with pytest.raises(LeftOutError, match='1 normal images with defects.*at least 2'): cross_chosen(stored(1, 3), PRIOR)
     with pytest.raises(LeftOutError, match=r'one product \(a\)'): leave_one_out({'a': [grid_found(stored(2, 4), PRIOR)]}, (.5, .5))
+
+def test_products_without_a_common_grid_are_refused():
+    with_map, without = grid_found(stored(3, 6), PRIOR), grid_found(replace(stored(3, 6), neighbours=()), PRIOR)
+    with pytest.raises(LeftOutError, match='b: not the pairs of λ and λ_n of a'): leave_one_out({'a': [with_map], 'b': [without]}, (.5, .5))
+    with pytest.raises(LeftOutError, match='neighbour map'): leave_one_out({'a': [without], 'b': [without]}, (.5, 0.))
+    with pytest.raises(LeftOutError, match=r'λ, λ_n = \(0.6, 0.5\)'): leave_one_out({'a': [with_map], 'b': [with_map]}, (.6, .5))
