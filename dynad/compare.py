@@ -5,7 +5,7 @@
 # %% ../nbs/17g_compare.ipynb #ecc1a98b
 from __future__ import annotations
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
@@ -27,9 +27,9 @@ from .store import atomic_write, load_tensors, make_folder
 from .task import NOT_HERE, Task, in_this_process, one_after_another, resolved, unpacked
 
 # %% auto #0
-__all__ = ['COLUMNS', 'COSTS', 'Comparison', 'chosen_rows', 'value_of', 'over_seeds', 'summary_of', 'cell_text', 'table_of',
-           'difference', 'title_of', 'compare', 'outcome_text', 'measured_on', 'joined', 'read_comparisons',
-           'write_comparison_page', 'difference_lines']
+__all__ = ['COLUMNS', 'COSTS', 'Comparison', 'chosen_rows', 'value_of', 'over_seeds', 'summary_of', 'cell_text',
+           'taken_over_text', 'table_of', 'difference', 'title_of', 'compare', 'outcome_text', 'measured_on', 'joined',
+           'read_comparisons', 'write_comparison_page', 'difference_lines']
 
 # %% ../nbs/17g_compare.ipynb #577ac504
 @dataclass
@@ -80,7 +80,9 @@ def tasks(self: Comparison) -> list[Task]:
                     rows=chosen_rows(self.dataset, self.images))
         key = content_key(what | {'data': self.dataset.fingerprint, 'version': __version__}, 8)
         return Task(**what, folder=str(Path(self.out)/f'{name}-seed{seed}-{key}'))
-    return [one(m, s) for s in self.seeds for m in self.methods]
+    tasks = [one(m, s) for s in self.seeds for m in self.methods]
+    alike = lambda t: tuple(o.folder for o in tasks if o.seed == t.seed and o is not t)
+    return [replace(t, lenders=alike(t)) for t in tasks]
 
 # %% ../nbs/17g_compare.ipynb #ec337e65
 COLUMNS = {'i_auroc': 'I-AUROC', 'p_auroc': 'P-AUROC', 'pro': 'PRO', 'i_ap': 'I-AP', 'p_ap': 'P-AP'} # in percent
@@ -112,7 +114,8 @@ def summary_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if len(shared) == 1 and len(missing) == len(own): missing = [f"{own[0]['status']}: {shared.pop()}"]
         warned = list(dict.fromkeys(w for r in done for w in r.get('warnings', ())))
         entry = {'method': method, 'title': own[0]['title'], 'seeds': [r['seed'] for r in done], 'missing': missing,
-                 'warnings': warned, 'resumed': any(r.get('resumed') for r in done)}
+                 'warnings': warned, 'resumed': any(r.get('resumed') for r in done),
+                 'taken_over': sorted({n for r in done for n in r.get('taken_over', ())})}
         out.append(entry | {k: over_seeds(done, k) for k in (*KEYS, *COSTS)})
     return out
 
@@ -125,13 +128,18 @@ def cell_text(m: dict[str, Any] | None, scale: float = 1., digits: int = 1) -> s
     return text(m['mean']) + (f" [{text(m['low'])}, {text(m['high'])}]" if m['low'] is not None else '')
 
 # %% ../nbs/17g_compare.ipynb #3cd1617f
+def taken_over_text(entry: dict[str, Any]) -> list[str]: # none or one
+    "Which trainings of other rows a method shares; entry: of `summary_of`."
+    if not (names := entry.get('taken_over')): return []
+    return [f"shares {', '.join(names)} with another row: in fit, min, not in memory"]
+
 def table_of(summary: list[dict[str, Any]]) -> pd.DataFrame:
     "The table as text; metrics in percent."
     def line(s):
         cells = {name: cell_text(s[k], 100) for k, name in COLUMNS.items()}
         cells |= {name: cell_text(s[k], 1, digits) for k, (name, digits) in COSTS.items()}
         if s['resumed']: cells['fit, min'] = '≥ ' + cells['fit, min']
-        note = '; '.join([*s['missing'], *s['warnings']])
+        note = '; '.join([*s['missing'], *s['warnings'], *taken_over_text(s)])
         return cells | {'seeds': ', '.join(map(str, s['seeds'])) or '—', 'note': note}
     return pd.DataFrame({s['title']: line(s) for s in summary}).T
 
@@ -189,7 +197,7 @@ def state(self: Comparison, rows: list[dict[str, Any]], more: dict[str, Any] | N
     "What compare.json holds."
     done = [r for r in rows if r['status'] == 'done']
     keep = ('method', 'title', 'seed', 'status', 'reason', 'traceback', 'folder', *KEYS, *COSTS, 'resumed',
-            'fit_cpu_minutes', 'fit_memory_mb', 'warnings', 'seconds_by_stage', 'decision', 'machine')
+            'fit_cpu_minutes', 'fit_memory_mb', 'taken_over', 'warnings', 'seconds_by_stage', 'decision', 'machine')
     return {'data': described(self.dataset), 'preset': self.preset,
             'seeds': list(self.seeds), 'methods': list(self.methods), 'overrides': self.overrides,
             'n_boot': self.n_boot, 'finished': all(r['status'] != 'waiting' for r in rows), 'summary': summary_of(rows),

@@ -4,11 +4,12 @@
 
 # %% ../nbs/01_store.ipynb #0bdf171c
 from __future__ import annotations
-import json, time
+import json, shutil, time
 from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import count
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 import torch
 from fastcore.basics import patch
@@ -24,8 +25,8 @@ from .guard import Stop
 from .paths import PathError, check_folder, expanded, move, printable
 
 # %% auto #0
-__all__ = ['SCHEMA', 'TrainingStopped', 'remove_temporary', 'describe_stage', 'Store', 'check_run', 'check_shard', 'read_shard',
-           'Shards']
+__all__ = ['SCHEMA', 'TrainingStopped', 'remove_temporary', 'describe_stage', 'Store', 'check_run', 'lent', 'take_over',
+           'check_shard', 'read_shard', 'Shards']
 
 # %% ../nbs/01_store.ipynb #05772a03
 class TrainingStopped(Stop, RuntimeError):
@@ -102,6 +103,36 @@ def done(self: Store, name: str, parts: dict[str, Any]) -> bool:
     "Whether the stage is finished."
     return (self.path(name, parts)/'stage.json').exists()
 
+# %% ../nbs/01_store.ipynb #1dcfc6db
+_LENT: ContextVar[tuple[tuple[Path, ...], dict[str, float]]] = ContextVar('lent', default=((), {}))
+
+@contextmanager
+def lent(
+    runs: Iterable[str | Path]      # run directories; one that is not there lends nothing
+) -> Iterator[dict[str, float]]:    # name of a stage -> seconds that it took where it was made, as they are taken over
+    "Within the block, finished stages of these runs are copied instead of being made again."
+    taken: dict[str, float] = {}
+    token = _LENT.set((tuple(expanded(r) for r in runs), taken))
+    try: yield taken
+    finally: _LENT.reset(token)
+
+
+# %% ../nbs/01_store.ipynb #d70a68df
+def take_over(name: str, key: str, work: Path) -> bool:
+    "Copy the stage into its working folder, if a lender has finished it."
+    runs, taken = _LENT.get()
+    for source in (r/'stages'/name/key for r in runs):
+        if not (source/'stage.json').exists(): continue
+        seconds = load_json(source/'stage.json', 'seconds')['seconds'] or 0.
+        try:
+            shutil.rmtree(work)
+            shutil.copytree(source, work)
+        except OSError as e: raise write_error(work, e) from None
+        taken[name] = taken.get(name, 0.) + seconds
+        return True
+    return False
+
+
 # %% ../nbs/01_store.ipynb #ba7ecd77
 @patch
 def stage(self: Store,
@@ -109,7 +140,7 @@ def stage(self: Store,
     parts: dict[str, Any],
     make: Callable[[Path], dict[str, Tensor] | None] # gets the working folder; what it returns is data.safetensors
 ) -> Path:                                           # the finished folder
-    "The finished stage; made now if it is not there, resumed in its working folder if it was cut off."
+    "The finished stage; made now if it is neither here nor `lent`, resumed in its working folder if it was cut off."
     final = self.path(name, parts)
     if self.done(name, parts): return final
     with self.lock(final):
@@ -121,10 +152,11 @@ def stage(self: Store,
         try: work.mkdir(exist_ok=True)
         except OSError as e: raise write_error(work, e) from None
         remove_temporary(work)
-        start = time.perf_counter()
-        tensors = make(work)
-        if tensors is not None: save_tensors(work/'data.safetensors', tensors)
-        describe_stage(work, name, parts, time.perf_counter() - start)
+        if not take_over(name, final.name, work):
+            start = time.perf_counter()
+            tensors = make(work)
+            if tensors is not None: save_tensors(work/'data.safetensors', tensors)
+            describe_stage(work, name, parts, time.perf_counter() - start)
         try: move(work, final)
         except OSError as e: raise write_error(final, e) from None
     return final

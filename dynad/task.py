@@ -21,7 +21,7 @@ from .evaluate import Evaluation, evaluate
 from .machine import machine, peak_memory_mb
 from .method import METHODS, Method, method_named
 from .metrics import StreamingPixelMetrics
-from .store import atomic_write, load_json, make_folder, remove_temporary, save_tensors
+from .store import atomic_write, lent, load_json, make_folder, remove_temporary, save_tensors
 from .training import TrainingError
 
 # %% auto #0
@@ -55,6 +55,7 @@ class Task:
     overrides: dict[str, Any] = field(default_factory=dict)
     n_boot: int = 200
     rows: tuple[int, ...] = ()         # test images whose maps are kept for the grid
+    lenders: tuple[str, ...] = ()      # folders of tasks whose finished stages are taken over where they are the same
 
     @property
     def name(self) -> str:
@@ -130,12 +131,15 @@ def work(task: Task) -> dict[str, Any]: # the result
     clock = lambda: np.array([time.perf_counter(), time.process_time()])/60
     start = clock()
     with own_warnings() as said:
-        method = cls(config).fit(dataset, run, progress=progress)
+        with lent(Path(f)/'run' for f in task.lenders) as taken:
+            method = cls(config).fit(dataset, run, progress=progress)
         (minutes, cpu), after_fit = (clock() - start).tolist(), peak_memory_mb()
         e = evaluate(method, dataset, n_boot=task.n_boot, null_models=False, progress=progress)
         keep_predictions(e, task)
+    minutes += sum(taken.values())/60
     return e.result | {'status': 'done', 'title': cls.title or cls.name, 'fit_minutes': minutes, 'fit_cpu_minutes': cpu,
-                       'fit_memory_mb': after_fit, 'resumed': resumed, 'warnings': said, 'machine': machine()}
+                       'fit_memory_mb': after_fit, 'resumed': resumed, 'taken_over': sorted(taken), 'warnings': said,
+                       'machine': machine()}
 
 # %% ../nbs/17fa_task.ipynb #bfe2a69e
 def refusal(e: Exception) -> dict[str, Any]:
@@ -188,7 +192,7 @@ def in_this_process(tasks: list[Task]) -> Iterator[tuple[Task, dict]]:
 def _main(folder: str) -> None:
     "What a process of `run_apart` does."
     given = json.loads((Path(folder)/'task.json').read_text(encoding='utf-8'))
-    result = run_here(Task(**given | {'rows': tuple(given['rows'])}))
+    result = run_here(Task(**given | {k: tuple(given[k]) for k in ('rows', 'lenders')}))
     atomic_write(Path(folder)/'answer.json', json.dumps(result, ensure_ascii=False, allow_nan=False))
 
 if __name__ == '__main__' and '__file__' in globals(): _main(sys.argv[1])

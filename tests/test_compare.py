@@ -231,3 +231,19 @@ def test_tasks_on_a_cluster(toys, boards, tmp_path):
     result = C.compare(comparison(boards, tmp_path/'out', toy('deviation', 'dies', 'scores')), run=runner_of(None, 2), report=lambda line: None)
     assert [r['status'] for r in result['rows']] == ['done', 'failed', 'done']
     assert dict(map_on_cluster(abs, [-3, -4])) == {-3: 3, -4: 4}
+
+def test_what_rows_train_alike_is_trained_once(boards, tmp_path):
+    "Static conditioning takes over DynAD's autoencoder and UNet, says so, counts their minutes, and finds what it finds alone."
+    quick = {'': {'denoiser.steps': 5, 'latents.finetune_steps': 1, 'adaptation.gamma': 0, 'reconstruction.average': 1, 'fusion.choice': 'fixed'}}
+    c = comparison(boards, tmp_path/'both', ('dynad', 'static'), overrides=quick)
+    first, second = C.compare(c, run=C.in_this_process, report=lambda _: None)['rows']
+    alone = C.compare(comparison(boards, tmp_path/'alone', ('static',), overrides=quick), run=C.in_this_process, report=lambda _: None)['rows'][0]
+    assert not first['taken_over'] and not alone['taken_over'] and {'autoencoder', 'denoiser'} <= set(second['taken_over'])
+    stage = lambda where, row: next((tmp_path/where/row['folder']/'run'/'stages'/'denoiser').glob('*/stage.json'))
+    made, copied, again = (json.loads(stage(*k).read_text()) for k in (('both', first), ('both', second), ('alone', alone)))
+    assert made == copied and made['parts'] == again['parts'] and made['seconds'] != again['seconds']
+    assert second['fit_minutes'] > made['seconds']/60
+    scores = lambda where, row: C.load_tensors(tmp_path/where/row['folder']/'predictions.safetensors')['scores']
+    assert torch.equal(scores('both', second), scores('alone', alone))
+    note = C.table_of(C.summary_of([first, second]))['note']
+    assert note.iloc[0] == '' and 'denoiser' in note.iloc[1] and 'with another row' in note.iloc[1]

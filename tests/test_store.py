@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dynad.store import Shards, Store, StoreError, atomic_write, load_tensors, replacing, save_tensors, state_hash
+from dynad.store import Shards, Store, StoreError, atomic_write, lent, load_tensors, replacing, save_tensors, state_hash
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -98,3 +98,18 @@ def test_shards_in_memory_and_on_disk(tmp_path, hold):
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path/'file').write_text('')
     with pytest.raises(StoreError, match='cannot be made a run directory'): Store(tmp_path/'file'/'run')
+
+def test_a_lent_stage_is_copied_whole_and_an_unfinished_one_is_not(tmp_path):
+    lender, own, calls = Store(tmp_path/'lender'), Store(tmp_path/'own'), []
+    def make(work): calls.append(work); (work/'part').mkdir(exist_ok=True); return {'x': torch.ones(3)}
+    def cut_off(work): (work/'half').write_text('h'); raise KeyboardInterrupt
+    lender.stage('whole', {'k': 1}, make)
+    with pytest.raises(KeyboardInterrupt): lender.stage('half', {'k': 1}, cut_off)
+    with pytest.raises(KeyboardInterrupt): own.stage('whole', {'k': 1}, cut_off)     # what was begun here gives way
+    with lent([tmp_path/'lender']) as taken:
+        folder = own.stage('whole', {'k': 1}, make)
+        assert len(calls) == 1 and sorted(p.name for p in folder.iterdir()) == ['data.safetensors', 'part', 'stage.json']
+        own.stage('half', {'k': 1}, make), own.stage('whole', {'k': 2}, make)
+    assert len(calls) == 3 and taken == {'whole': lender.seconds('whole', {'k': 1})}
+    own.stage('other', {'k': 1}, make)
+    assert len(calls) == 4 and load_tensors(folder/'data.safetensors')['x'].sum() == 3
