@@ -48,9 +48,15 @@ def remove_temporary(
         except OSError: pass
 
 # %% ../nbs/01_store.ipynb #f6225c13
-def describe_stage(folder: Path, name: str, parts: dict[str, Any], seconds: float | None = None) -> None:
+def describe_stage(
+    folder: Path,
+    name: str,
+    parts: dict[str, Any],
+    seconds: float | None = None,
+    resumed: bool = False # an earlier attempt was cut off, whose seconds are not counted
+) -> None:
     "Write stage.json, which makes a folder a finished stage: its name, what it depends on, and how long it took."
-    stage = {'name': name, 'schema': SCHEMA, 'parts': parts, 'seconds': seconds}
+    stage = {'name': name, 'schema': SCHEMA, 'parts': parts, 'seconds': seconds, 'resumed': resumed}
     atomic_write(folder/'stage.json', json.dumps(stage, indent=1, default=str))
 
 # %% ../nbs/01_store.ipynb #60dcb0d5
@@ -104,34 +110,34 @@ def done(self: Store, name: str, parts: dict[str, Any]) -> bool:
     return (self.path(name, parts)/'stage.json').exists()
 
 # %% ../nbs/01_store.ipynb #1dcfc6db
-_LENT: ContextVar[tuple[tuple[Path, ...], dict[str, float]]] = ContextVar('lent', default=((), {}))
+_LENT: ContextVar[tuple[tuple[Path, ...], list[dict[str, Any]]]] = ContextVar('lent', default=((), []))
 
 @contextmanager
 def lent(
-    runs: Iterable[str | Path]      # run directories; one that is not there lends nothing
-) -> Iterator[dict[str, float]]:    # name of a stage -> seconds that it took where it was made, as they are taken over
+    runs: Iterable[str | Path]         # run directories; one that is not there lends nothing
+) -> Iterator[list[dict[str, Any]]]:   # stage.json of each stage that is taken over, as it happens
     "Within the block, finished stages of these runs are copied instead of being made again."
-    taken: dict[str, float] = {}
+    taken: list[dict[str, Any]] = []
     token = _LENT.set((tuple(expanded(r) for r in runs), taken))
     try: yield taken
     finally: _LENT.reset(token)
 
-
 # %% ../nbs/01_store.ipynb #d70a68df
-def take_over(name: str, key: str, work: Path) -> bool:
-    "Copy the stage into its working folder, if a lender has finished it."
+def take_over(name: str, key: str, final: Path) -> bool:
+    """Copy the stage to its place, whole or not at all, if a lender has finished it. Raises StoreError for a lender's
+    damaged stage.json, and WriteError."""
     runs, taken = _LENT.get()
     for source in (r/'stages'/name/key for r in runs):
         if not (source/'stage.json').exists(): continue
-        seconds = load_json(source/'stage.json', 'seconds')['seconds'] or 0.
+        stage, copy = load_json(source/'stage.json', 'name', 'seconds'), temporary_folder(final)
         try:
-            shutil.rmtree(work)
-            shutil.copytree(source, work)
-        except OSError as e: raise write_error(work, e) from None
-        taken[name] = taken.get(name, 0.) + seconds
+            shutil.copytree(source, copy, dirs_exist_ok=True)
+            move(copy, final)
+        except OSError as e: raise write_error(final, e) from None
+        finally: shutil.rmtree(copy, ignore_errors=True)
+        taken.append(stage)
         return True
     return False
-
 
 # %% ../nbs/01_store.ipynb #ba7ecd77
 @patch
@@ -140,7 +146,8 @@ def stage(self: Store,
     parts: dict[str, Any],
     make: Callable[[Path], dict[str, Tensor] | None] # gets the working folder; what it returns is data.safetensors
 ) -> Path:                                           # the finished folder
-    "The finished stage; made now if it is neither here nor `lent`, resumed in its working folder if it was cut off."
+    """The finished stage; made now if it is neither here nor `lent`, resumed in its working folder if it was cut off.
+    Raises StoreError for a folder that is not a whole stage, and WriteError."""
     final = self.path(name, parts)
     if self.done(name, parts): return final
     with self.lock(final):
@@ -149,14 +156,16 @@ def stage(self: Store,
             raise StoreError(f"{final}: holds no stage.json, so it is not a whole stage; "
                              "delete the folder and run again")
         work = final.with_name(final.name + '.part')
+        if take_over(name, final.name, final):
+            shutil.rmtree(work, ignore_errors=True) # what was begun here
+            return final
         try: work.mkdir(exist_ok=True)
         except OSError as e: raise write_error(work, e) from None
         remove_temporary(work)
-        if not take_over(name, final.name, work):
-            start = time.perf_counter()
-            tensors = make(work)
-            if tensors is not None: save_tensors(work/'data.safetensors', tensors)
-            describe_stage(work, name, parts, time.perf_counter() - start)
+        resumed, start = any(work.iterdir()), time.perf_counter()
+        tensors = make(work)
+        if tensors is not None: save_tensors(work/'data.safetensors', tensors)
+        describe_stage(work, name, parts, time.perf_counter() - start, resumed)
         try: move(work, final)
         except OSError as e: raise write_error(final, e) from None
     return final

@@ -136,10 +136,11 @@ def work(task: Task) -> dict[str, Any]: # the result
         (minutes, cpu), after_fit = (clock() - start).tolist(), peak_memory_mb()
         e = evaluate(method, dataset, n_boot=task.n_boot, null_models=False, progress=progress)
         keep_predictions(e, task)
-    minutes += sum(taken.values())/60
+    minutes += sum(s['seconds'] or 0. for s in taken)/60
+    resumed |= any(s.get('resumed') for s in taken)
     return e.result | {'status': 'done', 'title': cls.title or cls.name, 'fit_minutes': minutes, 'fit_cpu_minutes': cpu,
-                       'fit_memory_mb': after_fit, 'resumed': resumed, 'taken_over': sorted(taken), 'warnings': said,
-                       'machine': machine()}
+                       'fit_memory_mb': after_fit, 'resumed': resumed, 'taken_over': sorted({s['name'] for s in taken}),
+                       'warnings': said, 'machine': machine()}
 
 # %% ../nbs/17fa_task.ipynb #bfe2a69e
 def refusal(e: Exception) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-import multiprocessing, os, signal, time
+import json, multiprocessing, os, signal, time
 from pathlib import Path
 
 import pytest
@@ -110,6 +110,19 @@ def test_a_lent_stage_is_copied_whole_and_an_unfinished_one_is_not(tmp_path):
         folder = own.stage('whole', {'k': 1}, make)
         assert len(calls) == 1 and sorted(p.name for p in folder.iterdir()) == ['data.safetensors', 'part', 'stage.json']
         own.stage('half', {'k': 1}, make), own.stage('whole', {'k': 2}, make)
-    assert len(calls) == 3 and taken == {'whole': lender.seconds('whole', {'k': 1})}
+    assert len(calls) == 3 and [(s['name'], s['seconds'], s['resumed']) for s in taken] == [('whole', lender.seconds('whole', {'k': 1}), False)]
+    assert not list((tmp_path/'own').rglob('*.part')) and not list((tmp_path/'own').rglob('*.tmp'))
     own.stage('other', {'k': 1}, make)
     assert len(calls) == 4 and load_tensors(folder/'data.safetensors')['x'].sum() == 3
+
+def test_a_copy_that_fails_keeps_what_was_begun(tmp_path, monkeypatch):
+    lender, own = Store(tmp_path/'lender'), Store(tmp_path/'own')
+    def begins(work): save_tensors(work/'checkpoint.safetensors', {'step': torch.tensor(7)}); raise KeyboardInterrupt
+    def no_room(source, to, **kw): raise OSError(28, 'No space left on device')
+    lender.stage('net', {'k': 1}, lambda work: {'x': torch.ones(3)})
+    with pytest.raises(KeyboardInterrupt): own.stage('net', {'k': 1}, begins)
+    monkeypatch.setattr('shutil.copytree', no_room)
+    with lent([tmp_path/'lender']), pytest.raises(StoreError, match='No space left'): own.stage('net', {'k': 1}, begins)
+    folder = own.stage('net', {'k': 1}, lambda work: load_tensors(work/'checkpoint.safetensors'))
+    assert load_tensors(folder/'data.safetensors')['step'] == 7
+    assert json.loads((folder/'stage.json').read_text())['resumed'] and not list((tmp_path/'own').rglob('*.tmp'))
