@@ -28,8 +28,8 @@ from .task import NOT_HERE, Task, in_this_process, one_after_another, resolved, 
 
 # %% auto #0
 __all__ = ['COLUMNS', 'COSTS', 'Comparison', 'chosen_rows', 'value_of', 'over_seeds', 'summary_of', 'cell_text',
-           'taken_over_text', 'table_of', 'difference', 'title_of', 'compare', 'outcome_text', 'measured_on', 'joined',
-           'read_comparisons', 'write_comparison_page', 'difference_lines']
+           'taken_over_text', 'table_of', 'difference', 'title_of', 'compare', 'outcome_text', 'measured_on',
+           'told_apart', 'joined', 'read_comparisons', 'write_comparison_page', 'difference_lines']
 
 # %% ../nbs/17g_compare.ipynb #577ac504
 @dataclass
@@ -248,6 +248,16 @@ def measured_on(result: dict[str, Any]) -> dict[str, Any]:
     return {'images': result['data']['fingerprint'], 'preset': result['preset'],
             'settings': result['overrides'].get('', {}), 'version': result['versions']['dynad']}
 
+def told_apart(
+    result: dict[str, Any] # of `compare`
+) -> dict[str, Any]:       # the same, with the settings that are a method's own in its name
+    "A method with settings of its own is another row than the same method without."
+    own = {m: ', '.join(f'{k}={v}' for k, v in s.items()) for m, s in result['overrides'].items() if m and s}
+    named = lambda text, method: ', '.join(filter(None, (text, own.get(method.rpartition(':')[2]))))
+    rows = [r | {k: named(r[k], r['method']) for k in ('method', 'title')} for r in result['rows']]
+    apart = [d | {k: named(d[k], d[k]) for k in ('method', 'against')} for d in result.get('differences', ())]
+    return result | {'rows': rows, 'differences': apart}
+
 def joined(
     results: Sequence[dict[str, Any]] # of `compare`; of a row that several hold, the last one that is done counts
 ) -> dict[str, Any]:                  # as one of them, without a grid
@@ -259,7 +269,7 @@ def joined(
                 raise ConfigError(f"{first['data']['name']} and {r['data']['name']}: not the same {what} "
                                   f"({a} and {b}); only what was measured alike is one table")
     rows, apart = {}, {}
-    for r in results:
+    for r in map(told_apart, results):
         for row in r['rows']:
             key = row['method'], row['seed']
             if key not in rows or row['status'] == 'done': rows[key] = row

@@ -24,7 +24,7 @@ from .store import StoreError, atomic_write, load_json, load_state, save_tensors
 from .training import CHECKPOINT, EMA, TrainLog, Training, one_cycle, rows_of_step, stream, train
 
 # %% auto #0
-__all__ = ['WEIGHTS', 'DenoiserError', 'Denoiser', 'check_denoiser', 'make_unet', 'set_compiled', 'compile_errors',
+__all__ = ['WEIGHTS', 'DenoiserError', 'Denoiser', 'check_denoiser', 'make_unet', 'set_compiled', 'uncompiled', 'compile_errors',
            'count_parameters', 'eps_loss', 'draw_batch', 'learning_rate', 'denoiser_training', 'train_denoiser',
            'save_denoiser', 'load_denoiser']
 
@@ -143,6 +143,13 @@ def set_compiled(
     if on: unet.unet.compile(backend=backend)
     else: unet.unet._compiled_call_impl = None
     return unet
+
+@contextmanager
+def uncompiled(unet: Denoiser) -> Iterator[None]:
+    "Without torch.compile within the block: a compiled network cannot be traced."
+    was, unet.unet._compiled_call_impl = unet.unet._compiled_call_impl, None
+    try: yield
+    finally: unet.unet._compiled_call_impl = was
 
 # %% ../nbs/08a_denoiser.ipynb #f2db5f79
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import DynadError
-from .denoiser import Denoiser
+from .denoiser import Denoiser, uncompiled
 from .detector import DynAD
 from .features import FeatureExtractor
 from .method import Method
@@ -94,7 +94,7 @@ class FrozenDenoiser(Frozen):
         t: Tensor    # [B] int64 in 0…T-1
     ) -> Tensor:     # [B,C,h,w] ε
         calls, samples = self.of.calls, self.of.samples
-        eps = self.frozen(None, Noise(self.of), z_t, t)
+        with uncompiled(self.of): eps = self.frozen(None, Noise(self.of), z_t, t)
         self.of.calls, self.of.samples = calls + 1, samples + len(z_t)
         return eps
 

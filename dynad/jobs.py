@@ -14,10 +14,10 @@ from filelock import FileLock
 
 import dynad
 from .config import content_key
+from .machine import gpu_count, own_gpu
 from .paths import move
 from .runner import (
-    PROFILES, Job, RunnerError, check_notebook, data_folders, data_stamps, environment, gpu_count, job_parts, read_json,
-    swap_folder, why_not)
+    PROFILES, Job, RunnerError, check_notebook, data_folders, data_stamps, environment, job_parts, read_json, swap_folder, why_not)
 
 # %% auto #0
 __all__ = ['Outcome', 'log_event', 'own_roots', 'on_this_machine', 'run_job', 'local_workers', 'cluster', 'run_jobs',
@@ -85,19 +85,6 @@ def on_this_machine(job: Job) -> Job:
     return replace(job, stamps=now, data=job.data if 'DYNAD_DATA' in planned else data,
                    reason=reason and f'on {platform.node()}: {reason}')
 
-# %% ../nbs/19d_jobs.ipynb #acb49bad
-def _my_gpu() -> str | None:
-    "On a worker of the local cluster with several GPUs: the one that is its own."
-    try:
-        from distributed import get_worker
-        worker = get_worker()
-    except (ImportError, ValueError): return None
-    own = getattr(worker, 'state', None) and worker.state.total_resources.get('GPU')
-    if not own or not isinstance(worker.name, int): return None
-    visible = [g for g in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if g]
-    seen = visible or [str(i) for i in range(max(1, gpu_count()))]
-    return seen[worker.name % len(seen)]
-
 # %% ../nbs/19d_jobs.ipynb #1b4a4355
 def _without_colours(s: str) -> str: return re.sub(r'\x1b\[[0-9;]*m', '', s)
 
@@ -110,7 +97,7 @@ def _running_cell(executed: Path) -> int | None:
 def _kernel_environment(job: Job) -> dict[str, str]:
     "Environment variables of the kernel."
     more = dict(DYNAD_POOL=job.pool, OMP_WAIT_POLICY=os.environ.get('OMP_WAIT_POLICY', 'passive'),
-                OMP_NUM_THREADS=job.threads and str(job.threads), CUDA_VISIBLE_DEVICES=_my_gpu())
+                OMP_NUM_THREADS=job.threads and str(job.threads), CUDA_VISIBLE_DEVICES=own_gpu())
     with environment(): return os.environ | {k: v for k, v in more.items() if v} | own_roots(job)
 
 # %% ../nbs/19d_jobs.ipynb #6495e6c7

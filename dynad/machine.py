@@ -11,7 +11,7 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['M_TRIM_THRESHOLD', 'M_TOP_PAD', 'M_MMAP_MAX', 'LEAVE', 'cpu_name', 'cpu_cores', 'cpu_load', 'peak_memory_mb',
-           'high_water_mark_mb', 'peak_working_set_mb', 'keep_freed_memory', 'machine']
+           'high_water_mark_mb', 'peak_working_set_mb', 'gpu_count', 'own_gpu', 'keep_freed_memory', 'machine']
 
 # %% ../nbs/01a_machine.ipynb #e275795b
 def cpu_name() -> str | None:
@@ -58,6 +58,24 @@ def peak_working_set_mb() -> float | None:
     except ImportError: return None
     peak = getattr(psutil.Process().memory_info(), 'peak_wset', None)
     return None if peak is None else peak/2**20
+
+# %% ../nbs/01a_machine.ipynb #a0f91c04
+def gpu_count() -> int:
+    "GPUs of this machine."
+    import torch
+    return torch.cuda.device_count()
+
+def own_gpu() -> str | None: # for CUDA_VISIBLE_DEVICES
+    "On a dask worker of a local cluster with GPUs: the one that is its own."
+    try:
+        from distributed import get_worker
+        worker = get_worker()
+    except (ImportError, ValueError): return None
+    own = getattr(worker, 'state', None) and worker.state.total_resources.get('GPU')
+    if not own or not isinstance(worker.name, int): return None
+    visible = [g for g in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if g]
+    seen = visible or [str(i) for i in range(max(1, gpu_count()))]
+    return seen[worker.name % len(seen)]
 
 # %% ../nbs/01a_machine.ipynb #b29ceab5
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4 # <malloc.h>

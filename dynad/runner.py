@@ -17,13 +17,14 @@ from .config import ConfigError, content_key, data_root, did_you_mean, weights_r
 from dynad.experiments import (
     SETS, TARGETS, Experiment, RunnerError, all_names, check_notebook, find_experiment, notebook_code, notebook_title,
     read_notebook)
+from .machine import gpu_count
 from .paths import check_folder, move
 from .provenance import folder_stamp, notebook_hash, source_hash, syntax_key
 
 # %% auto #0
 __all__ = ['PROFILES', 'SMALL_DATA', 'TRAINING', 'TIMEOUT', 'LONGEST', 'Profile', 'variants', 'find_target', 'read_json',
-           'swap_folder', 'Job', 'job_parts', 'with_key', 'papers_folder', 'gpu_count', 'data_folders', 'environment',
-           'why_not', 'data_stamps', 'with_cost', 'plan', 'refuse_parameters', 'listing', 'outdated', 'committed_stamp',
+           'swap_folder', 'Job', 'job_parts', 'with_key', 'papers_folder', 'data_folders', 'environment', 'why_not',
+           'data_stamps', 'with_cost', 'plan', 'refuse_parameters', 'listing', 'outdated', 'committed_stamp',
            'outdated_outputs']
 
 # %% ../nbs/19c_runner.ipynb #83f0836a
@@ -158,11 +159,6 @@ def papers_folder() -> Path:
     return p
 
 # %% ../nbs/19c_runner.ipynb #8ab3faa0
-def gpu_count() -> int:
-    "GPUs of this machine."
-    import torch
-    return torch.cuda.device_count()
-
 def data_folders() -> dict[str, str]:
     "DYNAD_DATA and DYNAD_WEIGHTS, absolute; those that are set."
     return {k: os.path.abspath(os.environ[k]) for k in ('DYNAD_DATA', 'DYNAD_WEIGHTS') if os.environ.get(k)}

@@ -64,8 +64,11 @@ def with_images(
     model: DynAD,            # opened
     dataset: AnomalyDataset  # that it was fitted on
 ) -> DynAD:                  # the same, whose held-out images are at hand
-    "Give a run its held-out images back. Raises SpeedError where the data set does not hold them."
+    "Give a run its held-out images back. Raises SpeedError on tiles, and where the data set does not hold them."
     c, held = model.config, model.held_out_set
+    if model.tiling:
+        raise SpeedError(f"data.tile = {c.data.tile}: the curve is measured on whole images; a run on tiles keeps the "
+                         "speed it was fitted with (--set reconstruction.S=3 and the like are open to it)")
     _, samples = split_normal(dataset, c.data, c.seed)
     found = image_set(held.store, samples, dataset, c.data.image_size, held.progress, c.data.max_pixels)
     if found.key != held.key:

@@ -4,7 +4,7 @@
 
 # %% ../nbs/17fa_task.ipynb #7f7c14c6
 from __future__ import annotations
-import importlib, json, subprocess, sys, time, traceback, warnings
+import importlib, json, os, subprocess, sys, time, traceback, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 from .config import ConfigError, DynadError, make_config
 from .data import open_dataset
 from .evaluate import Evaluation, evaluate
-from .machine import machine, peak_memory_mb
+from .machine import machine, own_gpu, peak_memory_mb
 from .method import METHODS, Method, method_named
 from .metrics import StreamingPixelMetrics
 from .store import atomic_write, lent, load_json, make_folder, remove_temporary, save_tensors
@@ -172,9 +172,10 @@ def run_apart(task: Task) -> dict[str, Any]:
     atomic_write(folder/'task.json', json.dumps(asdict(task)))
     answer = folder/'answer.json'
     answer.unlink(missing_ok=True)
+    env = os.environ | ({'CUDA_VISIBLE_DEVICES': gpu} if (gpu := own_gpu()) else {})
     with open(folder/'log.txt', 'w', encoding='utf-8') as log:
         code = subprocess.run([sys.executable, '-m', 'dynad.task', str(folder)], stdout=log, stderr=log,
-                              stdin=subprocess.DEVNULL).returncode
+                              stdin=subprocess.DEVNULL, env=env).returncode
     if answer.exists(): return load_json(answer, 'status')
     said = ' '.join((folder/'log.txt').read_text(encoding='utf-8', errors='replace').split()[-30:])
     killed = ' (killed, or out of memory)' if code < 0 else ''

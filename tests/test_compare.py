@@ -13,6 +13,7 @@ from dynad.cli import app
 from dynad.cli_compare import seeds_of, settings_of
 from dynad.config import ConfigError
 from dynad.jobs import map_on_cluster
+from dynad.machine import own_gpu
 from dynad.metrics import StreamingPixelMetrics
 
 TOYS = '''
@@ -223,6 +224,31 @@ def test_condensed_pixels_survive_a_file(tmp_path):
     save_tensors(tmp_path/'m.safetensors', task.packed(m))
     again = task.unpacked(load_tensors(tmp_path/'m.safetensors'))
     assert again.compute() == m.compute() and again.bootstrap(20, 0) == m.bootstrap(20, 0)
+
+def test_a_task_sees_the_gpu_of_its_worker_alone(boards, tmp_path, monkeypatch):
+    "On a local cluster with GPUs: each worker's tasks get one, in turn, of those that are visible."
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3,5')
+    dask = pytest.importorskip('distributed')
+    with dask.LocalCluster(n_workers=3, threads_per_worker=1, processes=False, dashboard_address=None, resources={'GPU': 1}) as c, dask.Client(c) as client:
+        names = {w['name']: address for address, w in client.scheduler_info(n_workers=-1)['workers'].items()}
+        seen = {n: client.submit(own_gpu, workers=[a], pure=False).result() for n, a in names.items()}
+    assert seen == {0: '3', 1: '5', 2: '3'} and own_gpu() is None
+    (tmp_path/'gpu_toy.py').write_text("import os\nfrom dynad.config import ConfigError\nfrom dynad.method import Method, register\n\n@register\n"
+        "class Gpu(Method):\n    name = 'gpu_toy'\n    def __init__(self, config): raise ConfigError(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+        "    train = load = predict_batch = None\n")
+    monkeypatch.setenv('PYTHONPATH', f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setattr(task, 'own_gpu', lambda: '5')
+    row = task.run_apart(task.Task('gpu_toy:gpu_toy', 0, str(boards.root), str(tmp_path/'row'), preset='smoke'))
+    assert (row['status'], row['reason']) == ('not run', '5')
+
+@pytest.mark.parametrize('order', [1, -1])
+def test_a_method_with_settings_of_its_own_is_another_row(finished, order):
+    _, result, _ = finished # PaDiM has a setting of its own there
+    both = C.joined([result, {**result, 'overrides': {}}][::order])
+    titles = [s['title'] for s in both['summary']]
+    assert len(titles) == len(result['methods']) + 1 and {'PaDiM', 'PaDiM, options.dims=20'} < set(titles)
+    assert {d['method'] for d in both['differences']} >= {'padim', 'padim, options.dims=20'}
+    assert sum(l.startswith('PaDiM, options.dims=20 less') for l in C.difference_lines(both)) == 2
 
 @pytest.mark.skipif('DYNAD_SLOW' not in os.environ, reason='starts a dask cluster of two processes; set DYNAD_SLOW')
 def test_tasks_on_a_cluster(toys, boards, tmp_path):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from dynad.data import load_images, to_float
+from dynad.denoiser import set_compiled
 from dynad.frozen import Frozen, FrozenDenoiser, FrozenError, FrozenPhi, frozen
 
 @pytest.fixture(scope='module')
@@ -78,3 +79,13 @@ def test_where_it_is_used(smoke, tmp_path):
     for speed in ('full', 'exact'): assert is_frozen(open_for_prediction(copy, {'speed': speed})) == [False, False]
     half = model.with_parts(config=model.config.model_copy(update={'precision': 'bf16', 'speed': 'fast'}))
     assert at_its_speed(half) is half
+
+def test_a_compiled_network_is_frozen_without_torch_compile(smoke, x):
+    model = smoke[0]
+    want, d = model.predict(x[:3]), model.parts.denoiser
+    set_compiled(d, backend='aot_eager')                                            # as denoiser.compile does; needs no compiler
+    try:
+        got = frozen(model).predict(x[:3])
+        assert d.unet._compiled_call_impl is not None                               # the original stays compiled
+    finally: set_compiled(d, False)
+    assert float((got.map - want.map).abs().max()) < 1e-4

@@ -11,6 +11,7 @@ from dynad.detector import DynAD
 from dynad.lean import SPEED_FILE, layers_of, needed
 from dynad.method import open_run, trained_settings
 from dynad.speed_modes import METRICS, SpeedError, candidates, curve, curve_lines, in_words, pick, with_images, write_curve
+from dynad.tiles import Tiling
 
 @pytest.fixture(scope='module')
 def images(boards):
@@ -127,6 +128,11 @@ def test_a_curve_is_kept_with_its_run(smoke, boards, tmp_path):
 
 def test_images_of_another_data_set_are_refused(smoke, boards):
     with pytest.raises(SpeedError, match='does not hold the held-out images'): with_images(open_run(smoke[1], progress=False), boards.limited(10, 4, 0))
+
+def test_a_run_on_tiles_is_refused_for_what_it_is(smoke, boards, monkeypatch):
+    model = open_run(smoke[1], progress=False)
+    model.config, model.tiling = with_overrides(model.config, {'data.tile': 64}), Tiling(64, 48)
+    with pytest.raises(SpeedError, match='data.tile = 64: the curve is measured on whole images'): with_images(model, boards)
 
 # what evaluate computes
 
