@@ -28,8 +28,8 @@ from .task import NOT_HERE, Task, in_this_process, one_after_another, resolved, 
 
 # %% auto #0
 __all__ = ['COLUMNS', 'COSTS', 'Comparison', 'chosen_rows', 'value_of', 'over_seeds', 'summary_of', 'cell_text',
-           'taken_over_text', 'table_of', 'difference', 'title_of', 'compare', 'outcome_text', 'measured_on',
-           'told_apart', 'joined', 'read_comparisons', 'write_comparison_page', 'difference_lines']
+           'taken_over_text', 'timed_text', 'table_of', 'difference', 'title_of', 'compare', 'outcome_text',
+           'measured_on', 'told_apart', 'joined', 'read_comparisons', 'write_comparison_page', 'difference_lines']
 
 # %% ../nbs/17g_compare.ipynb #577ac504
 @dataclass
@@ -113,10 +113,12 @@ def summary_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         shared = {r['reason'] for r in own if r.get('reason')}
         if len(shared) == 1 and len(missing) == len(own): missing = [f"{own[0]['status']}: {shared.pop()}"]
         warned = list(dict.fromkeys(w for r in done for w in r.get('warnings', ())))
+        whole = [r for r in done if not r.get('resumed')] # the others' minutes are lower bounds
         entry = {'method': method, 'title': own[0]['title'], 'seeds': [r['seed'] for r in done], 'missing': missing,
-                 'warnings': warned, 'resumed': any(r.get('resumed') for r in done),
+                 'warnings': warned, 'resumed': bool(done) and not whole,
                  'taken_over': sorted({n for r in done for n in r.get('taken_over', ())})}
-        out.append(entry | {k: over_seeds(done, k) for k in (*KEYS, *COSTS)})
+        counted = lambda k: whole if whole and k == 'fit_minutes' else done
+        out.append(entry | {k: over_seeds(counted(k), k) for k in (*KEYS, *COSTS)})
     return out
 
 # %% ../nbs/17g_compare.ipynb #afd8c3c2
@@ -133,13 +135,18 @@ def taken_over_text(entry: dict[str, Any]) -> list[str]: # none or one
     if not (names := entry.get('taken_over')): return []
     return [f"shares {', '.join(names)} with another row: in fit, min, not in memory"]
 
+def timed_text(entry: dict[str, Any]) -> list[str]: # none or one
+    "Whose minutes of the fit are told, where some seeds were cut off and went on."
+    m, n = entry.get('fit_minutes'), len(entry['seeds'])
+    return [f"fit, min of {m['n']} of {n} seeds: the others went on after a cut"] if m and m['n'] < n else []
+
 def table_of(summary: list[dict[str, Any]]) -> pd.DataFrame:
     "The table as text; metrics in percent."
     def line(s):
         cells = {name: cell_text(s[k], 100) for k, name in COLUMNS.items()}
         cells |= {name: cell_text(s[k], 1, digits) for k, (name, digits) in COSTS.items()}
         if s['resumed']: cells['fit, min'] = '≥ ' + cells['fit, min']
-        note = '; '.join([*s['missing'], *s['warnings'], *taken_over_text(s)])
+        note = '; '.join([*s['missing'], *s['warnings'], *taken_over_text(s), *timed_text(s)])
         return cells | {'seeds': ', '.join(map(str, s['seeds'])) or '—', 'note': note}
     return pd.DataFrame({s['title']: line(s) for s in summary}).T
 

@@ -241,6 +241,14 @@ def test_a_task_sees_the_gpu_of_its_worker_alone(boards, tmp_path, monkeypatch):
     row = task.run_apart(task.Task('gpu_toy:gpu_toy', 0, str(boards.root), str(tmp_path/'row'), preset='smoke'))
     assert (row['status'], row['reason']) == ('not run', '5')
 
+def test_a_fit_that_was_cut_off_is_no_part_of_the_mean_of_whole_ones():
+    row = lambda seed, minutes, resumed: {'method': 'a', 'title': 'A', 'seed': seed, 'status': 'done', 'fit_minutes': minutes, 'resumed': resumed}
+    [s] = C.summary_of([row(0, .1, True), row(1, 20., False), row(2, 22., False)])
+    assert (s['fit_minutes']['mean'], s['resumed']) == (21., False)
+    table = C.table_of([s])
+    assert table.loc['A', 'fit, min'] == '21.0 ± 1.4' and 'fit, min of 2 of 3 seeds' in table.loc['A', 'note']
+    assert C.table_of(C.summary_of([row(0, .1, True)])).loc['A', 'fit, min'] == '≥ 0.1' # nothing better is known
+
 @pytest.mark.parametrize('order', [1, -1])
 def test_a_method_with_settings_of_its_own_is_another_row(finished, order):
     _, result, _ = finished # PaDiM has a setting of its own there
