@@ -12,10 +12,10 @@ import torch
 from .accumulator import NAMES
 from .choosing import defects_in, synthetic_set
 from .compare import over_seeds
-from .config import Config, DynadError
+from .config import CHOSEN, Config, DynadError, make_config
 from .data import AnomalyDataset
 from .detector import DynAD
-from .evaluate import PRESET_NOTES, described, versions
+from .evaluate import PRESET_NOTES, check_unseen, described, versions
 from .guard import tqdm
 from .lean import needed
 from .machine import machine
@@ -26,8 +26,9 @@ from .speed_modes import with_images
 from .subjects import measure, paired
 
 # %% auto #0
-__all__ = ['LEVELS', 'MAIN', 'N_AREAS', 'OTHER_DEFECTS', 'level_of', 'switches', 'AblationError', 'checked_parts', 'ablation',
-           'found_by_area', 'ablation_table', 'called', 'points', 'chosen_words', 'areas_table', 'ablation_figure']
+__all__ = ['LEVELS', 'MAIN', 'N_AREAS', 'OTHER_DEFECTS', 'level_of', 'own_mixture', 'switches', 'AblationError', 'checked_parts',
+           'ablation', 'found_by_area', 'ablation_table', 'called', 'points', 'chosen_words', 'areas_table',
+           'ablation_figure']
 
 # %% ../nbs/17q_ablation.ipynb #489a7b28
 LEVELS = { # ways to set T̂
@@ -44,6 +45,13 @@ def level_of(config: Config) -> str:
     return 'the mean over three T̂' if r.average == 3 else f'the mean over {r.average} T̂'
 
 # %% ../nbs/17q_ablation.ipynb #572bd236
+def own_mixture(config: Config) -> dict[str, Any]: # dotted settings; {}: it is the one that was chosen
+    "What the preset mixes where nothing is chosen."
+    preset = make_config(config.preset)
+    both = [(f'{part}.{k}', getattr(getattr(preset, part), k), getattr(getattr(config, part), k))
+            for part, keys in CHOSEN.items() for k in keys]
+    return {k: a for k, a, _ in both} if any(a != b for _, a, b in both) else {}
+
 def switches(
     config: Config               # of the run
 ) -> dict[str, dict[str, Any]]:  # what is switched off, or put in its place -> dotted settings
@@ -52,6 +60,8 @@ def switches(
     diffusion, out = use.latent or use.feature, {}
     if diffusion and f.neighbour: out['the diffusion: neighbour map alone'] = {'fusion.neighbour': 1.}
     if f.neighbour: out['the neighbour map'] = {'fusion.neighbour': 0.}
+    if f.choice == 'synthetic' and (prior := own_mixture(config)):
+        out["the mixture that was chosen: the preset's own"] = prior
     if diffusion:
         out |= {f'{own}: {name}': change for name, change in LEVELS.items() if name != own}
         other = 1. - float(config.reconstruction.omega >= .5)
@@ -90,6 +100,7 @@ def ablation(
     model = checked_parts(model)
     dataset, _ = without_marked(dataset, model.root, model.config.data.image_size, model.config.data.max_pixels)
     if not dataset.test: raise AblationError(f"{dataset.root}: no test image; give --data a folder with test images")
+    check_unseen(model, dataset)
     whole = measure(model, dataset, n_boot)
     rows = [{'what': 'nothing', 'settings': {}, **_metrics_of(whole)}]
     for name, change in tqdm(switches(model.config).items(), desc='parts', delay=2, disable=not progress):

@@ -110,8 +110,10 @@ def learn(
         if fit: check_folder(fit, '--fit ')
         from dynad import learning
         from dynad.method import method_named, open_run
+        from dynad.run_directory import split_seed
         method = open_run(run)
-        dataset = dataset_of(data, layout, category or method.info['data']['category'], method.config.seed)
+        dataset = dataset_of(data, layout, category or method.info['data']['category'],
+                             split_seed(method.info, method.config))
         c = method.config
         if forget: method.keep_normals([]); echo('as it was fitted; the marks stay in the log'); return
         if fit:

@@ -71,10 +71,12 @@ def opened(run: Path, data: str, layout: str, category: str | None,
     from dynad.frozen import at_its_speed
     from dynad.values import parse_overrides
     from dynad.method import open_run
+    from dynad.run_directory import split_seed
     method = open_run(run, parse_overrides(pairs or []))
     own = method.info['data']['category'] # also of another folder of the same build
     known = own is not None and (data == 'elpv' or (Path(data)/'labels.csv').exists() or (Path(data)/own).is_dir())
-    dataset = dataset_of(data, layout, category or (own if known else None), method.config.seed, strict)
+    dataset = dataset_of(data, layout, category or (own if known else None), split_seed(method.info, method.config),
+                         strict)
     return at_its_speed(method, len(dataset.test)), dataset
 
 # %% ../nbs/20a_cli_fit.ipynb #19fbd4e7

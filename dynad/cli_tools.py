@@ -80,11 +80,11 @@ def bench_against(run: Path | None, code: Path, data: str | None, images: int | 
     from dynad import public_code as pc
     from dynad.values import parse_overrides
     from dynad.detector import DynAD
-    from dynad.run_directory import fitted_dataset
+    from dynad.run_directory import fitted_dataset, split_seed
     from dynad.store import atomic_write
     theirs, model = pc.public_code(code), DynAD.open(run, parse_overrides(pairs or []))
     made = model.info['data']
-    at = dataset_of(data, 'auto', made['category'], model.config.seed) if data else fitted_dataset(
+    at = dataset_of(data, 'auto', made['category'], split_seed(model.info, model.config)) if data else fitted_dataset(
         model.info, model.config)
     result = pc.against(theirs, model, pc.test_set(model, at, images), turns)
     if json_file: atomic_write(json_file, json.dumps(result | {'run': str(run), 'data': made['name']}, indent=1))
@@ -109,13 +109,13 @@ def ablate(
         if data: checked_place(data)
         from dynad import ablation as A
         from dynad.method import open_run
-        from dynad.run_directory import fitted_dataset
+        from dynad.run_directory import fitted_dataset, split_seed
         from dynad.speed_modes import with_images
         from dynad.store import atomic_write
         model = A.checked_parts(open_run(run))
         made = model.info['data']
-        at = dataset_of(data, 'auto', made['category'], model.config.seed) if data else fitted_dataset(
-            model.info, model.config)
+        seed = split_seed(model.info, model.config)
+        at = dataset_of(data, 'auto', made['category'], seed) if data else fitted_dataset(model.info, model.config)
         result = A.ablation(with_images(model, at), at, n_boot) | {'areas': A.found_by_area(model)}
         if json_file: atomic_write(json_file, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
         echo(A.ablation_table([result]).droplevel(0).to_string())

@@ -59,13 +59,14 @@ def watch(
 def run_data(model: DynAD, data: str | None) -> AnomalyDataset:
     "The data set that a run was fitted on. Raises DynadError where it is not there."
     from dynad.config import DynadError
+    from dynad.run_directory import split_seed
     made = model.info['data']
     if not data and made['layout'] != 'elpv' and not Path(made['root']).is_dir():
         raise DynadError(f"{made['root']}: the images of this run are not there any more; "
                          "name their folder with --data")
     data = data or ('elpv' if made['layout'] == 'elpv' else made['root'])
     if data != 'elpv': checked_place(data)
-    return dataset_of(data, made['layout'], made['category'], model.config.seed)
+    return dataset_of(data, made['layout'], made['category'], split_seed(model.info, model.config))
 
 # %% ../nbs/20i_cli_watch.ipynb #5f146bb0
 @app.command()

@@ -101,7 +101,7 @@ def _opened(path: str | Path, layout: str, category: str | None, seed: int, stri
     elif category is not None and not LAYOUTS[layout].nested: name = f'{name}/{category}'
     samples, findings = LAYOUTS[layout].read(root, category, seed)
     data = AnomalyDataset(name, root, layout, category, tuple(samples), tuple(findings),
-                          folder_remark(root, given) or LICENCES.get(layout, ''))
+                          folder_remark(root, given) or LICENCES.get(layout, ''), seed=seed)
     if strict: check_strict(data.findings, data.root)
     notes = Notes()
     for _ in mapped(lambda s: check_mask_size(s, notes), data.samples, 'sizes'): pass

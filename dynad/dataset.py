@@ -69,6 +69,7 @@ class AnomalyDataset:
     findings: tuple[Finding, ...] = field(default=(), compare=False) # what the folder holds and is not used
     remark: str = field(default='', compare=False)                   # what the folder says of itself, in remark.txt
     limits: tuple[int, int, int] | None = field(default=None, compare=False) # of `limited`, if it is such a part
+    seed: int = field(default=0, compare=False)                              # of the split, where none is published
 
     def __post_init__(self):
         object.__setattr__(self, 'name', printable(self.name))

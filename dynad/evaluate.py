@@ -33,9 +33,9 @@ from .threshold import outcome, reachable
 from .verdict import verdict
 
 # %% auto #0
-__all__ = ['ORIGIN', 'PRESET_NOTES', 'MASK_RULES', 'MEASURED', 'decided', 'Evaluation', 'evaluate', 'counting', 'one_map',
-           'timing', 'versions', 'described', 'threshold_rule', 'protocol', 'image_words', 'roi_words', 'pixel_reason',
-           'explain_pixels', 'fitted_baseline', 'write_result', 'save_maps', 'save_table', 'masks_note',
+__all__ = ['ORIGIN', 'PRESET_NOTES', 'MASK_RULES', 'MEASURED', 'decided', 'Evaluation', 'check_unseen', 'evaluate', 'counting',
+           'one_map', 'timing', 'versions', 'described', 'threshold_rule', 'protocol', 'image_words', 'roi_words',
+           'pixel_reason', 'explain_pixels', 'fitted_baseline', 'write_result', 'save_maps', 'save_table', 'masks_note',
            'metrics_table', 'undefined', 'method_title']
 
 # %% ../nbs/17_evaluate.ipynb #c972f1ed
@@ -91,6 +91,17 @@ def table(self: Evaluation) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 # %% ../nbs/17_evaluate.ipynb #89d67a38
+def check_unseen(method: Method, dataset: AnomalyDataset) -> None:
+    "Raises DataError where normal test images are images that the run has learned from, as after another split."
+    if method.info is None: return
+    bare = lambda name: name.rpartition('@')[0] if method.tiling else name
+    learned = {bare(n) for part in ('fit', 'held_out') for n in method.info[part]}
+    seen = [s.name for s in dataset.test if s.name in learned]
+    if seen:
+        raise DataError(f"{dataset.root}: {len(seen)} of {len(dataset.test)} test images are among those that this run "
+                        f"was fitted on: {printable(seen[0])}{' and more' if len(seen) > 1 else ''}; its split was "
+                        "drawn with another seed than this one (open_dataset(…, seed=…))")
+
 def evaluate(
     method: Method,            # fitted (`fit` or `open`)
     dataset: AnomalyDataset,
@@ -106,6 +117,7 @@ def evaluate(
     if not dataset.test:
         raise DataError(f"{dataset.name}: no test image{', all are marked in the run' if marked else ''}; "
                         "put some under test/good and test/<defect>")
+    check_unseen(method, dataset)
     samples, found = with_mask_rule(dataset.test, c.data.mask_rule), data_warnings(dataset, c.data)
     masks, has_mask = load_masks(samples, method.map_shape, c.data.max_pixels)
     masks, has_mask, outside = within(method.inside, masks, has_mask)

@@ -17,7 +17,8 @@ from .store import REPAIR_HINT, StoreError, load_json
 from .tiled import OnTiles, tiles_info
 
 # %% auto #0
-__all__ = ['FORMAT', 'trained_settings', 'opened_settings', 'run_info', 'load_info', 'images_not_at_hand', 'fitted_dataset']
+__all__ = ['FORMAT', 'trained_settings', 'opened_settings', 'run_info', 'load_info', 'images_not_at_hand', 'split_seed',
+           'fitted_dataset']
 
 # %% ../nbs/14j_run_directory.ipynb #68f01413
 def trained_settings(method: OnTiles | type[OnTiles], config: Config) -> dict[str, Any]:
@@ -50,7 +51,8 @@ FORMAT = 2 # of run.json; raised when a run directory of before can no longer be
 def run_info(method: OnTiles, dataset: AnomalyDataset, training: list, held_out: list) -> dict[str, Any]:
     "What run.json holds."
     root = method.training_set.store.root
-    data = {k: getattr(dataset, k) for k in ('name', 'layout', 'category', 'fingerprint')} | {'root': str(dataset.root)}
+    data = {k: getattr(dataset, k) for k in ('name', 'layout', 'category', 'fingerprint', 'seed')} | {
+        'root': str(dataset.root)}
     if dataset.limits: data['limits'] = list(dataset.limits)
     return {'format': FORMAT, 'version': __version__, 'method': method.name, 'data': data,
             'fit': [s.name for s in training], 'held_out': [s.name for s in held_out],
@@ -88,13 +90,20 @@ def images_not_at_hand(root: Path, overrides: dict[str, Any] | None) -> Callable
     return load
 
 # %% ../nbs/14j_run_directory.ipynb #46aab105
+def split_seed(
+    info: dict[str, Any],  # run.json
+    config: Config
+) -> int:
+    "The seed of the split that a run was fitted on, where the data set has none; not always that of its training."
+    return info['data'].get('seed', config.seed)
+
 def fitted_dataset(
     info: dict[str, Any],  # run.json
     config: Config
 ) -> AnomalyDataset:
     "The data set that a run was fitted on. Raises DataError when it is not there any more."
-    d = info['data']
+    d, seed = info['data'], split_seed(info, config)
     if d['layout'] == 'folder': found = open_folder(d['root'])
-    elif d['layout'] == 'elpv': found = open_dataset('elpv', layout='elpv', category=d['category'], seed=config.seed)
-    else: found = open_dataset(d['root'], layout=d['layout'], seed=config.seed)
+    elif d['layout'] == 'elpv': found = open_dataset('elpv', layout='elpv', category=d['category'], seed=seed)
+    else: found = open_dataset(d['root'], layout=d['layout'], seed=seed)
     return found.limited(*d['limits']) if d.get('limits') else found

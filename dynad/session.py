@@ -25,6 +25,7 @@ from .guard import Turns
 from .images import DataError
 from .map_cache import MapCache, Setting, calibrated_parts, neighbour_parts
 from .method import fitted_dataset
+from .run_directory import split_seed
 from .paths import expanded, name_key, numbered
 from .quick_metrics import QuickMetrics
 from .reconstruction import pull, timesteps
@@ -189,7 +190,7 @@ def _held_out(dataset: AnomalyDataset, model: DynAD) -> list[Sample]:
 # %% ../nbs/18_session.ipynb #8eeb055d
 def _opened(data: AnomalyDataset | str | Path | None, model: DynAD) -> AnomalyDataset:
     if isinstance(data, AnomalyDataset): return data
-    if data is not None: return open_dataset(data, seed=model.config.seed)
+    if data is not None: return open_dataset(data, seed=split_seed(model.info or {'data': {}}, model.config))
     if model.info is None:
         raise ValueError("Session: a detector without a run directory does not know where its images are; give data=")
     return fitted_dataset(model.info, model.config)

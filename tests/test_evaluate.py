@@ -1,15 +1,23 @@
-import json
+import json, shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
+from typer.testing import CliRunner
 
 from dynad.accumulator import KEYS
+from dynad.cli import app
+from dynad.config import make_config
+from dynad.data import DataError, open_dataset
 from dynad.detector import DynAD
 from dynad.evaluate import evaluate, fitted_baseline, metrics_table, one_map, save_maps, save_table, write_result
+from dynad.method import fitted_dataset, open_run
 from dynad.metrics import pixel_metrics
+from dynad.patchcore import PatchCore
+from dynad.run_directory import split_seed
 
 
 @pytest.fixture(scope='module')
@@ -131,3 +139,35 @@ def test_one_map_for_every_image(evaluation, patchcore, smoke, boards):
 def test_a_saved_model_has_no_such_map(evaluation, smoke, tmp_path):
     saved = DynAD.from_pretrained(smoke[0].save_pretrained(tmp_path/'saved'))
     assert one_map(saved, evaluation.images) == {}
+
+@pytest.fixture(scope='module')
+def tiles_without_a_split(boards, tmp_path_factory):
+    "The layout whose split is drawn by a seed."
+    root = tmp_path_factory.mktemp('mtd')/'tiles'
+    for i, s in enumerate(boards.train + [s for s in boards.test if not s.label]):
+        (root/'MT_Free'/'Imgs').mkdir(parents=True, exist_ok=True)
+        Image.open(s.image).convert('RGB').save(root/'MT_Free'/'Imgs'/f'exp1_num_{i}.jpg')
+    for i, s in enumerate(s for s in boards.test if s.label):
+        (root/'MT_Crack'/'Imgs').mkdir(parents=True, exist_ok=True)
+        Image.open(s.image).convert('RGB').save(root/'MT_Crack'/'Imgs'/f'exp1_num_{100 + i}.jpg')
+        shutil.copy(s.mask, root/'MT_Crack'/'Imgs'/f'exp1_num_{100 + i}.png')
+    return root
+
+def test_a_run_is_judged_on_the_split_that_it_was_fitted_on(tiles_without_a_split, tmp_path):
+    "Its own seed may be another one than that of the split, as in a comparison; no image is learned from and judged."
+    root = tiles_without_a_split
+    fitted_on, other = (open_dataset(root, seed=s) for s in (0, 1))
+    assert {s.name for s in other.test} & {s.name for s in fitted_on.train}
+    config = make_config('smoke', method='patchcore', seed=1)
+    PatchCore(config).fit(fitted_on, tmp_path/'run', progress=False)
+    again = open_run(tmp_path/'run', progress=False)
+    assert split_seed(again.info, again.config) == 0 and fitted_dataset(again.info, again.config).fingerprint == fitted_on.fingerprint
+    out = CliRunner().invoke(app, ['evaluate', str(tmp_path/'run'), '--data', str(root), '--json', str(tmp_path/'r.json'), '--baselines', ''])
+    assert out.exit_code == 0, out.output
+    assert json.loads((tmp_path/'r.json').read_text())['data']['fingerprint'] == fitted_on.fingerprint
+    with pytest.raises(DataError, match=r'test images are among those that this run was fitted on: MT_Free.*another seed'): evaluate(again, other, n_boot=0, progress=False)
+    info = json.loads((tmp_path/'run'/'run.json').read_text())
+    del info['data']['seed'] # as runs of before were kept
+    (tmp_path/'run'/'run.json').write_text(json.dumps(info))
+    out = CliRunner().invoke(app, ['evaluate', str(tmp_path/'run'), '--data', str(root), '--json', str(tmp_path/'s.json'), '--baselines', ''])
+    assert out.exit_code == 2 and 'among those that this run was fitted on' in ' '.join(out.output.split()) and not (tmp_path/'s.json').exists()
