@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .anomalib_models import (
     AnomalibError, AnomalibMethod, AnomalibOptions, NamedFeatures, UnavailableError, from_anomalib, quiet)
+from .cache import ImageSet, batches
 from .config import data_root
 from .data import to_float
 from .method import register
@@ -32,6 +33,7 @@ class DRAEMOptions(AnomalibOptions):
 class DRAEM(AnomalibMethod):
     "Discriminatively trained reconstruction embedding."
     name, title, Options, layers, lr = 'draem', 'DRAEM (anomalib, narrow)', DRAEMOptions, (), 1e-4
+    reconstructs = True
 
     def build(self):
         module, w = 'models.image.draem.torch_model', self.options.width
@@ -49,6 +51,13 @@ class DRAEM(AnomalibMethod):
         spoiled, mask = self.spoil(x)
         copy, prediction = net(spoiled)
         return from_anomalib('models.image.draem.loss', 'DraemLoss')()(x, copy, mask, prediction)
+
+    @torch.no_grad()
+    def reconstructions(self, images: ImageSet, rows: list[int]) -> Tensor: # [len(rows),3,H,W] in [0,1]
+        "Some images of a set, without what the reconstructing network takes for pasted; its range is not bounded."
+        x, copy = to_float(images.images[rows]), self.net.reconstructive_subnetwork
+        done = [copy(x[b].to(self.device)) for b in batches(len(x), self.config.batch)]
+        return torch.cat(done).clamp(0, 1).cpu()
 
 # %% ../nbs/16l_anomalib_more.ipynb #e0bedea9
 class ScaledFeatures(nn.Module):

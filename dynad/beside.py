@@ -72,10 +72,10 @@ def computed_cell(record: Record, column: str, metric: str, rows: tuple[str, ...
 
 # %% ../nbs/19fa_beside.ipynb #70559659
 def printed_row(record: Record) -> tuple[str, dict[tuple[str, str], float]]: # row, (system, metric) -> value
-    "The printed row that stands beside a record: that of its only category, else the average."
+    "The printed row that stands beside a record: of its only category or of a stand-in for it, else the average."
     df = pd.concat([printed(t) for t in record.tables])
     rows, about = {s.row for s in record.subjects}, {s.real for s in record.subjects}
-    own = next(iter(rows)) if len(rows) == 1 and about == {TABLE_SET[record.tables[0]]} else None
+    own = next(iter(rows)) if len(rows) == 1 and about <= {TABLE_SET[record.tables[0]], None} else None
     row = own if own and (df.row.map(plain_name) == plain_name(own)).any() else 'average'
     hit = df[df.row.map(plain_name) == plain_name(row)]
     return row, {(r.column, r.metric): r.value for r in hit.itertuples()}

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .cache import ImageSet, batches
 from .config import DynadError, Settings
 from .data import to_float
 from .fusion import smooth
@@ -138,7 +139,7 @@ def gan_maps(
 class SkipGANomaly(Method):
     "Skip-GANomaly (Akçay et al., IJCNN 2019), from scratch and small."
     name, title, Options = 'skip_ganomaly', 'Skip-GANomaly (from scratch, small)', SkipGANomalyOptions
-    trains_on = ('seed', 'data', 'method', 'options')
+    trains_on, reconstructs = ('seed', 'data', 'method', 'options'), True
 
     def train(self, hooks):
         stages = {'gan': fit_gan(self, hooks)}
@@ -156,6 +157,12 @@ class SkipGANomaly(Method):
         return Prediction(maps.mean((1, 2, 3)).cpu(), smooth(maps, self.options.sigma).cpu())
 
     def map_score(self, values, area=None): return values.flatten(1).mean(1)
+
+    @torch.no_grad()
+    def reconstructions(self, images: ImageSet, rows: list[int]) -> Tensor: # [len(rows),3,H,W] in [0,1]
+        "The generator's copies of some images of a set."
+        x = to_float(images.images[rows])*2 - 1
+        return torch.cat([self.gan(x[b].to(self.device)).cpu() for b in batches(len(x), self.config.batch)])/2 + .5
 
 # %% ../nbs/16e_skip_ganomaly.ipynb #7ce8d89e
 def fit_gan(method: SkipGANomaly, hooks: Hooks) -> Path:

@@ -53,7 +53,7 @@ class Subject:
     name: str               # 'synthetic_board', 'cookies', 'visa/candle'
     label: str              # for tables and captions: 'synthetic board (stand-in)', 'VisA candle'
     real: str | None = None # key of `SETS` when these are data that the paper reports on
-    row: str | None = None  # the row of the paper's table
+    row: str | None = None  # the row of the paper's table; without `real`: that of the category it is named after
     source: str = ''        # 'synthetic:board', 'elpv', or the folder
     category: str | None = None
 
@@ -96,10 +96,19 @@ def find_set(
     return next((root/f for f in SETS[name].folders if (root/f).is_dir()), None) if root else None
 
 # %% ../nbs/19a_subjects.ipynb #39bf259d
+def _stand_in(name: str, *folders: Path) -> str:
+    "A label for images that the paper does not report on, with the first sentence of the remark of their folder."
+    said = folder_remark(*folders).partition('. ')[0].rstrip('.')
+    return f"{name} (stand-in{said and '; ' + said})"
+
 def _real(name: str, root: Path) -> list[Subject]:
-    s = SETS[name]
-    return [Subject(f'{name}/{c}', f'{s.label} {c}', name, s.rows.get(c, c), str(root), c)
-            for c in s.categories if (root/c).is_dir()]
+    "The categories that are here. A remark says that the images are not as published: those are stand-ins."
+    s, out = SETS[name], []
+    for c in (c for c in s.categories if (root/c).is_dir()):
+        label, altered = f'{s.label} {c}', folder_remark(root/c, root) != ''
+        out.append(Subject(f'{name}/{c}', _stand_in(label, root/c, root) if altered else label,
+                           None if altered else name, s.rows.get(c, c), str(root), c))
+    return out
 
 # %% ../nbs/19a_subjects.ipynb #3f621836
 def _synthetic(product: str) -> Subject:
@@ -127,15 +136,16 @@ def _of_paper(word: str, name: str, category: str) -> list[Subject]:
                       f"{category or ', '.join(s.categories)}")
 
 # %% ../nbs/19a_subjects.ipynb #6520b13b
-def _folder(word: str) -> Subject:
-    "A folder, named from the current folder, from `DYNAD_DATA`, or absolutely."
+def _folder(word: str, wanted: str | None = None) -> Subject:
+    """A folder, named from the current folder, from `DYNAD_DATA`, or absolutely. Named as a category of `wanted`
+    (`bottle`, `mvtec_bottle`), it stands beside the printed row of that category, as the stand-in that it is."""
     root = data_root()
     place = next((p for p in ([root/word] if root else []) + [Path(word).expanduser()] if p.is_dir()), None)
     if place is not None:
         name = place.name if Path(word).is_absolute() else word
-        said = folder_remark(place).partition('.')[0] # its first sentence
-        label = f"{place.name.replace('_', ' ')} (stand-in{said and '; ' + said})"
-        return Subject(name, label, source=str(place.resolve()))
+        category = place.name.removeprefix(f'{wanted}_')
+        row = SETS[wanted].rows.get(category, category) if wanted and category in SETS[wanted].categories else None
+        return Subject(name, _stand_in(place.name.replace('_', ' '), place), row=row, source=str(place.resolve()))
     if root is None: have = 'DYNAD_DATA is not set'
     elif not root.is_dir(): have = f'{root} does not exist'
     else: have = ', '.join(sorted(p.name for p in root.iterdir() if p.is_dir()))
@@ -144,12 +154,12 @@ def _folder(word: str) -> Subject:
                       f"{products}, elpv, {', '.join(SETS)} or one of their categories, e.g. visa/candle")
 
 # %% ../nbs/19a_subjects.ipynb #d785bbe8
-def _subjects(word: str) -> list[Subject]:
+def _subjects(word: str, wanted: str | None) -> list[Subject]:
     "What one word of `data` names."
     first, _, rest = word.partition('/')
     if word.startswith('synthetic:'): return [_synthetic(word.partition(':')[2])]
     if first == 'elpv' and rest in ('', 'mono', 'poly'): return [_elpv(word, rest)]
-    return _of_paper(word, first, rest) if first in SETS else [_folder(word)]
+    return _of_paper(word, first, rest) if first in SETS else [_folder(word, wanted)]
 
 # %% ../nbs/19a_subjects.ipynb #7167c3e8
 def subjects(
@@ -166,7 +176,7 @@ def subjects(
     if words == ['auto']:
         root = find_set(wanted) if wanted else None
         return (_real(wanted, root) if root else []) or [_synthetic('board')]
-    return [s for w in words for s in (subjects('auto', wanted) if w == 'auto' else _subjects(w))]
+    return [s for w in words for s in (subjects('auto', wanted) if w == 'auto' else _subjects(w, wanted))]
 
 # %% ../nbs/19a_subjects.ipynb #5b1e07c2
 # The tables and figures are of the paper's method: what `small` adds to it, or leaves out, is set back.

@@ -6,6 +6,7 @@ import torch
 
 from dynad.anomalib_models import AnomalibError, NamedFeatures, UnavailableError, from_anomalib, isometry
 from dynad.config import make_config
+from dynad.data import to_float
 from dynad.features import load_features
 from dynad.method import import_methods, method_named, open_run
 from dynad.store import TrainingStopped
@@ -57,6 +58,20 @@ def test_a_model_fits_opens_and_predicts(name, boards, tmp_path):
     assert torch.equal(p.score, q.score) and torch.isfinite(p.score).all()
     if name == 'ganomaly': assert p.map is None
     else: assert torch.equal(p.map, q.map) and p.map.shape == (4, 1, 128, 128)
+
+
+def test_draem_is_offered_as_one_that_reconstructs():
+    assert [n for n in (*RUN, *WEIGHTS) if method_named(n).reconstructs] == ['draem']
+
+
+@here
+def test_reconstructions_of_draem_are_those_of_its_network(boards, tmp_path):
+    method = method_named('draem')(config('draem')).fit(boards, tmp_path/'run', progress=False)
+    images, rows = method.test_images(boards.test, boards), [5, 0, 2]
+    back = method.reconstructions(images, rows)
+    assert back.shape == (3, 3, 128, 128) and 0 <= back.min() and back.max() <= 1
+    with torch.no_grad(): own = method.net.reconstructive_subnetwork(to_float(images.images[rows]))
+    torch.testing.assert_close(back, own.clamp(0, 1))
 
 
 @here

@@ -258,6 +258,20 @@ def test_a_method_with_settings_of_its_own_is_another_row(finished, order):
     assert {d['method'] for d in both['differences']} >= {'padim', 'padim, options.dims=20'}
     assert sum(l.startswith('PaDiM, options.dims=20 less') for l in C.difference_lines(both)) == 2
 
+def test_tasks_on_a_scheduler_by_its_address(toys, boards, tmp_path):
+    "As `--scheduler ADDRESS`: the worker is a thread of this process, each task still a process of its own."
+    dask = pytest.importorskip('distributed')
+    from dynad.cli_compare import runner_of
+    lines = []
+    with dask.LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None) as c:
+        run = runner_of(c.scheduler_address, None)
+        result = C.compare(comparison(boards, tmp_path/'out', (*toy('deviation', 'dies'), 'glad')), run=run, report=lines.append)
+        assert dict(map_on_cluster(abs, [-3, -4], c.scheduler_address)) == {-3: 3, -4: 4}
+        assert [type(e) for _, e in map_on_cluster(len, [3], c.scheduler_address)] == [TypeError]
+    assert [r['status'] for r in result['rows']] == ['done', 'failed', 'not run'] and len(lines) == 3
+    done, died, _ = result['rows']
+    assert done['i_auroc']['value'] > 0 and 'exit status 9' in died['reason']
+
 @pytest.mark.skipif('DYNAD_SLOW' not in os.environ, reason='starts a dask cluster of two processes; set DYNAD_SLOW')
 def test_tasks_on_a_cluster(toys, boards, tmp_path):
     pytest.importorskip('distributed')

@@ -14,6 +14,8 @@ from dynad.denoiser import eps_loss
 from dynad.fusion import smooth
 from dynad.method import open_run
 from dynad.store import StoreError
+from dynad.subjects import pixel_space
+from dynad.walk import decode, encode
 
 SCHEDULE = make_schedule(DiffusionSettings(beta_start=1e-4, beta_end=.02))
 SMOKE = {'denoiser.steps': 40, 'latents.finetune_steps': 5, 'adaptation.gamma': 1, 'denoiser.checkpoint_every': 10} # as the fixture `smoke`
@@ -124,6 +126,22 @@ def test_own_denoiser_is_trained_on_its_own_schedule():
     assert (paper.config.denoiser.lr, paper.config.denoiser.weight_decay) == (3e-4, .05)
     shared = DDAD(make_config('smoke', method='ddad'))
     assert shared.config.diffusion == make_config('smoke').diffusion and shared.steps.tolist() != list(range(1000))
+
+def test_in_pixels_with_a_denoiser_of_its_own(boards, tmp_path):
+    "As its authors run it: no autoencoder, and a UNet trained on DDAD's β."
+    told, overrides = set(), {'denoiser.steps': 20, 'adaptation.gamma': 1, 'denoiser.checkpoint_every': 10}
+    config = make_config('smoke', pixel_space('smoke') | overrides | {'options': {'denoiser': 'own'}}, method='ddad')
+    model = DDAD(config).fit(boards, tmp_path/'run', progress=False, callback=lambda stage, *_: told.add(stage))
+    x = to_float(load_images(boards.test[:3], 64))
+    z = encode(model.parts, x)
+    assert z.shape == x.shape and torch.allclose(decode(model.parts, z), x, atol=1e-6)
+    assert {'denoiser', 'phi'} <= told and torch.equal(model.schedule.abar, SCHEDULE.abar)
+    p = model.predict([s.image for s in boards.test[:3]])
+    assert p.map.shape == (3, 1, 64, 64) and p.map.isfinite().all() and p.score.isfinite().all()
+    back = model.reconstructions(model.test_images(boards.test, boards), [0, 1, 2])
+    assert back.shape == x.shape and 0 <= back.min() and back.max() <= 1 and (back - x).abs().max() > 0
+    again = open_run(tmp_path/'run', progress=False)
+    assert again.config.latents.kind == 'identity' and torch.equal(again.predict([s.image for s in boards.test[:3]]).score, p.score)
 
 @pytest.mark.parametrize('options, words', [({'t_hat': 1000}, 'options.t_hat'), ({'skip': 0}, 'options.skip'), ({'typo': 1}, 'options.typo')])
 def test_options_that_do_not_fit(options, words):

@@ -9,7 +9,8 @@ from PIL import Image
 from dynad.config import ConfigError
 from dynad.download import PUBLISHED
 import dynad.findings, dynad.subjects, dynad.systems
-from dynad.beside import long_comparison, opening, printed_table, side_by_side
+from dynad.beside import long_comparison, opening, printed_row, printed_table, side_by_side
+from dynad.experiments import printed_value
 from dynad.findings import Differences, by_class, enter, enter_difference, enter_nulls, enter_systems, verdict
 from dynad.method import METHODS, register
 from dynad.record import Record, compared
@@ -98,6 +99,41 @@ def test_other_images_are_stand_ins_whatever_their_name(tmp_path, monkeypatch):
     s, = subjects(str(tmp_path/'visa_like'))
     assert s.real is None and s.label == 'visa like (stand-in; images halved)'
     assert [s.label for s in subjects('elpv/mono')] == ['ELPV solar cells mono (stand-in)']
+
+def test_a_remark_makes_a_category_of_the_paper_a_stand_in_beside_its_printed_row(real, tmp_path, monkeypatch):
+    import shutil
+    shutil.copytree(real/'btad', tmp_path/'btad', copy_function=os.link)
+    (tmp_path/'btad'/'02'/'remark.txt').write_text('pictures scaled by 0.5. Published figures do not apply.\n')
+    monkeypatch.setenv('DYNAD_DATA', str(tmp_path))
+    OPENED.clear()
+    found = subjects('auto', 'btad')
+    assert [(s.whole, s.real, s.row) for s in found] == [(True, 'btad', 'class 01'), (False, None, 'class 02'), (True, 'btad', 'class 03')]
+    assert found[1].label == 'BTAD 02 (stand-in; pictures scaled by 0.5)'
+    assert found[1].dataset().remark.startswith('pictures scaled by 0.5.')
+    record = Record('table2', tmp_path/'out', PARAMETERS)
+    record.add(None, 'Ours', 'i_auroc', .9, subject=found[1])
+    assert record.stand_in and record.sets == [] and compared(record)[0]['paper'] is None
+    assert '02 (stand-in; pictures scaled by 0.5)' in side_by_side(record, ('i_auroc',)).caption
+    (tmp_path/'btad'/'remark.txt').write_text('a copy with other names') # of the whole set
+    assert not [s for s in subjects('auto', 'btad') if s.real]
+
+@pytest.mark.parametrize('name', ['bottle', 'mvtec_bottle'])
+def test_a_folder_named_as_a_category_stands_beside_its_printed_row(name, real, tmp_path):
+    shown = real.parent/name/name
+    if not shown.exists():
+        for part in ('train/good', 'test/good', 'test/cut', 'ground_truth/cut'): (shown/part).mkdir(parents=True)
+        for file in ('train/good/0.png', 'test/good/0.png', 'test/cut/0.png', 'ground_truth/cut/0_mask.png'):
+            os.link(real.parent/('mask.png' if 'truth' in file else 'image.png'), shown/file)
+        (shown/'remark.txt').write_text('pictures halved\n')
+    s, = subjects(str(shown), 'mvtec')
+    assert (s.real, s.row, s.whole) == (None, 'bottle', False) and s.label.endswith('bottle (stand-in; pictures halved)')
+    assert [x.row for x in subjects(str(shown), 'visa') + subjects(str(shown), None)] == [None, None]
+    record = Record('table3', tmp_path, PARAMETERS)
+    record.add(None, 'Ours', 'i_auroc', .9, subject=s)
+    row, values = printed_row(record)
+    assert row == 'bottle' and values['Ours', 'i_auroc'] == pytest.approx(printed_value('table3', 'bottle', 'Ours', 'i_auroc'))
+    [line] = compared(record)
+    assert (line['row'], line['paper'], line['data']) == ('bottle', None, s.label) and record.stand_in
 
 @pytest.mark.parametrize('data, wanted, said', [
     ('visa', 'visa', r"data = 'visa': VisA is not here; set DYNAD_DATA to a folder that holds it as visa or VisA"),

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from dynad.config import make_config
+from dynad.data import to_float
 from dynad.method import open_run
 from dynad.skip_ganomaly import GAN, SkipGANomaly, SkipGANomalyError, SkipGANomalyOptions, discriminator_loss, gan_maps, generator_loss
 
@@ -46,6 +47,18 @@ def test_a_run_fits_opens_and_predicts(boards, tmp_path):
     files = [s.image for s in boards.test]
     p, q = method.predict(files), open_run(tmp_path/'run', progress=False).predict(files)
     assert torch.equal(p.map, q.map) and torch.equal(p.score, q.score) and p.map.shape == (len(files), 1, 64, 64)
+
+
+def test_reconstructions_are_the_copies_that_it_scores(boards, tmp_path):
+    method = SkipGANomaly(make_config('smoke', SMALL)).fit(boards, tmp_path/'run', progress=False)
+    images, rows = method.test_images(boards.test, boards), [5, 0, 2]
+    back = method.reconstructions(images, rows)
+    assert method.reconstructs and back.shape == (3, 3, 64, 64) and 0 <= back.min() and back.max() <= 1
+    x = to_float(images.images[rows])
+    with torch.no_grad(): copy = method.gan(x*2 - 1)
+    torch.testing.assert_close(back*2 - 1, copy)
+    pixels = .9*(x - back).abs().mean((1, 2, 3))*2 # the part of Eq. 5 that is about pixels
+    assert (gan_maps(method.gan, x*2 - 1).mean((1, 2, 3)) >= pixels - 1e-5).all()
 
 
 def test_an_image_that_cannot_be_halved_so_often_is_named(boards, tmp_path):
