@@ -14,6 +14,7 @@ for name in ('onnx', 'onnxruntime', 'starlette', 'uvicorn'): pytest.importorskip
 from dynad import export as ex
 from dynad.config import make_config
 from dynad.detector import DynAD
+from dynad.denoiser import set_compiled
 from dynad.export import ExportError, check_target, export, exportable, imported, write_runtime
 from dynad.patchcore import PatchCore
 from dynad.regions import ROI, save_roi
@@ -90,6 +91,14 @@ def test_patchcore(boards, tmp_path):
     file = boards.test[0].image
     assert abs(float(method.predict([file]).score) - predict(Package(tmp_path/'out', 1), [file]).score[0]) < 1e-3
 
+def test_a_method_that_is_compiled(smoke, tmp_path):
+    "Its graph cannot be written as ONNX; the weights are those of the network without torch.compile, which stays as it is."
+    import copy
+    method = DynAD.open(smoke[1], {'denoiser.compile': True}, progress=False)
+    set_compiled(method.parts.denoiser, backend='aot_eager') # inductor needs a C++ compiler
+    assert all_agree(export(copy.copy(method), tmp_path/'out', threads=1, defects=2))
+    assert method.config.denoiser.compile and method.parts.denoiser.unet._compiled_call_impl is not None
+
 # without torch
 
 def test_runtime_without_torch_or_this_package(made, package, files, tmp_path):
@@ -118,6 +127,31 @@ def test_changed_file_is_named(made, tmp_path):
     (tmp_path/'p'/'unet.onnx').write_bytes(b'cut off')
     with pytest.raises(PackageError, match='unet.onnx: was changed'): Package(tmp_path/'p')
 
+def changed(made, to, change):
+    "A package with another manifest.json, and the same files."
+    to.mkdir()
+    for f in made.iterdir(): (to/f.name).symlink_to(f)
+    m = json.loads((made/'manifest.json').read_text())
+    (to/'manifest.json').unlink()
+    (to/'manifest.json').write_text(json.dumps(change(m)))
+    return to
+
+def moved(m): m['settings']['decision']['image_threshold'], m['settings']['fusion']['lam'] = 99, 0; return m
+def fewer(m): del m['files']['unet.onnx']; return m
+def other(m): m['runtime'] = 'openvino'; return m
+
+@pytest.mark.parametrize('change, says', [(moved, r'manifest.json: was changed \(settings or list of files\); export it again'), (fewer, 'manifest.json: was changed'), (other, 'manifest.json: was changed'),
+    (lambda m: {'format': m['format'], 'files': {}}, 'lacks dynad, runtime, int8, networks, settings, sha256; export it again'), (lambda m: m | {'settings': []}, 'lacks settings'), (lambda m: [], "format 'list'"),
+    (lambda m: {k: v for k, v in m.items() if k != 'sha256'}, 'lacks sha256'), (lambda m: m | {'format': 2}, 'format 2, and this dynad reads format 3; export it again .* its own dynad_runtime.pyz')])
+def test_a_changed_manifest_is_refused(made, tmp_path, change, says):
+    with pytest.raises(PackageError, match=says): Package(changed(made[0], tmp_path/'p', change))
+
+def test_a_manifest_that_only_looks_different_is_taken(made, tmp_path):
+    "Its order and its spaces say nothing; the certificate names the hash."
+    p = Package(changed(made[0], tmp_path/'p', lambda m: dict(reversed(m.items()))), 1)
+    assert p.manifest['sha256'] == made[1]['manifest'] and made[1]['manifest'] in (made[0]/'certificate.html').read_text(encoding='utf-8')
+    with pytest.raises(PackageError, match='threads = -1: must be above 0'): Package(made[0], -1)
+
 @pytest.mark.parametrize('settings, says', [({'reconstruction.omega': .5}, 'reconstruction.omega = 0.5')])
 def test_what_cannot_be_exported(made, settings, says):
     with pytest.raises(ExportError, match=says): exportable(made[2].with_settings(settings))
@@ -133,10 +167,36 @@ def test_a_differing_verdict_is_refused_and_nothing_is_exchanged(made, smoke, mo
     with pytest.raises(ExportError, match='verdicts differ.*nothing was written'): export(smoke[1], out, threads=1, defects=4)
     assert not out.exists()
 
+def needed_is_there(to):
+    try: return bool(needed({'onnx': 'onnxruntime'}.get(to, to)))
+    except PackageError: return False
+
+def test_refused_before_the_work(smoke, boards, tmp_path, monkeypatch):
+    "Neither is the run opened for what the command says, nor anything computed for what its settings say."
+    (tmp_path/'pc').mkdir(); (tmp_path/'ganomaly').mkdir()
+    from dynad.config import dump_config
+    (tmp_path/'pc'/'config.json').write_text(dump_config(make_config('smoke', {'method': 'patchcore'}))) # nothing else of a run
+    (tmp_path/'ganomaly'/'config.json').write_text(dump_config(make_config('smoke', {'method': 'skip_ganomaly'})))
+    (tmp_path/'out').mkdir()
+    (tmp_path/'out'/'encoder.onnx').write_text('of somebody')
+    with pytest.raises(ExportError, match='patchcore: int8 is of the UNet'): export(tmp_path/'pc', tmp_path/'x', int8=True)
+    with pytest.raises(ExportError, match="skip_ganomaly: can't be exported"): export(tmp_path/'ganomaly', tmp_path/'x')
+    monkeypatch.setattr(ex, 'proof_of', None)
+    with pytest.raises(ExportError, match='calls neither for its map'): export(smoke[0].with_settings({'fusion.neighbour': 1.}), tmp_path/'x', int8=True)
+    monkeypatch.setattr(ex, 'open_for_prediction', None)
+    with pytest.raises(StoreError, match='encoder.onnx: is there already'): export(smoke[1], tmp_path/'out')
+    assert not (tmp_path/'x').exists() and [p.name for p in (tmp_path/'out').iterdir()] == ['encoder.onnx']
+
 def test_targets(tmp_path):
     with pytest.raises(ExportError, match='did you mean onnx'): check_target('onyx', False, tmp_path)
     (tmp_path/'manifest.json').write_text('{}')
     with pytest.raises(StoreError, match='was not written by dynad'): check_target('onnx', False, tmp_path)
+    for n, (to, name, method) in enumerate([('onnx', 'phi.onnx', 'patchcore'), ('onnx', 'unet.onnx', 'dynad'), ('openvino', 'decoder.bin', 'dynad'), ('onnx', 'dynad_runtime.pyz', 'dynad')]):
+        (tmp_path/str(n)).mkdir()
+        (tmp_path/str(n)/name).write_text('of somebody')
+        if needed_is_there(to):
+            with pytest.raises(StoreError, match=f'{name}: is there already and was not written by dynad'): check_target(to, False, tmp_path/str(n), method)
+    with pytest.raises(ExportError, match='patchcore: int8 is of the UNet and the decoder'): check_target('onnx', True, tmp_path/'x', 'patchcore')
     with pytest.raises(PackageError, match="no_such.*pip install"): needed('no_such')
 
 @pytest.fixture(scope='module')
@@ -347,20 +407,56 @@ def test_served_on_tiles(tiled, files, tmp_path):
             with Image.open(f) as im: assert all(0 <= r['box'][0] < r['box'][2] <= im.width and r['box'][3] <= im.height for r in got['regions'])
         assert load_test(url, [f.read_bytes() for f in files[:4]], requests=12, clients=3)['lost'] == 0
 
+def chosen(method, at):
+    "The method with a threshold that a person chose."
+    import copy
+    from dynad.threshold import Chosen
+    out = copy.copy(method)
+    out.choice = Chosen(at=at, scale=method.learned_decision.normal_scores, why='the customer')
+    assert out.decision.image_threshold == at
+    return out
+
+def between(scores): return float(np.sort(scores)[1:3].mean())
+
 def test_a_threshold_that_a_person_chose(smoke, tmp_path):
     "The package decides as the run does."
-    import copy
-    from dataclasses import replace
-    from dynad.threshold import Chosen
-    method = copy.copy(smoke[0])
-    scores = method.learned_decision.normal_scores
-    method.choice = Chosen(at=float(np.sort(scores)[2]) + .01, scale=scores)
+    method = chosen(smoke[0], between(smoke[0].learned_decision.normal_scores))
     c = export(method, tmp_path/'out', threads=1, defects=4)
     assert all_agree(c) and Package(tmp_path/'out', 1).settings['decision']['image_threshold'] == method.choice.at
+    assert not c['threshold']['carried over'] and 'threshold chosen by hand' in ex.verdict_line(c)
+
+def test_a_threshold_that_a_person_chose_in_8_bits(smoke, tmp_path):
+    "It is carried over to the same place among the held-out normal scores, and the certificate says so."
+    method = chosen(smoke[0], between(smoke[0].learned_decision.normal_scores))
+    c = export(method, tmp_path/'out', int8=True, most=100., threads=1, defects=2)
+    d, before = Package(tmp_path/'out', 1).settings['decision'], method.decision
+    assert d['chosen']['at'] == before.image_threshold != d['image_threshold'] == c['threshold']['of the package'] and d['false_alarms'] is None
+    rank = lambda scores, at: int((np.asarray(scores) > at).sum())
+    assert rank(d['normal_scores'], d['image_threshold']) == rank(before.normal_scores, before.image_threshold) == c['threshold']['above it in the package']
+    assert 'the chosen threshold carried over' in ex.verdict_line(c) and f"{d['image_threshold']:.4g} in the package" in ex.verdict_line(c)
+    assert 'because: the customer' in (tmp_path/'out'/'certificate.html').read_text(encoding='utf-8')
+
+def test_a_threshold_that_a_person_chose_in_half_precision(smoke):
+    "A package computes in float32, where the scores are others."
+    c = smoke[0].config
+    half = smoke[0].with_parts(config=c.model_copy(update={'precision': 'bf16'}))
+    scores = half.learned_decision.normal_scores
+    method = chosen(half, float(np.sort(scores)[-1] + np.ptp(scores)))
+    plain = exportable(method)
+    assert plain.config.precision == 'no' and plain.learned_decision.normal_scores == smoke[0].learned_decision.normal_scores != scores
+    d = plain.decision
+    assert d.chosen and d.image_threshold > max(d.normal_scores) and f'carried over from {method.choice.at:.4g} to float32' in d.in_words(1.)
+    assert method.decision.image_threshold == method.choice.at
+
+@pytest.mark.parametrize('at, to', [(.2, .3), (.3, .45), (.5, .9), (1., 1.9), (1.8, 3.5), (.1, .1)])
+def test_a_threshold_on_another_scale(at, to):
+    from dynad.export_networks import carried
+    assert carried(at, [1., .2, .5, .4], [.3, .6, 1.9, .9]) == pytest.approx(to) and carried(at, [.5], [.7]) == pytest.approx(at + .2)
 
 def test_a_later_format_is_refused(made, tmp_path):
     "A package that this version would misread."
     m = json.loads((made[0]/'manifest.json').read_text())
-    assert m['format'] == 2
-    (tmp_path/'manifest.json').write_text(json.dumps(m | {'format': 3}))
-    with pytest.raises(PackageError, match='format 3, and this dynad reads up to format 2'): Package(tmp_path)
+    assert m['format'] == 3
+    (tmp_path/'manifest.json').write_text(json.dumps(m | {'format': 4}))
+    with pytest.raises(PackageError, match='format 4, and this dynad reads format 3'): Package(tmp_path)
+
