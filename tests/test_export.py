@@ -99,6 +99,26 @@ def test_a_method_that_is_compiled(smoke, tmp_path):
     assert all_agree(export(copy.copy(method), tmp_path/'out', threads=1, defects=2))
     assert method.config.denoiser.compile and method.parts.denoiser.unet._compiled_call_impl is not None
 
+@pytest.fixture(scope='module')
+def openvino():
+    pytest.importorskip('openvino', reason="openvino is not installed: pip install 'dynad[export]'")
+
+def test_openvino(openvino, smoke, files, tmp_path):
+    "The other runtime, here and in the zip alone."
+    c = export(smoke[1], tmp_path/'out', 'openvino', threads=1, defects=2)
+    assert all_agree(c) and c['runtime'] == 'openvino' and set(c['files']) >= {'phi.xml', 'phi.bin', 'unet.xml', 'unet.bin'} and 'openvino' in c['versions']
+    same_answers(smoke[0], tmp_path/'out', files[:6], tmp_path)
+
+def test_openvino_in_int8(openvino, eight, tmp_path):
+    "The quantised networks, as the other runtime reads them."
+    from dynad.runtime import OnnxNetwork, OpenVinoNetwork
+    shapes = Package(eight[0], 1).manifest['networks']
+    for name in eight[1]['int8']:
+        ex.write_network(eight[0]/f'{name}.onnx', name, tmp_path, 'openvino')
+        given = [np.random.default_rng(0).random([3, *s[1:]], np.float32) if len(s) > 1 else np.array([0, 300, 700]) for s in shapes[name]['inputs'].values()]
+        (a,), (b,) = (net(*given) for net in (OnnxNetwork(eight[0]/f'{name}.onnx', 1), OpenVinoNetwork(tmp_path/f'{name}.xml', 1)))
+        assert a.shape == b.shape and np.abs(a - b).mean() < .05*np.abs(a).mean()
+
 # without torch
 
 def test_runtime_without_torch_or_this_package(made, package, files, tmp_path):
