@@ -19,7 +19,7 @@ from dynad.export import ExportError, check_target, export, exportable, imported
 from dynad.patchcore import PatchCore
 from dynad.regions import ROI, save_roi
 from dynad.runtime import Package, PackageError, needed, predict, predict_arrays, read_images, regions
-from dynad.serve import Limits, ServeError, Service, ask, load_test, make_app
+from dynad.serve import Limits, ServeError, Service, ask, load_test, make_app, serve
 from dynad.store import StoreError
 
 BLOCKED = """
@@ -131,6 +131,23 @@ def test_runtime_without_torch_or_this_package(made, package, files, tmp_path):
     same = [f for f in files if f.parent == files[0].parent]
     assert [Path(r['image']) for r in rows] == sorted(same)
     assert np.allclose([r['score'] for r in rows], predict(package, sorted(same)).score, atol=1e-5)
+
+def test_runtime_goes_on_behind_an_image_that_cannot_be_read(made, files, tmp_path):
+    "A line for each, and exit status 1 in the end; mistakes of the command are one line."
+    import shutil
+    (tmp_path/'images').mkdir()
+    for k, f in enumerate(files[:3]): shutil.copy(f, tmp_path/'images'/f'{k}.png')
+    (tmp_path/'images'/'1.png').write_bytes(files[1].read_bytes()[:300])
+    (tmp_path/'images'/'notes.txt').write_text('x')
+    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+    call = lambda *words: subprocess.run([sys.executable, '-c', BLOCKED, str(made[0]/'dynad_runtime.pyz'), *words], capture_output=True, text=True, cwd=tmp_path, env=env, timeout=120)
+    done = call('predict', 'images')
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 1 and 'error: 1 image could not be read' in done.stderr and 'not used: ' in done.stderr and 'Traceback' not in done.stderr
+    assert [Path(r['image']).name for r in rows] == ['0.png', '1.png', '2.png'] and 'score' in rows[0] and 'score' in rows[2] and '1.png' in rows[1]['error']
+    for words, says in ((['--port', '99999'], 'port = 99999: allowed: 1…65535'), (['--max-bytes', '0'], 'bytes = 0: must be above 0'), (['--waiting', '-1'], 'waiting = -1'), (['--max-pixels', '0'], 'pixels = 0'), (['--seconds', '0'], 'seconds = 0')):
+        done = call('serve', *words)
+        assert done.returncode == 1 and done.stderr.strip().splitlines() == [f'error: {done.stderr.strip()[7:]}'] and says in done.stderr, done.stderr
 
 def test_runtime_imports_nothing_heavy():
     assert imported('serve') >= {'runtime', 'images', 'metadata'} and not imported('serve') & {'store', 'exports', 'method', 'config'}
@@ -297,6 +314,49 @@ def test_slow_and_endless_bodies(server):
     part = b'10000\r\n' + b'x'*0x10000 + b'\r\n'
     assert raw(server[0], b'POST /predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n' + part*8).startswith('HTTP/1.1 413')
 
+@pytest.fixture(scope='module')
+def usual(package):
+    "A running server with the limits of the default."
+    with running(package, Limits()) as s: yield s
+
+@pytest.mark.parametrize('n', [25_000_000, 50_000_000, 120_000_000])
+def test_a_body_that_is_too_large_is_told_so(usual, n):
+    "Also beyond what is taken and dropped, where the connection may be closed on a client that sends."
+    assert ask(usual[0], bytes(n)) == {'error': f'{n} bytes; this server takes 20000000', 'status': 413}
+
+def test_an_ordinary_client_that_sends_all_before_it_reads(usual):
+    from http.client import HTTPConnection
+    for path, status in (('/predict', 413), ('/elsewhere', 404), ('/health', 405)):
+        c = HTTPConnection(usual[0].removeprefix('http://'), timeout=30)
+        c.request('POST', path, bytes(30_000_000), {'Connection': 'close'})
+        assert c.getresponse().status == status
+        c.close()
+
+def test_who_is_sent_away_with_a_large_image_reads_it(package):
+    "More bytes than the buffers of a connection hold."
+    with running(package, Limits(waiting=1)) as (url, service):
+        service.counts.waiting = 1
+        got = [ask(url, bytes(7_700_000)) for _ in range(3)]
+        service.counts.waiting = 0
+    assert got == [{'error': '1 requests are waiting; try again', 'status': 503}]*3
+
+def test_a_client_that_asks_before_it_sends(usual):
+    assert raw(usual[0], b'POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 30000000\r\nExpect: 100-continue\r\n\r\n').startswith('HTTP/1.1 413')
+
+def test_a_client_that_goes_and_an_error_are_counted(usual, files, monkeypatch, caplog):
+    "No traceback for who has gone; one for what nobody expected, and an answer."
+    import socket, time
+    from dynad import serve
+    url, service = usual
+    with socket.create_connection(('127.0.0.1', int(url.rsplit(':')[-1]))) as s: s.sendall(b'POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nabc')
+    end = time.time() + 10
+    while not service.counts.status[499] and time.time() < end: time.sleep(.02)
+    assert service.counts.status[499] == 1 and service.counts.waiting == 0 and not caplog.records
+    monkeypatch.setattr(serve, 'reply', lambda *a: {}['no such part'])
+    got = ask(url, files[0].read_bytes())
+    assert got == {'error': "KeyError: 'no such part'", 'status': 500} and service.counts.status[500] == 1
+    assert [r.name for r in caplog.records] == ['dynad.serve'] and 'no such part' in caplog.text
+
 def test_other_names_and_routes(server):
     assert raw(server[0], b'GET /health HTTP/1.1\r\nHost: evil.example\r\n\r\n').startswith('HTTP/1.1 400')
     assert raw(server[0], b'GET /predict HTTP/1.1\r\nHost: localhost\r\n\r\n').startswith('HTTP/1.1 405')
@@ -317,6 +377,51 @@ def test_load(server, files):
     assert got['lost'] == 0 and got['sent away'] > 0 and sum(service.counts.verdicts.values()) - before == 100 and service.counts.waiting == 0
     text = service.counts.text()
     assert f'dynad_requests_total{{status="503"}} {got["sent away"]}' in text and 'dynad_waiting 0' in text
+
+def test_load_counts_what_is_lost(server, files):
+    "Whatever a server says: uvicorn's own refusal is no JSON, and another program may answer anything."
+    import http.server, socket, uvicorn
+    said = iter([b'Service Unavailable', b'[]', b'<html>', b'{"score": 1}'] + [b'no json']*99)
+    class Other(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = next(said)
+            self.rfile.read(int(self.headers['Content-Length']))
+            self.send_response(503 if body[:1] == b'S' else 200)
+            self.send_header('Content-Length', str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+        def log_message(self, *a): pass
+    with http.server.HTTPServer(('127.0.0.1', 0), Other) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        got = load_test(f'http://127.0.0.1:{other.server_port}', [b'x'], requests=4, clients=2)
+        other.shutdown()
+    assert (got['requests'], got['lost'], got['sent away']) == (4, 3, 1)
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    assert load_test(f'http://127.0.0.1:{port}', [b'x'], requests=3, clients=2)['lost'] == 3 # nobody is there
+
+def test_uvicorns_own_refusal(package, files):
+    "Connections that are kept open count; who comes then is told in plain text to come again."
+    import socket, time, uvicorn
+    server = uvicorn.Server(uvicorn.Config(make_app(Service(package)), log_level='critical', limit_concurrency=2))
+    with socket.create_server(('127.0.0.1', 0)) as at:
+        url = f'http://127.0.0.1:{at.getsockname()[1]}'
+        thread = threading.Thread(target=server.run, args=([at],), daemon=True)
+        thread.start()
+        while not server.started: time.sleep(.01)
+        with socket.create_connection(at.getsockname()), socket.create_connection(at.getsockname()):
+            time.sleep(.2)
+            assert ask(url, b'x') == {'error': 'Service Unavailable', 'status': 503}
+        got = load_test(url, [files[0].read_bytes()], requests=4, clients=3)
+        server.should_exit = True
+        thread.join(20)
+    assert got['lost'] == 0 and got['sent away'] > 0
+
+def test_ports(made):
+    import socket
+    with pytest.raises(ServeError, match='port = 99999: allowed: 1…65535'): serve(made[0], port=99999)
+    with socket.create_server(('127.0.0.1', 0)) as s:
+        with pytest.raises(ServeError, match='in use.*choose another port'): serve(made[0], port=s.getsockname()[1])
+    with pytest.raises(ServeError, match='no.such.host.invalid, port 8000: cannot be listened on'): serve(made[0], 'no.such.host.invalid')
 
 def test_limits_are_checked():
     with pytest.raises(ServeError, match='pixels = 0'): Limits(pixels=0)
@@ -480,3 +585,21 @@ def test_a_later_format_is_refused(made, tmp_path):
     (tmp_path/'manifest.json').write_text(json.dumps(m | {'format': 4}))
     with pytest.raises(PackageError, match='format 4, and this dynad reads format 3'): Package(tmp_path)
 
+def test_whole_images_wait_as_they_were_sent(tiled, files, monkeypatch):
+    "Of many that wait at once, few are decoded at a time; a bad one among them is refused alone."
+    import gc, weakref
+    from concurrent.futures import ThreadPoolExecutor
+    from dynad import serve
+    real, alive, most = serve.opened, set(), []
+    def watched(*a):
+        im = real(*a)
+        alive.add(id(im)); weakref.finalize(im, alive.discard, id(im))
+        most.append(len(alive))
+        return im
+    monkeypatch.setattr(serve, 'opened', watched)
+    images = [f.read_bytes() for f in files[:5]]*2 + [b'no image', files[0].read_bytes()[:900]]
+    with running(Package(tiled[0], 1), Limits(waiting=16)) as (url, service), ThreadPoolExecutor(12) as clients:
+        got = list(clients.map(lambda b: ask(url, b, 'overlay'), images))
+        gc.collect()
+        assert max(most) <= 3 and not alive # two, and one that is being let go
+    assert ['score' in g for g in got] == [True]*10 + [False]*2 and [g['status'] for g in got[10:]] == [422, 422]
