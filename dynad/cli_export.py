@@ -21,8 +21,8 @@ def export_run(
     run: Annotated[Path, typer.Argument(parser=place, help='run directory of `dynad fit`')],
     out: Annotated[Path, typer.Option(**Folder, help='for the package; an earlier package there goes')],
     to: Annotated[str, typer.Option(help='onnx (onnxruntime) or openvino')] = 'onnx',
-    int8: Annotated[bool, typer.Option('--int8', help='UNet and decoder in 8 bits, scales and threshold measured anew'
-                                       )] = False,
+    int8: Annotated[bool, typer.Option('--int8', help='UNet and decoder in 8 bits, scales and threshold measured anew; '
+                                                      'a threshold of `dynad threshold --at` is carried over')] = False,
     points: Annotated[float, typer.Option(min=0, max=100, help='that --int8 may cost of I-AUROC, P-AUROC or PRO, '
                                                                'on synthetic defects in held-out images')] = .5,
     data: Annotated[Optional[str], typer.Option(
@@ -52,9 +52,10 @@ def serve_package(
     threads: Annotated[Optional[int], typer.Option(min=1, help='of each network; default: all cores')] = None,
     max_bytes: Annotated[int, typer.Option(min=1, help='of one request')] = 20_000_000,
     max_pixels: Annotated[int, typer.Option(min=1, help='of one image')] = 40_000_000,
-    waiting: Annotated[int, typer.Option(min=1, help='requests at a time; one more is sent away')] = 32
+    waiting: Annotated[int, typer.Option(min=1, help='requests at a time; one more is sent away')] = 32,
+    seconds: Annotated[float, typer.Option(min=.001, help='for the body of a request to arrive')] = 60.
 ):
     "Serve an exported package: POST an image to /predict, get score, verdict and regions; /health, /metrics."
     with known_mistakes():
         from dynad.serve import Limits, serve
-        serve(folder, host, port, Limits(max_bytes, max_pixels, waiting), threads)
+        serve(folder, host, port, Limits(max_bytes, max_pixels, waiting, seconds), threads)

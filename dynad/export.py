@@ -5,7 +5,7 @@
 # %% ../nbs/17i_export.ipynb #9d80f9df
 from __future__ import annotations
 import base64, html, json, tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .choosing import N_DEFECTS
-from .config import did_you_mean
+from .config import did_you_mean, load_config
 from .data import to_float
-from .export_networks import (ExportError, Network, OPSET, Piece, exportable, imported, networks_of, settings_of,
-                                   with_settings, write_manifest, write_network, write_onnx, write_runtime)
+from .export_networks import (EXPORTED, ExportError, Network, OPSET, Piece, check_method, exportable, imported,
+                                   networks_of, settings_of, with_settings, write_manifest, write_network, write_onnx,
+                                   write_runtime)
 from .export_parity import (Images, Proof, Reference, answers, difference, learned, points, proof_of, runtime_versions,
                                  speeds)
 from .exports import check_export, export_to
@@ -28,18 +29,34 @@ from .guard import tqdm
 from .machine import machine
 from .method import Method
 from .output import open_for_prediction
+from .paths import expanded
 from .runtime import RUNTIMES, Answer, Package, decided, diffuses, needed, neighbour_maps, raw_maps, upsample
 from .show import colorize, png_bytes, to_uint8
 from .store import atomic_write
+from .threshold import above, choice_in_words
+from .walk import neighbour_groups
 
 _all_ = ['Piece', 'imported'] # by this name too
 
 # %% auto #0
-__all__ = ['TOLERANCE', 'POINTS', 'QUANTISED', 'STYLE', 'certificate', 'check_parity', 'seen_by', 'first_and_last', 'quantise',
-           'measured_again', 'Making', 'in_int8', 'int8_package', 'table', 'verdict_line', 'worst_case',
-           'certificate_page', 'check_target', 'export', 'Piece', 'imported']
+__all__ = ['TOLERANCE', 'POINTS', 'QUANTISED', 'STYLE', 'threshold_of', 'certificate', 'check_parity', 'seen_by',
+           'first_and_last', 'quantise', 'measured_again', 'Making', 'in_int8', 'int8_package', 'table',
+           'threshold_note', 'verdict_line', 'worst_case', 'certificate_page', 'package_files', 'check_target',
+           'check_int8', 'export', 'Piece', 'imported']
 
 # %% ../nbs/17i_export.ipynb #8bf217aa
+def threshold_of(method: Method, decision: dict[str, Any]) -> dict[str, Any]: # decision: of the package
+    "Where the threshold for images of a package comes from; the counts are of held-out normal images above it."
+    d = method.decision
+    beyond = lambda scores, at: int(above(np.asarray(scores), at).sum())
+    return {'of the run': d.image_threshold, 'of the package': decision['image_threshold'],
+            'chosen': d.chosen and choice_in_words(d.chosen),
+            'carried over': bool(d.chosen and d.chosen.at is not None and decision['image_threshold'] != d.chosen.at),
+            'normal images': len(decision['normal_scores']),
+            'above it in the run': beyond(d.normal_scores, d.image_threshold),
+            'above it in the package': beyond(decision['normal_scores'], decision['image_threshold'])}
+
+# %% ../nbs/17i_export.ipynb #14e9c51f
 def certificate(m: Making, p: Package, reference: Reference) -> dict[str, Any]:
     "All that was compared, as JSON."
     masks, info, inside = m.proof.defects.masks, m.method.info, p.inside(m.normal.map.shape[-2:])
@@ -52,8 +69,10 @@ def certificate(m: Making, p: Package, reference: Reference) -> dict[str, Any]:
         diffusion=diffuses(p.settings) if m.method.name == 'dynad' else None,
         compared={'held-out normal images': difference(reference.normal, m.normal),
                   'synthetic defects in them': difference(reference.defects, m.bad)},
+        threshold=threshold_of(m.method, p.settings['decision']),
         points={'torch': t, 'package': own, 'lost': {k: t[k] - own[k] for k in t}},
-        speed=speeds(m.method, p, m.proof.normal), files=p.manifest['files'], versions=runtime_versions(),
+        speed=speeds(m.method, p, m.proof.normal), manifest=p.manifest['sha256'], files=p.manifest['files'],
+        versions=runtime_versions(),
         machine={k: v for k, v in machine().items() if k != 'peak_memory_mb'})
 
 # %% ../nbs/17i_export.ipynb #ae4ca030
@@ -183,9 +202,6 @@ def in_int8(
 # %% ../nbs/17i_export.ipynb #634c617e
 def int8_package(m: Making, p: Package, reference: Reference, most: float) -> tuple[Package, list[dict[str, Any]]]:
     "The first of `QUANTISED` that costs at most so many points, and all that was tried. Raises ExportError for none."
-    if m.method.joined:
-        raise ExportError("the run has learned from marked images (learned.json), whose scores in 8 bits nobody has "
-                          "measured; export without --int8")
     if not reference.points(m.proof.defects.masks, p.inside(m.normal.map.shape[-2:])):
         raise ExportError("no synthetic defect lies in the region of interest, so that what int8 costs cannot be "
                           "measured; export without --int8")
@@ -193,9 +209,6 @@ def int8_package(m: Making, p: Package, reference: Reference, most: float) -> tu
     seen = seen_by(p, m.proof.normal[:few])
     for k, calls in seen_by(p, m.proof.defects.images[:few]).items(): seen[k] = seen.get(k, []) + calls
     plain, tried = speeds(m.method, p, m.proof.normal), []
-    if not seen.keys() >= {'unet', 'decoder'}:
-        raise ExportError("int8 is of the UNet and the decoder, and this run calls neither for its map; "
-                          "export without --int8")
     for names in QUANTISED:
         q = in_int8(m, names, seen)
         c = certificate(m, q, reference)
@@ -220,19 +233,29 @@ def table(rows: dict[str, Any]) -> str:
     return f"<table>{''.join(line(k, v) for k, v in rows.items() if v is not None)}</table>"
 
 # %% ../nbs/17i_export.ipynb #06ff3387
+def threshold_note(t: dict[str, Any] | None) -> str: # t: of `threshold_of`
+    "What is to be said of a threshold that a person has chosen; empty where none has."
+    if not t or not t['chosen']: return ''
+    return (f"; threshold {t['chosen']}: {t['of the run']:.4g} in the run, {t['of the package']:.4g} in the package, "
+            f"with {t['above it in the run']} and {t['above it in the package']} of {t['normal images']} held-out "
+            "normal images above")
+
+# %% ../nbs/17i_export.ipynb #1cca812f
 def verdict_line(c: dict[str, Any]) -> str:
     "What the certificate says, in a sentence."
     n = sum(d['images'] for d in c['compared'].values())
     differ = sum(d['verdicts that differ'] for d in c['compared'].values())
     most = max(d['largest difference of map'] for d in c['compared'].values())
-    t, note = c.get('tiles'), ''
+    t, note = c.get('tiles'), threshold_note(c.get('threshold'))
     if t: note += f"; images are cut into tiles of {t['tile']} pixels every {t['stride']}"
     if c.get('roi'): note += f"; {c['roi']:.1%} of the image count (region of interest)"
     if c['diffusion'] is False:
         note += '; the neighbour map has all the weight in this run, so that the package does not call the denoiser'
     if not c['int8']: return f"{n} images judged by both: {differ} verdicts differ, maps by at most {most:.1e}{note}"
     lost = ', '.join(f'{k} {v:+.2f}' for k, v in c['points']['lost'].items())
-    return (f"{' and '.join(c['int8'])} in int8, scales and threshold measured anew; {n} images judged by both: "
+    own = c.get('threshold', {}).get('carried over')
+    anew = f"scales {'measured anew, the chosen threshold carried over' if own else 'and threshold measured anew'}"
+    return (f"{' and '.join(c['int8'])} in int8, {anew}; {n} images judged by both: "
             f"{differ} verdicts differ; points lost on synthetic defects: {lost} "
             f"({c['allowed points']:g} are allowed){note}")
 
@@ -258,6 +281,7 @@ def certificate_page(c: dict[str, Any], reference: Reference, m: Making) -> str:
     parts = [f'<h1>Certificate of an export: {html.escape(kind)}</h1>',
              f'<p class=verdict>{html.escape(verdict_line(c))}.</p>', table(told)]
     for what, d in c['compared'].items(): parts += [f'<h2>{html.escape(what)}</h2>', table(d)]
+    parts += ['<h2>Threshold for images</h2>', table(c['threshold'])]
     parts += ['<h2>The defective image on which both differ most</h2>', worst_case(m, reference),
               '<h2>Points, of 100, on synthetic defects in held-out images</h2>',
               *(f'<p>{html.escape(k)}</p>{table(v)}' for k, v in c['points'].items()),
@@ -267,18 +291,40 @@ def certificate_page(c: dict[str, Any], reference: Reference, m: Making) -> str:
         lost = lambda t: ', '.join(f'{k} {v:+.2f}' for k, v in t['lost'].items())
         parts += ['<h2>int8: points lost by what was tried</h2>', table({'+'.join(t['int8']): lost(t) for t in tried})]
     parts += ['<h2>Machine and versions</h2>', table(c['machine']), table(c['versions']),
-              '<h2>Files, sha256</h2>', table(c['files'])]
+              '<h2>Files, sha256</h2>', table({'settings and list of files': c['manifest']} | c['files'])]
     return (f'<!doctype html><html lang=en><meta charset=utf-8><title>Certificate: {html.escape(kind)}</title>'
             f'<style>{STYLE}</style>{"".join(parts)}')
 
 # %% ../nbs/17i_export.ipynb #a78961fa
-def check_target(to: str, int8: bool, out: str | Path) -> Path: # the folder
+def package_files(to: str, method: str) -> list[str]:
+    "The names of the files of a package."
+    suffixes = (RUNTIMES[to][1], *(['.bin'] if to == 'openvino' else []))
+    return ['manifest.json', 'certificate.json', 'certificate.html', 'arrays.npz', 'dynad_runtime.pyz',
+            *(name + s for name in EXPORTED[method] for s in suffixes)]
+
+def check_target(
+    to: str, int8: bool,
+    out: str | Path,
+    method: str = 'dynad' # its name
+) -> Path:                # the folder
     "Raises ExportError, PackageError or StoreError for an export that would fail after the work."
     if to not in RUNTIMES:
         raise ExportError(f"--to {to!r}: allowed: {', '.join(RUNTIMES)}{did_you_mean(to, RUNTIMES)}")
     for name, used in {'onnx': True, 'onnxruntime': int8 or to == 'onnx', 'openvino': to == 'openvino'}.items():
         if used: needed(name)
-    return check_export(out, ['manifest.json', 'certificate.json', 'certificate.html', 'arrays.npz'], '--out ')
+    check_method(method, int8)
+    return check_export(out, package_files(to, method), '--out ')
+
+# %% ../nbs/17i_export.ipynb #9e7258db
+def check_int8(method: Method) -> None:
+    "Raises ExportError for a run whose map 8 bits change nothing of, or whose scores in 8 bits nobody can measure."
+    if method.joined:
+        raise ExportError("the run has learned from marked images (learned.json), whose scores in 8 bits nobody has "
+                          "measured; export without --int8")
+    f = method.config.fusion
+    if not diffuses({'fusion': {'neighbour': f.neighbour, 'neighbour_layers': neighbour_groups(method.config)}}):
+        raise ExportError("int8 is of the UNet and the decoder, and this run calls neither for its map; "
+                          "export without --int8")
 
 # %% ../nbs/17i_export.ipynb #a137981a
 def export(
@@ -293,8 +339,10 @@ def export(
     defects: int = N_DEFECTS                 # synthetic ones of the comparison
 ) -> dict[str, Any]:                         # the certificate
     "Write a package and its certificate. Raises ExportError, and leaves what was there, where it does not hold."
-    out = check_target(to, int8, out)
-    method = exportable(run if isinstance(run, Method) else open_for_prediction(Path(run), overrides or {}))
+    opened = isinstance(run, Method)
+    out = check_target(to, int8, out, run.name if opened else load_config(expanded(run)/'config.json').method)
+    method = exportable(run if opened else open_for_prediction(Path(run), overrides or {}))
+    if int8: check_int8(method)
     proof = proof_of(method, data, defects)
     with export_to(out) as work, tempfile.TemporaryDirectory() as source:
         m = Making(method, networks_of(method), Path(source), work, to, proof, threads or torch.get_num_threads())

@@ -6,10 +6,10 @@
 from __future__ import annotations
 import ast, copy, json, shutil, warnings, zipfile
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,19 +17,20 @@ from torch import Tensor, nn
 
 from . import __version__
 from .config import DynadError
+from .denoiser import Denoiser, set_compiled
 from .detector import DynAD
 from .frozen import thawed
 from .method import Method
-from .patchcore import PatchCore
 from .reconstruction import start_index, timesteps
-from .runtime import FORMAT, RUNTIMES, Package, needed, sha256
+from .runtime import FORMAT, RUNTIMES, Package, needed, seal, sha256
 from .scales import possible_t_hat
 from .store import atomic_write
 from .walk import averaged_t_hat, choose_t_hat, neighbour_groups, sampler_settings
 
 # %% auto #0
-__all__ = ['EXPORTED', 'OPSET', 'ExportError', 'exportable', 'Piece', 'Network', 'on_cpu', 'networks_of', 'quiet', 'write_onnx',
-           'steps_of', 'dynad_settings', 'settings_of', 'imported', 'write_runtime', 'write_manifest', 'write_network',
+__all__ = ['EXPORTED', 'CURES', 'OPSET', 'ExportError', 'check_method', 'carried', 'uncompiled', 'with_choice', 'exportable',
+           'Piece', 'Network', 'on_cpu', 'networks_of', 'quiet', 'write_onnx', 'steps_of', 'dynad_settings',
+           'settings_of', 'imported', 'write_runtime', 'write_sealed', 'write_manifest', 'write_network',
            'with_settings']
 
 # %% ../nbs/17ha_export_networks.ipynb #117af356
@@ -37,15 +38,49 @@ class ExportError(DynadError, ValueError):
     "An export that cannot be made, or does not hold: the text names what is wrong and the cure."
 
 # %% ../nbs/17ha_export_networks.ipynb #f5e235e3
-EXPORTED = {'dynad': DynAD, 'patchcore': PatchCore} # methods whose walk the runtime knows
+# methods whose walk the runtime knows, and their networks
+EXPORTED = {'dynad': ('phi', 'encoder', 'unet', 'decoder'), 'patchcore': ('phi',)}
 
-def exportable(method: Method) -> Method: # the same in single precision
+def check_method(name: str, int8: bool = False) -> None:
+    "Raises ExportError for a method that no package can be made of, or none in int8."
+    if name not in EXPORTED:
+        raise ExportError(f"method = {name}: can't be exported, only {' and '.join(EXPORTED)} can; "
+                          "`dynad predict` runs it with torch")
+    if int8 and 'unet' not in EXPORTED[name]:
+        raise ExportError(f"method = {name}: int8 is of the UNet and the decoder, and it has neither; "
+                          "export without --int8")
+
+# %% ../nbs/17ha_export_networks.ipynb #fb7aa990
+def carried(
+    at: float,               # a threshold
+    before: Sequence[float], # scores of the held-out normal images, on the threshold's scale
+    after: Sequence[float]   # of the same images, on another
+) -> float:
+    "The threshold on the other scale: at the same rank among the scores, beyond them as many spreads away."
+    a, b = np.sort(np.asarray(before, np.float64)), np.sort(np.asarray(after, np.float64))
+    slope = np.ptp(b)/np.ptp(a) if np.ptp(a) else 1.
+    return float(np.interp(at, a, b) + slope*(min(at - a[0], 0) + max(at - a[-1], 0)))
+
+# %% ../nbs/17ha_export_networks.ipynb #22e24c52
+def uncompiled(unet: Denoiser) -> Denoiser: # a copy where it was compiled
+    "The same weights without torch.compile, whose graph cannot be written as ONNX."
+    if unet.unet._compiled_call_impl is None: return unet
+    return set_compiled(copy.deepcopy(unet), False)
+
+def with_choice(method: DynAD, before: DynAD) -> DynAD: # before: the same with its own settings
+    "With the threshold that a person has chosen, in place, also where the settings move the scores."
+    if before.decision.chosen is not None and method.decision.chosen is None:
+        at, scores = before.choice.at, method.learned_decision.normal_scores
+        method.choice = replace(before.choice, at=carried(at, before.learned_decision.normal_scores, scores),
+                                how=f'{before.choice.how}, carried over from {at:.4g} to float32', scale=scores)
+    return method
+
+# %% ../nbs/17ha_export_networks.ipynb #4a045097
+def exportable(method: Method) -> Method: # in single precision, without torch.compile
     "The method, if a package can do what it does. Raises ExportError."
+    check_method(method.name)
     method = thawed(method)
     c, r = method.config, method.config.reconstruction
-    if method.name not in EXPORTED:
-        raise ExportError(f"method = {method.name}: can't be exported, only {' and '.join(EXPORTED)} can; "
-                          "`dynad predict` runs it with torch")
     if not method.training_set:
         raise ExportError("a saved model has no held-out images to compare with; give the run directory of `dynad fit`")
     if method.name != 'dynad': return method
@@ -54,8 +89,10 @@ def exportable(method: Method) -> Method: # the same in single precision
     if c.latents.latent_sampling != 'mode':
         raise ExportError(f"latents.latent_sampling = {c.latents.latent_sampling!r}: a package draws no "
                           "random latents; fit with --set latents.latent_sampling=mode")
-    if c.precision == 'no': return method
-    return method.with_parts(config=c.model_copy(update={'precision': 'no'}))
+    plain = c.model_copy(update={'precision': 'no', 'denoiser': c.denoiser.model_copy(update={'compile': False})})
+    unet = uncompiled(method.parts.denoiser)
+    if plain == c and unet is method.parts.denoiser: return method
+    return with_choice(method.with_parts(config=plain, denoiser=unet), method)
 
 # %% ../nbs/17ha_export_networks.ipynb #b368a471
 class Piece(nn.Module):
@@ -98,6 +135,7 @@ def networks_of(method: Method) -> dict[str, Network]: # on the CPU
                     'decoder': Network(Piece(ae, lambda part, z: (part.decode(z),)), (z,), ('z',), ('image',))}
 
 # %% ../nbs/17ha_export_networks.ipynb #b1d8acc6
+CURES = {'phi': 'features.backbone', 'unet': 'denoiser.patch or denoiser.attention'} # of the others: latents.kind
 OPSET = 18 # of ONNX: the first with antialiased resizing, which a ViT's input needs
 
 @contextmanager
@@ -118,7 +156,7 @@ def write_onnx(n: Network, file: Path) -> None:
                               output_names=list(n.outputs), dynamic_axes=axes, opset_version=OPSET)
     except (RuntimeError, TypeError, ValueError) as e:
         raise ExportError(f"{file.stem}: torch cannot write this network as ONNX ({str(e).splitlines()[0][:160]}); "
-                          "choose another features.backbone or latents.kind") from None
+                          f"fit with another {CURES.get(file.stem, 'latents.kind')}") from None
 
 # %% ../nbs/17ha_export_networks.ipynb #6ffdb6c9
 def steps_of(method: DynAD) -> dict[int, list[int]]:
@@ -182,15 +220,19 @@ def write_runtime(file: Path, main: str = 'serve') -> None:
             for name, text in texts.items(): z.writestr(zipfile.ZipInfo(name), text)
 
 # %% ../nbs/17ha_export_networks.ipynb #e1737a41
+def write_sealed(work: Path, made: dict[str, Any]) -> None:
+    "manifest.json with the hash of what it says."
+    made = json.loads(json.dumps(made)) # keys as they will be read
+    atomic_write(work/'manifest.json', json.dumps(made | {'sha256': seal(made)}, indent=1))
+
 def write_manifest(work: Path, to: str, int8: tuple[str, ...], settings: dict[str, Any], networks: dict) -> None:
     "manifest.json: every file of the package with its hash, and all settings."
     suffixes = (RUNTIMES[to][1], '.bin', '.npz', '.pyz')
     names = sorted(p.name for p in work.iterdir() if p.suffix in suffixes)
     shapes = {k: {'inputs': {i: [None, *x.shape[1:]] for i, x in zip(n.inputs, n.example)}, 'outputs': list(n.outputs)}
               for k, n in networks.items()}
-    made = dict(format=FORMAT, dynad=__version__, runtime=to, opset=OPSET, int8=list(int8), networks=shapes,
-                settings=settings, files={n: sha256(work/n) for n in names})
-    atomic_write(work/'manifest.json', json.dumps(made, indent=1))
+    write_sealed(work, dict(format=FORMAT, dynad=__version__, runtime=to, opset=OPSET, int8=list(int8), networks=shapes,
+                            settings=settings, files={n: sha256(work/n) for n in names}))
 
 # %% ../nbs/17ha_export_networks.ipynb #226a4a21
 def write_network(source: Path, name: str, work: Path, to: str) -> None:
@@ -203,6 +245,5 @@ def write_network(source: Path, name: str, work: Path, to: str) -> None:
 # %% ../nbs/17ha_export_networks.ipynb #b4b3977f
 def with_settings(work: Path, p: Package, settings: dict[str, Any]) -> Package: # the package, read again
     "Settings into the manifest of a package that is being made."
-    made = json.loads((work/'manifest.json').read_text(encoding='utf-8')) | {'settings': settings}
-    atomic_write(work/'manifest.json', json.dumps(made, indent=1))
+    write_sealed(work, json.loads((work/'manifest.json').read_text(encoding='utf-8')) | {'settings': settings})
     return Package(work, p.threads)

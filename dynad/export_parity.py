@@ -5,7 +5,7 @@
 # %% ../nbs/17hb_export_parity.ipynb #5f77d1fd
 from __future__ import annotations
 import json, time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Callable
@@ -21,7 +21,7 @@ from .config import Config
 from .data import split_normal, to_float
 from .defects import DefectSet, defect_set
 from .evaluate import versions
-from .export_networks import ExportError
+from .export_networks import ExportError, carried
 from .guard import tqdm
 from .images import image_size, read_whole, resized
 from .method import Decision, Method, Prediction, fitted_dataset
@@ -33,14 +33,18 @@ from .tiles import tile_set, tiles_of
 __all__ = ['Images', 'PIXELS', 'learned', 'answers', 'Proof', 'defects_at_own_size', 'proof_of', 'difference', 'points',
            'Reference', 'given', 'in_turns', 'speeds', 'runtime_versions']
 
-# %% ../nbs/17hb_export_parity.ipynb #b5d51323
+# %% ../nbs/17hb_export_parity.ipynb #eb6b9cd9
 def learned(method: Method, normal: Answer) -> dict[str, Any]:
     "The decision that the package's own answers to held-out normal images imply, or that a person has taken."
-    f = method.config.fusion
+    f, chosen = method.config.fusion, method.choice
     seen = Prediction(torch.from_numpy(normal.score), torch.from_numpy(normal.map))
     d = Decision.learned(seen, f.threshold_quantile, f.false_alarms, method.inside)
     if method.joined: d = method.learned_decision # of marked images too, which are not asked about here
-    return json.loads(json.dumps(asdict(d.under(method.choice))))
+    own = d.under(chosen)
+    if method.decision.chosen is not None and own.chosen is None: # in force with torch, and these are other scores
+        at = carried(chosen.at, method.learned_decision.normal_scores, d.normal_scores)
+        own = replace(d, image_threshold=at, false_alarms=None, chosen=chosen)
+    return json.loads(json.dumps(asdict(own)))
 
 # %% ../nbs/17hb_export_parity.ipynb #b22f5132
 def answers(p: Package, x: Images, what: str) -> Answer:

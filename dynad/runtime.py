@@ -20,8 +20,8 @@ from .images import Notes, read_pixels, read_whole
 from .paths import expanded, printable
 
 # %% auto #0
-__all__ = ['RUNTIMES', 'FORMAT', 'READABLE', 'WALKS', 'Opened', 'HEAT', 'PackageError', 'needed', 'default_threads',
-           'OnnxNetwork', 'OpenVinoNetwork', 'sha256', 'read_manifest', 'Answer', 'Package', 'sampler_of', 'raw_maps',
+__all__ = ['RUNTIMES', 'FORMAT', 'PARTS', 'WALKS', 'Opened', 'HEAT', 'PackageError', 'needed', 'default_threads', 'OnnxNetwork',
+           'OpenVinoNetwork', 'sha256', 'seal', 'read_manifest', 'Answer', 'Package', 'sampler_of', 'raw_maps',
            'rescaled', 'fused', 'walk_dynad', 'diffuses', 'neighbour_maps', 'rule_of', 'walk_patchcore', 'reweighted',
            'above', 'decided', 'read_images', 'opened', 'judged_squares', 'judged_whole', 'predict_opened',
            'predict_arrays', 'predict', 'overlay', 'runs', 'labelled', 'regions']
@@ -73,26 +73,37 @@ class OpenVinoNetwork:
 RUNTIMES = {'onnx': (OnnxNetwork, '.onnx'), 'openvino': (OpenVinoNetwork, '.xml')} # class, and extension of its files
 
 # %% ../nbs/17h_runtime.ipynb #6edbe829
-FORMAT = 2        # of manifest.json; raised when an older dynad would misread it: 2 knows tiles and regions of interest
-READABLE = (1, 2)
+FORMAT = 3 # of manifest.json; 2 knows tiles and regions of interest, 3 a hash of its settings
+PARTS = {'dynad': str, 'runtime': str, 'int8': list, 'networks': dict, 'settings': dict, 'files': dict, 'sha256': str}
 
 def sha256(file: Path) -> str:
     "Of a file's bytes."
     with open(file, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
+def seal(made: dict[str, Any]) -> str: # sha256
+    "Of all that a manifest says, whatever its order; made of JSON's own types."
+    text = json.dumps({k: v for k, v in made.items() if k != 'sha256'}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
 # %% ../nbs/17h_runtime.ipynb #d5665d4b
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    "manifest.json of a package whose files are all there and unchanged. Raises PackageError."
+    "manifest.json of a package, when it and all its files are there and unchanged. Raises PackageError."
     folder = expanded(folder)
     file = folder/'manifest.json'
     again = 'export it again with `dynad export`'
     try: made = json.loads(file.read_text(encoding='utf-8'))
     except FileNotFoundError:
         raise PackageError(f"{printable(file)}: no such file; give the --out of `dynad export`") from None
-    except (OSError, ValueError) as e: raise PackageError(f"{printable(file)}: cannot be read ({e}); {again}") from None
-    if not isinstance(made, dict) or made.get('format') not in READABLE or not isinstance(made.get('files'), dict):
-        found = made.get('format') if isinstance(made, dict) else type(made).__name__
-        raise PackageError(f"{printable(file)}: format {found!r}, and this dynad reads up to format {FORMAT}; {again}")
+    except (OSError, ValueError, RecursionError) as e:
+        raise PackageError(f"{printable(file)}: cannot be read ({e}); {again}") from None
+    found = made.get('format') if isinstance(made, dict) else type(made).__name__
+    if found != FORMAT:
+        own = ', or run it with its own dynad_runtime.pyz' if found in (1, 2) else ''
+        raise PackageError(f"{printable(file)}: format {found!r}, and this dynad reads format {FORMAT}; {again}{own}")
+    if lost := [k for k, kind in PARTS.items() if not isinstance(made.get(k), kind)]:
+        raise PackageError(f"{printable(file)}: lacks {', '.join(lost)}; {again}")
+    if made['sha256'] != seal(made):
+        raise PackageError(f"{printable(file)}: was changed (settings or list of files); {again}")
     for name, digest in made['files'].items():
         if name != Path(name).name or '\\' in name: raise PackageError(f"{printable(file)}: {name!r} is no file name")
         if not (folder/name).is_file(): raise PackageError(f"{printable(folder/name)}: is missing; {again}")
@@ -137,6 +148,7 @@ class Package:
         folder: str | Path,         # the --out of `dynad export`
         threads: int | None = None  # of each network; None: all cores
     ):
+        if threads is not None and threads < 1: raise PackageError(f"threads = {threads}: must be above 0")
         self.folder, self.manifest = expanded(folder), read_manifest(folder)
         self.settings, self.threads = self.manifest['settings'], threads or default_threads()
         self.networks: dict[str, Callable] = {}

@@ -4,18 +4,21 @@
 
 # %% ../nbs/17j_serve.ipynb #f6eefd98
 from __future__ import annotations
-import argparse, asyncio, base64, io, json, statistics, sys, threading, time, urllib.error, urllib.request
+import argparse, asyncio, base64, io, json, logging, socket, statistics, sys, threading, time
+import urllib.error, urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from contextlib import asynccontextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Sequence
 
 import numpy as np
 from PIL import Image
 
-from .collector import DataError, collect_places
+from .collector import DataError, collect_places, count, summary_line
 from .config import DynadError
 from .images import Notes, image_size, resized_pixels
 from .paths import echo, lenient_streams
@@ -23,8 +26,9 @@ from .runtime import (Answer, Opened, Package, judged_squares, needed, opened, o
                            regions)
 
 # %% auto #0
-__all__ = ['NAME', 'LOOPBACK', 'INSTALL', 'ServeError', 'Limits', 'Counts', 'decoded', 'png', 'reply', 'Worker', 'body_of',
-           'Service', 'make_app', 'serve', 'ask', 'load_test', 'judge_files', 'main']
+__all__ = ['NAME', 'LOG', 'DECODED', 'GONE', 'DRAINED', 'LOOPBACK', 'INSTALL', 'CONNECTIONS', 'ServeError', 'Limits', 'Counts',
+           'size_of', 'decoded', 'png', 'reply', 'Worker', 'body_of', 'Service', 'Drained', 'make_app', 'listening',
+           'serve', 'over_limit', 'ask', 'load_test', 'judge_files', 'main']
 
 # %% ../nbs/17j_serve.ipynb #2b8e4760
 class ServeError(DynadError, ValueError):
@@ -40,7 +44,7 @@ class Limits:
     bytes: int = 20_000_000    # of one request
     pixels: int = 40_000_000   # of one image
     waiting: int = 32          # requests at a time; one more is sent away with 503
-    seconds: float = 60.       # for the body of a request to arrive
+    seconds: float = 60.       # for the body of a request to arrive, or the rest of one that is refused
 
     def __post_init__(self):
         for name in ('bytes', 'pixels', 'waiting', 'seconds'):
@@ -82,15 +86,16 @@ class Counts:
 # %% ../nbs/17j_serve.ipynb #4e4216a8
 NAME = 'image' # of what is posted, in errors; it has no path
 
-def decoded(data: bytes, p: Package, limits: Limits
-           ) -> tuple[Opened, tuple[int, int]]: # what the package judges; width, height
-    "The posted image. Raises ServeError that says what is wrong."
-    notes = Notes()
-    try:
-        wide, high = image_size(NAME, data=data)
-        if wide*high > limits.pixels:
-            raise ServeError(f"an image of {wide}×{high} pixels; this server takes {limits.pixels}", 413)
-        return opened(p, (NAME, data), notes, limits.pixels), (wide, high)
+def size_of(data: bytes, limits: Limits) -> tuple[int, int]: # width, height
+    "The size of a posted image, from its header. Raises ServeError that says what is wrong."
+    try: wide, high = image_size(NAME, data=data)
+    except DataError as e: raise ServeError(str(e), 422) from None
+    if wide*high <= limits.pixels: return wide, high
+    raise ServeError(f"an image of {wide}×{high} pixels; this server takes {limits.pixels}", 413)
+
+def decoded(data: bytes, p: Package, limits: Limits) -> Opened:
+    "The posted image as the package judges it. Raises ServeError that says what is wrong."
+    try: return opened(p, (NAME, data), Notes(), limits.pixels)
     except DataError as e: raise ServeError(str(e), 422) from None
 
 # %% ../nbs/17j_serve.ipynb #2c4f2d8c
@@ -118,6 +123,8 @@ def reply(p: Package, x: Opened, shape: tuple[int, int], a: Answer, wanted: set[
     return out
 
 # %% ../nbs/17j_serve.ipynb #44fb31fc
+LOG = logging.getLogger('dynad.serve') # of what nobody expected, with its traceback
+
 class Worker:
     "Judges images in batches, in the order in which they came."
     def __init__(self, p: Package):
@@ -132,16 +139,21 @@ class Worker:
 
     async def run(self) -> None:
         "Until it is cancelled."
-        loop = asyncio.get_running_loop()
         while True:
             batch = [await self.queue.get()]
             while len(batch) < self.package.settings['batch'] and not self.queue.empty():
                 batch.append(self.queue.get_nowait())
-            images = [x for x, _ in batch]
-            try: found = await loop.run_in_executor(self.threads, predict_opened, self.package, images)
-            except Exception as e: # the requests of this batch are told, the next ones are served
-                for _, f in batch: f.done() or f.set_exception(ServeError(f'{type(e).__name__}: {e}', 500))
-                continue
+            await self.answer(batch)
+            del batch # while the next one is waited for
+
+    async def answer(self, batch: list[tuple[Opened, asyncio.Future]]) -> None:
+        "To each of a batch its own answer, or the error: the next batch is served."
+        loop, images = asyncio.get_running_loop(), [x for x, _ in batch]
+        try: found = await loop.run_in_executor(self.threads, predict_opened, self.package, images)
+        except Exception as e:
+            LOG.exception('judging %d images', len(batch))
+            for _, f in batch: f.done() or f.set_exception(ServeError(f'{type(e).__name__}: {e}', 500))
+        else:
             for i, (_, f) in enumerate(batch): f.done() or f.set_result(found.only(i))
 
 # %% ../nbs/17j_serve.ipynb #db564ec5
@@ -161,11 +173,15 @@ async def body_of(request: Any, limits: Limits) -> bytes:
     except TimeoutError: raise ServeError(f"the image did not arrive within {limits.seconds:g} s", 408) from None
 
 # %% ../nbs/17j_serve.ipynb #8f3c2c71
+DECODED = 2 # images at a time
+GONE = 499  # of a client that has left before its image was there; no standard, but known from nginx
+
 class Service:
     "What the server answers; its methods are the routes."
     def __init__(self, p: Package, limits: Limits = Limits()):
         self.package, self.limits, self.counts, self.worker = p, limits, Counts(), None
-        self.readers = ThreadPoolExecutor(2, 'dynad-read') # so many images are decoded at a time
+        self.readers = ThreadPoolExecutor(DECODED, 'dynad-read')
+        self.whole = asyncio.Semaphore(DECODED) if p.cuts else nullcontext()
         side = p.settings['image_size']
         judged_squares(p, np.zeros((1, 3, side, side), np.float32)) # networks loaded, errors seen now
 
@@ -181,11 +197,13 @@ class Service:
         "The reply to one request. Raises ServeError."
         wanted = {k for k in ('overlay', 'map') if request.query_params.get(k, '').lower() in ('1', 'true', 'yes')}
         data = await body_of(request, self.limits)
-        loop = asyncio.get_running_loop()
-        x, shape = await loop.run_in_executor(self.readers, decoded, data, self.package, self.limits)
-        del data
-        answer = await self.worker.judge(x)
-        return await loop.run_in_executor(self.readers, reply, self.package, x, shape, answer, wanted)
+        apart = partial(asyncio.get_running_loop().run_in_executor, self.readers)
+        shape = await apart(size_of, data, self.limits)
+        async with self.whole: # until then it waits as the bytes that were sent
+            x = await apart(decoded, data, self.package, self.limits)
+            del data
+            answer = await self.worker.judge(x)
+            return await apart(reply, self.package, x, shape, answer, wanted)
 
     async def predict(self, request: Any) -> Any:
         "POST /predict, the image as the body."
@@ -198,6 +216,10 @@ class Service:
         self.counts.waiting += 1
         try: out = await self.judged(request)
         except ServeError as e: status, out = e.status, {'error': str(e)}
+        except needed('starlette.requests').ClientDisconnect: status, out = GONE, {'error': 'the client is gone'}
+        except Exception as e: # of this request alone
+            LOG.exception('POST /predict')
+            status, out = 500, {'error': f'{type(e).__name__}: {e}'}
         finally: self.counts.waiting -= 1
         self.counts.add(status, time.perf_counter() - start, out.get('verdict'))
         return JSONResponse(out, status)
@@ -208,7 +230,7 @@ class Service:
         told = {'status': 'ok', 'method': s['method'], 'runtime': m['runtime'], 'int8': m['int8'], 'dynad': m['dynad'],
                 'image_size': s['image_size'], 'tile': self.package.cuts and self.package.cuts.tile,
                 'roi': 'roi' in self.package.arrays, 'threshold': s['decision']['image_threshold'],
-                'waiting': self.counts.waiting}
+                'waiting': self.counts.waiting, 'limits': asdict(self.limits)}
         return needed('starlette.responses').JSONResponse(told)
 
     async def metrics(self, request: Any) -> Any:
@@ -216,6 +238,33 @@ class Service:
         return needed('starlette.responses').PlainTextResponse(self.counts.text())
 
 # %% ../nbs/17j_serve.ipynb #28ae7c4f
+DRAINED = 5 # times the bytes of one request
+
+class Drained:
+    "An ASGI application whose answers are sent when the request is wholly there, or as far as it is waited for."
+    def __init__(self, app: Any, limits: Limits): self.app, self.limits = app, limits
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope['type'] != 'http': return await self.app(scope, receive, send)
+        headers, most, got, more = dict(scope['headers']), DRAINED*self.limits.bytes, 0, True
+        told = headers.get(b'content-length', b'0')
+        async def taken() -> dict[str, Any]:
+            nonlocal got, more
+            part = await receive()
+            got, more = got + len(part.get('body', b'')), part.get('more_body', False)
+            return part
+        async def rest() -> None:
+            while more and got <= most: await taken()
+        async def answered(part: dict[str, Any]) -> None:
+            asks = headers.get(b'expect', b'').lower() == b'100-continue' and not got
+            late = part.get('status') == 408 # it has been waited for
+            if part['type'] == 'http.response.start' and not (asks or late or told.isdigit() and int(told) > most):
+                try: await asyncio.wait_for(rest(), self.limits.seconds)
+                except TimeoutError: pass
+            await send(part)
+        await self.app(scope, taken, answered)
+
+# %% ../nbs/17j_serve.ipynb #3f9fd64b
 LOOPBACK = ('127.0.0.1', 'localhost', '::1')
 INSTALL = "starlette and uvicorn are needed to serve: pip install 'dynad[serve]'"
 
@@ -228,10 +277,20 @@ def make_app(service: Service, host: str = LOOPBACK[0]) -> Any: # an ASGI applic
     routes = [routing.Route('/predict', service.predict, methods=['POST']),
               routing.Route('/health', service.health), routing.Route('/metrics', service.metrics)]
     app = applications.Starlette(routes=routes, lifespan=service.life)
-    for cls, options in middleware: app.add_middleware(cls, **options)
+    for cls, options in (*middleware, (Drained, {'limits': service.limits})): app.add_middleware(cls, **options)
     return app
 
 # %% ../nbs/17j_serve.ipynb #1df3eb0a
+CONNECTIONS = 256 # beyond those that wait: kept open, or being told to come again
+
+def listening(host: str, port: int) -> socket.socket:
+    "A socket at this address. Raises ServeError that names it."
+    if not 0 < port < 65536: raise ServeError(f"port = {port}: allowed: 1…65535")
+    try: return socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET)
+    except (OSError, UnicodeError) as e:
+        raise ServeError(f"{host}, port {port}: cannot be listened on ({getattr(e, 'strerror', e)}); "
+                         "choose another port, or host") from None
+
 def serve(
     folder: str | Path,               # a package of `dynad export`
     host: str = LOOPBACK[0],          # '0.0.0.0': every machine that reaches this one
@@ -242,25 +301,45 @@ def serve(
     "Serve a package until it is interrupted."
     try: uvicorn = needed('uvicorn')
     except DynadError: raise ServeError(INSTALL) from None
-    p = Package(folder, threads)
-    app = make_app(Service(p, limits), host)
-    echo(f'{p} at http://{host}:{port}/predict; /health, /metrics')
-    uvicorn.run(app, host=host, port=port, log_level='warning', limit_concurrency=limits.waiting + 16, backlog=128)
+    with listening(host, port) as at:
+        p = Package(folder, threads)
+        app = make_app(Service(p, limits), host)
+        echo(f'{p} at http://{host}:{port}/predict; /health, /metrics')
+        config = uvicorn.Config(app, log_level='warning', limit_concurrency=limits.waiting + CONNECTIONS, backlog=128)
+        server = uvicorn.Server(config)
+        try: server.run(sockets=[at])
+        except KeyboardInterrupt: pass
+        if not server.started: raise ServeError("the server could not start; uvicorn says above why")
 
 # %% ../nbs/17j_serve.ipynb #3542f5c1
+def over_limit(url: str, n: int) -> dict[str, Any] | None: # None: it was not that
+    "The refusal of so many bytes, where a server takes fewer and has closed the connection before it was read."
+    try:
+        with urllib.request.urlopen(f'{url}/health', timeout=5) as r: most = json.load(r)['limits']['bytes']
+    except (OSError, HTTPException, ValueError, KeyError, TypeError): return None
+    return {'error': f'{n} bytes; this server takes {most}', 'status': 413} if n > most else None
+
 def ask(
     url: str,              # of the server, e.g. http://127.0.0.1:8000
     data: bytes,           # content of an image file
     *wanted: str,          # 'overlay', 'map'
     timeout: float = 60.
 ) -> dict[str, Any]:       # the reply; with 'error' and 'status' where it was refused
-    "Send one image."
+    "Send one image. Raises OSError or HTTPException where no answer comes."
     query = '&'.join(f'{w}=1' for w in wanted)
     request = urllib.request.Request(f'{url}/predict?{query}', data, {'Content-Type': 'application/octet-stream'})
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as r: return json.load(r)
-    except urllib.error.HTTPError as e:
-        return {**json.loads(e.read() or b'{}'), 'status': e.code}
+        try: r = urllib.request.urlopen(request, timeout=timeout)
+        except urllib.error.HTTPError as e: r = e
+        with r: status, body = r.status, r.read()
+    except (OSError, HTTPException):
+        if refused := over_limit(url, len(data)): return refused
+        raise
+    try: found = json.loads(body)
+    except ValueError: found = None
+    if not isinstance(found, dict): found = {'error': body[:200].decode('utf-8', 'replace')} # uvicorn's, or a proxy's
+    elif status == 200: return found
+    return {**found, 'status': status}
 
 # %% ../nbs/17j_serve.ipynb #3846aa00
 def load_test(
@@ -268,9 +347,9 @@ def load_test(
     images: Sequence[bytes],  # contents of image files, sent in turn
     requests: int = 1000,
     clients: int = 8
-) -> dict[str, float]:        # requests, lost, sent away (503), images per second, p50 and p95 in s
+) -> dict[str, float]:        # requests, lost, times sent away (503), images per second, p50 and p95 in s
     "How a server bears many clients."
-    took, away, lost, lock, numbers = [], [0], [0], threading.Lock(), iter(range(requests))
+    took, away, lock, numbers = [], [0], threading.Lock(), iter(range(requests))
     def client():
         while True:
             with lock: i = next(numbers, None)
@@ -278,28 +357,33 @@ def load_test(
             start = time.perf_counter()
             while True:
                 try: found = ask(url, images[i % len(images)])
-                except OSError: found = {'status': 0}
+                except (OSError, HTTPException): found = {'status': 0}
                 if found.get('status') != 503: break
                 with lock: away[0] += 1
                 time.sleep(.05)
             with lock:
                 if 'score' in found: took.append(time.perf_counter() - start)
-                else: lost[0] += 1
     start = time.perf_counter()
     everyone = [threading.Thread(target=client, daemon=True) for _ in range(clients)]
     for t in everyone: t.start()
     for t in everyone: t.join()
     q = statistics.quantiles(took, n=20) if len(took) > 1 else [0.]*19
-    return {'requests': requests, 'lost': lost[0], 'sent away': away[0],
+    return {'requests': requests, 'lost': requests - len(took), 'sent away': away[0],
             'images per second': len(took)/(time.perf_counter() - start), 'p50': q[9], 'p95': q[18]}
 
 # %% ../nbs/17j_serve.ipynb #20735e7e
-def judge_files(folder: str | Path, places: Sequence[str], threads: int | None = None) -> None:
-    "One line of JSON for each image."
-    found, p = collect_places([Path(f) for f in places]), Package(folder, threads)
+def judge_files(
+    folder: str | Path, places: Sequence[str],
+    threads: int | None = None
+) -> int:                      # images that cannot be read
+    "One line of JSON for each image: what is said of it, or the error."
+    found, p, bad = collect_places([Path(f) for f in places]), Package(folder, threads), 0
+    if found.findings: echo(summary_line(count(len(found.files), 'image'), found.findings), err=True)
     for file in found.files:
-        a = predict(p, [file])
-        echo(json.dumps({'image': str(file), **a.row(0), 'threshold': p.settings['decision']['image_threshold']}))
+        try: said = predict(p, [file]).row(0) | {'threshold': p.settings['decision']['image_threshold']}
+        except DataError as e: bad, said = bad + 1, {'error': str(e)}
+        echo(json.dumps({'image': str(file), **said}))
+    return bad
 
 # %% ../nbs/17j_serve.ipynb #a52aff80
 def main(args: Sequence[str] | None = None) -> None:
@@ -314,8 +398,16 @@ def main(args: Sequence[str] | None = None) -> None:
     server = commands.add_parser('serve')
     server.add_argument('--host', default=LOOPBACK[0], help='default: this machine only')
     server.add_argument('--port', type=int, default=8000)
+    for name, default, what in (('max-bytes', Limits.bytes, 'of one request'),
+                                ('max-pixels', Limits.pixels, 'of one image'),
+                                ('waiting', Limits.waiting, 'requests at a time; one more is sent away'),
+                                ('seconds', Limits.seconds, 'for the body of a request to arrive')):
+        server.add_argument(f'--{name}', type=type(default), default=default, help=f'{what} (default: %(default)s)')
     given = parser.parse_args(args)
     try:
-        if given.command == 'predict': judge_files(given.package, given.images, given.threads)
-        else: serve(given.package, given.host, given.port, threads=given.threads)
+        if given.command == 'predict': bad = judge_files(given.package, given.images, given.threads)
+        else:
+            bad, limits = 0, Limits(given.max_bytes, given.max_pixels, given.waiting, given.seconds)
+            serve(given.package, given.host, given.port, limits, given.threads)
     except DynadError as e: raise SystemExit(f'error: {e}') from None
+    if bad: raise SystemExit(f"error: {count(bad, 'image')} could not be read")
