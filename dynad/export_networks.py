@@ -28,7 +28,7 @@ from .store import atomic_write
 from .walk import averaged_t_hat, choose_t_hat, neighbour_groups, sampler_settings
 
 # %% auto #0
-__all__ = ['EXPORTED', 'CURES', 'OPSET', 'ExportError', 'check_method', 'carried', 'uncompiled', 'with_choice', 'exportable',
+__all__ = ['EXPORTED', 'CURES', 'OPSET', 'ExportError', 'check_method', 'carried', 'plain_denoiser', 'with_choice', 'exportable',
            'Piece', 'Network', 'on_cpu', 'networks_of', 'quiet', 'write_onnx', 'steps_of', 'dynad_settings',
            'settings_of', 'imported', 'write_runtime', 'write_sealed', 'write_manifest', 'write_network',
            'with_settings']
@@ -62,7 +62,7 @@ def carried(
     return float(np.interp(at, a, b) + slope*(min(at - a[0], 0) + max(at - a[-1], 0)))
 
 # %% ../nbs/17ha_export_networks.ipynb #22e24c52
-def uncompiled(unet: Denoiser) -> Denoiser: # a copy where it was compiled
+def plain_denoiser(unet: Denoiser) -> Denoiser: # a copy where it was compiled
     "The same weights without torch.compile, whose graph cannot be written as ONNX."
     if unet.unet._compiled_call_impl is None: return unet
     return set_compiled(copy.deepcopy(unet), False)
@@ -90,7 +90,7 @@ def exportable(method: Method) -> Method: # in single precision, without torch.c
         raise ExportError(f"latents.latent_sampling = {c.latents.latent_sampling!r}: a package draws no "
                           "random latents; fit with --set latents.latent_sampling=mode")
     plain = c.model_copy(update={'precision': 'no', 'denoiser': c.denoiser.model_copy(update={'compile': False})})
-    unet = uncompiled(method.parts.denoiser)
+    unet = plain_denoiser(method.parts.denoiser)
     if plain == c and unet is method.parts.denoiser: return method
     return with_choice(method.with_parts(config=plain, denoiser=unet), method)
 
