@@ -114,7 +114,7 @@ def summary_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if len(shared) == 1 and len(missing) == len(own): missing = [f"{own[0]['status']}: {shared.pop()}"]
         warned = list(dict.fromkeys(w for r in done for w in r.get('warnings', ())))
         whole = [r for r in done if not r.get('resumed')] # the others' minutes are lower bounds
-        entry = {'method': method, 'title': own[0]['title'], 'seeds': [r['seed'] for r in done], 'missing': missing,
+        entry = {'method': method, 'title': own[0]['title'], 'seeds': sorted(r['seed'] for r in done), 'missing': missing,
                  'warnings': warned, 'resumed': bool(done) and not whole,
                  'taken_over': sorted({n for r in done for n in r.get('taken_over', ())})}
         counted = lambda k: whole if whole and k == 'fit_minutes' else done
