@@ -1,4 +1,4 @@
-"17q_ablation: parts switched off one at a time, paired with the run as fitted; the size of the defects found; the command."
+"19ab_ablation: parts switched off one at a time, paired with the run as fitted; the size of the defects found; the command."
 import json
 
 import pytest
