@@ -4,7 +4,7 @@
 
 # %% ../nbs/17nb_arrivals.ipynb #653973df
 from __future__ import annotations
-import csv, json, os, time
+import csv, hashlib, json, os, time
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,13 +12,13 @@ from typing import Any, Callable, Iterable, Iterator
 
 from .collector import collect
 from .paths import file_name, printable
-from .store import StoreError, file_sha256, replacing, write_error
+from .store import StoreError, replacing, write_error
 
 # %% auto #0
-__all__ = ['Look', 'Arrivals', 'Journal', 'hashed', 'Arrived', 'Known', 'Table']
+__all__ = ['SLOWEST', 'Look', 'Arrivals', 'Journal', 'digest', 'Arrived', 'Known', 'Failures', 'Table']
 
 # %% ../nbs/17nb_arrivals.ipynb #821d6518
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Look:
     "What a listing tells of a file; as long as it stays the same, so does the file."
     size: int
@@ -83,10 +83,9 @@ class Journal:
         self.size += len(text)
 
 # %% ../nbs/17nb_arrivals.ipynb #5237c232
-def hashed(path: Path) -> str | None: # None: cannot be read now
-    "sha256 of a file's content."
-    try: return file_sha256(path)
-    except OSError: return None
+def digest(name: str, sha256: str) -> bytes: # 16
+    "Of a name and a content."
+    return hashlib.blake2b(f'{name}/{sha256}'.encode('utf-8', 'surrogatepass'), digest_size=16).digest()
 
 # %% ../nbs/17nb_arrivals.ipynb #422abd40
 @dataclass(frozen=True)
@@ -95,12 +94,12 @@ class Arrived:
     path: Path
     name: str             # in the folder, with /
     look: Look
-    sha256: str | None    # None: it could not be read
+    sha256: str           # of its content
 
     @property
     def stem(self) -> str: # the same after a restart
         "What the names of its pictures begin with."
-        return f"{file_name(Path(self.name).stem, 100)}_{(self.sha256 or 'unread')[:8]}"
+        return f"{file_name(Path(self.name).stem, 100)}_{self.sha256[:8]}"
 
     @property
     def note(self) -> dict[str, Any]:
@@ -111,19 +110,44 @@ class Arrived:
 # %% ../nbs/17nb_arrivals.ipynb #463bad84
 class Known:
     "The files that have had their turn."
-    def __init__(self): self.hashes, self.looks = {}, {}
+    def __init__(self): self.digests, self.there, self.looks = set(), set(), {}
 
-    def note(self, name: str, sha256: str | None, look: Look) -> None:
-        self.hashes.setdefault(name, set()).add(sha256)
-        self.looks[name] = look
+    def listed(self, names: set[str]) -> None:
+        "What lies in the folder: looks of other files are forgotten, but all of them stay while it is empty or away."
+        if not names: return
+        self.there, self.looks = names, {k: v for k, v in self.looks.items() if k in names}
 
-    def __call__(self, name: str, look: Look, hashed: Callable[[], str | None]) -> tuple[bool, str | None]:
-        "Whether a file is one of them, and its hash where it was needed."
-        if self.looks.get(name) == look: return True, None
-        sha256 = hashed()
-        if sha256 is None or sha256 not in self.hashes.get(name, ()): return False, sha256
-        self.looks[name] = look
-        return True, sha256
+    def note(self, name: str, sha256: str, look: Look) -> None:
+        self.digests.add(digest(name, sha256))
+        if name in self.there: self.looks[name] = look
+
+    def __call__(self, name: str, look: Look, sha256: Callable[[], str]) -> tuple[bool, str]: # '': not needed
+        "Whether a file is one of them, and its hash. Raises what `sha256` raises."
+        if self.looks.get(name) == look: return True, ''
+        content = sha256()
+        known = digest(name, content) in self.digests
+        if known and name in self.there: self.looks[name] = look
+        return known, content
+
+# %% ../nbs/17nb_arrivals.ipynb #e514b107
+SLOWEST = 60. # seconds from one try to the next, at most
+
+class Failures:
+    "How often files have failed, each as it is: one that looks otherwise, or has left the folder, begins anew."
+    def __init__(self, clock: Callable[[], float] = time.monotonic): self.clock, self.of = clock, {}
+
+    def add(self, name: str, look: Look) -> int: # failures so far
+        "One more."
+        n = self.of[name][1] + 1 if self.of.get(name, (None,))[0] == look else 1
+        self.of[name] = look, n, self.clock() + min(SLOWEST, 2.**min(n - 1, 10))
+        return n
+
+    def waits(self, name: str, look: Look) -> bool:
+        "Whether it is too early for another try: they come after 1, 2, 4 … SLOWEST seconds."
+        kept = self.of.get(name)
+        return kept is not None and kept[0] == look and self.clock() < kept[2]
+
+    def listed(self, names: set[str]) -> None: self.of = {k: v for k, v in self.of.items() if k in names}
 
 # %% ../nbs/17nb_arrivals.ipynb #20d73d58
 class Table:

@@ -4,30 +4,57 @@
 
 # %% ../nbs/12e_drift.ipynb #19bb9648
 from __future__ import annotations
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left
+from collections import deque
 from dataclasses import dataclass, field
-from typing import Sequence
+from functools import partial
+from typing import Iterable, Sequence
 
+import numpy as np
 from fastcore.basics import patch
 
 from .config import DynadError
 
 # %% auto #0
-__all__ = ['BETS', 'JUMP', 'DriftError', 'online_p_value', 'SimpleJumper', 'Evidence', 'DriftWarning', 'DriftMonitor']
+__all__ = ['DIGITS', 'BETS', 'JUMP', 'SHOWN', 'DriftError', 'Earlier', 'online_p_value', 'SimpleJumper', 'Evidence',
+           'DriftWarning', 'DriftMonitor']
 
 # %% ../nbs/12e_drift.ipynb #d2b85301
 class DriftError(DynadError, ValueError):
     "A test for drift that cannot be made: the text names the value and what is allowed."
 
 # %% ../nbs/12e_drift.ipynb #bf14f7b1
+DIGITS = 4 # significant ones of a score, by which it is ranked
+
+class Earlier:
+    "The scores before one, counted by value: of whatever length the stream, 9000 values for each power of ten at most."
+    def __init__(self,
+        scores: Iterable[float] = ()
+    ):
+        self.values, self.counts, self.n = [], np.zeros(0, np.int64), 0 # rising; how often each was seen; their sum
+        for s in scores: self.add(s)
+
+    def place(self, score: float) -> tuple[float, int, bool]:
+        "The rounded score, its place among the values, and whether it is one of them."
+        v = float(f'{score:.{DIGITS}g}')
+        k = bisect_left(self.values, v)
+        return v, k, k < len(self.values) and self.values[k] == v
+
+    def add(self, score: float) -> None:
+        v, k, there = self.place(score)
+        if there: self.counts[k] += 1
+        else: self.values.insert(k, v); self.counts = np.insert(self.counts, k, 1)
+        self.n += 1
+
 def online_p_value(
     score: float,
-    before: Sequence[float], # scores before it, rising
-    u: float                 # in [0,1), breaks ties
-) -> float:                  # in [0,1)
+    before: Earlier,
+    u: float          # in [0,1), breaks ties
+) -> float:           # in [0,1)
     "The share of earlier scores, this one counted among them, that are higher."
-    low, high = bisect_left(before, score), bisect_right(before, score)
-    return (len(before) - high + u*(1 + high - low))/(len(before) + 1)
+    _, k, there = before.place(score)
+    equal = int(before.counts[k]) if there else 0
+    return (int(before.counts[k + there:].sum()) + u*(1 + equal))/(before.n + 1)
 
 # %% ../nbs/12e_drift.ipynb #d1adf4ce
 BETS, JUMP = (-2., -1., 0., 1., 2.), .01 # ε, all in [-2,2]; share of the capital that is spread anew
@@ -73,16 +100,20 @@ class DriftWarning:
         return f'drift at image {self.image}: {what}'
 
 # %% ../nbs/12e_drift.ipynb #8516d9fd
+SHOWN = 500 # images whose evidence is kept, for a chart
+
 @dataclass
 class DriftMonitor:
-    "Watches the scores of a stream. Raises DriftError for values that are not allowed."
+    "Watches the scores of a stream, of whatever length. Raises DriftError for values that are not allowed."
     normal: Sequence[float]    # scores of held-out normal images
     threshold: float           # above it an image is called anomalous
     every: float = 10_000.     # false warnings: one in so many images at most, on average
     expected: float = .2       # share of anomalous images, at most
     seen: int = 0              # images so far
-    warnings: list[DriftWarning] = field(default_factory=list)
-    history: list[float] = field(default_factory=list) # evidence/limit after each image; a warning at 1
+    warned: int = 0            # warnings so far
+    warnings: deque[DriftWarning] = field(default_factory=partial(deque, maxlen=20)) # the last of them
+    # evidence/limit after each of the last images; a warning at 1
+    history: deque[float] = field(default_factory=partial(deque, maxlen=SHOWN))
 
     def __post_init__(self):
         if not self.every >= 1:
@@ -93,8 +124,9 @@ class DriftMonitor:
 
     def restart(self) -> None:
         "Forget the stream, keep what was said of it."
-        self.before, self.bet = sorted(s for s in self.normal if s < self.threshold), SimpleJumper()
-        self.scores, self.share, self.ranks = Evidence(), Evidence(), []
+        self.before, self.bet = Earlier(s for s in self.normal if s < self.threshold), SimpleJumper()
+        self.scores, self.share = Evidence(), Evidence()
+        self.ranks = deque(maxlen=50) # enough to tell higher from lower
 
 # %% ../nbs/12e_drift.ipynb #597de9d4
 @patch
@@ -109,12 +141,13 @@ def update(self: DriftMonitor,
         p = online_p_value(score, self.before, u)
         self.ranks.append(p)
         self.scores.add(self.bet(p))
-        insort(self.before, score)
+        self.before.add(score)
     most = max(self.scores.value, self.share.value)
     self.history.append(most/(2*self.every))
     if most < 2*self.every: return None
-    up = sum(self.ranks[-50:]) < .5*len(self.ranks[-50:])
+    up = sum(self.ranks) < .5*len(self.ranks)
     kind = 'anomalous' if self.share.value >= self.scores.value else 'higher' if up else 'lower'
     self.warnings.append(DriftWarning(self.seen, kind))
+    self.warned += 1
     self.restart()
     return self.warnings[-1]

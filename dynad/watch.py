@@ -9,39 +9,48 @@ from collections import Counter, deque
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 
 from . import __version__
-from .arrivals import Arrivals, Arrived, Journal, Known, Look, Table, hashed
+from .arrivals import Arrivals, Arrived, Failures, Journal, Known, Look, Table
 from .charts import css, render
-from .collector import DataError, count, summary_line
+from .collector import DataError, collect, count, summary_line
 from .config import DynadError, content_key
-from .drift import DriftMonitor, DriftWarning
-from .guard import aside, tqdm
+from .drift import SHOWN, DriftMonitor, DriftWarning
+from .guard import Stop, aside, tqdm
 from .method import Method, Prediction
 from .output import row_of, write_one
 from .paths import PathError, check_folder, echo, expanded, printable
 from .show import Figure, figure_png
-from .store import (REPAIR_HINT, StoreError, atomic_write, load_json, make_folder, remove_temporary,
+from .store import (REPAIR_HINT, StoreError, atomic_write, file_sha256, load_json, make_folder, remove_temporary,
                          replacing)
+from .threshold import FILE, above, choice_in_words
 
 # %% auto #0
-__all__ = ['SHOWN', 'TRIES', 'PICTURES', 'predicted', 'WatchError', 'check_watch', 'identity', 'Watch', 'alone', 'claim',
-           'recover', 'note_scored', 'note_dead', 'scores_figure', 'state_of']
+__all__ = ['OF_NO_IMAGE', 'TRIES', 'PICTURES', 'reason', 'predicted', 'WatchError', 'check_watch', 'identity', 'difference',
+           'choice_of', 'Watch', 'alone', 'claim', 'recover', 'note_scored', 'note_dead', 'named', 'scores_figure',
+           'state_of']
 
 # %% ../nbs/17o_watch.ipynb #396ca964
+OF_NO_IMAGE = (StoreError, PathError, Stop)
+
+def reason(path: Path, e: DynadError) -> str:
+    "Why an image cannot be judged, with its name."
+    return str(e) if isinstance(e, DataError) else f'{path}: {e}'
+
 def predicted(
     method: Method,
     files: list[Path]
 ) -> tuple[dict[Path, tuple[Prediction, int]], dict[Path, str]]: # prediction and place in it; why others have none
-    "Predictions of all files that can be read."
+    "Predictions of all files that have one. Raises what is OF_NO_IMAGE."
     if not files: return {}, {}
     try: p = method.predict(files)
-    except DataError as e:
-        if len(files) == 1: return {}, {files[0]: str(e)}
+    except OF_NO_IMAGE: raise
+    except DynadError as e:
+        if len(files) == 1: return {}, {files[0]: reason(files[0], e)}
         k = len(files)//2
         (done, failed), (more, too) = predicted(method, files[:k]), predicted(method, files[k:])
         return done | more, failed | too
@@ -72,12 +81,47 @@ def check_watch(
     return folder, out
 
 # %% ../nbs/17o_watch.ipynb #0cc3a603
-def identity(method: Method) -> str:
-    "What has judged: a saved model is known by its thresholds, a run by its stages."
-    return content_key([method.prediction_key, None if method.stages else asdict(method.decision)])
+def identity(method: Method) -> dict[str, Any]:
+    "What the rows of one table have in common: model, pixels that count, thresholds. A saved model is what it learned."
+    d, learned = method.decision, None if method.stages else asdict(method.learned_decision)
+    return {'model': content_key([method.prediction_key, learned]), 'roi': method.roi and method.roi.key,
+            'threshold': d.image_threshold, 'pixel_threshold': d.pixel_threshold}
+
+# %% ../nbs/17o_watch.ipynb #de5695cb
+def difference(
+    method: Method,
+    kept: dict[str, Any],  # watch.json of an earlier watch
+    folder: Path           # that is watched
+) -> str | None:           # None: its table can go on
+    "What its rows do not have in common with those to come, and what to do."
+    mine = identity(method)
+    was, d = mine | kept, method.decision
+    same = lambda a, b: a == b or None not in (a, b) and not above(a, b) and not above(b, a)
+    anew = f'choose another --out, where all that lies in {printable(folder)} is judged again'
+    if was['model'] != mine['model']:
+        return 'holds the results of another model or of other settings; choose a new folder'
+    if was['roi'] != mine['roi']:
+        old, new = ('all pixels' if k is None else f'those of the region {k}' for k in (was['roi'], mine['roi']))
+        return (f'in its rows {old} count, and {new} in those to come (data.roi), but a table has one region of '
+                f'interest; {anew}, or start with the region of interest of before')
+    old, new = was['pixel_threshold'], mine['pixel_threshold']
+    if not same(old, new): return f'its pixels were judged at the threshold {old}, and {new} is in force; {anew}'
+    old, new = was['threshold'], mine['threshold']
+    if same(old, new): return None
+    back = '--reset' if same(old, method.learned_decision.image_threshold) else f'--at {old:.6g}'
+    return (f"its images were judged at the threshold {old:.6g}, and {new:.6g} is in force"
+            f"{f' ({choice_in_words(d.chosen)})' if d.chosen else ''}, but a table has one threshold. To go on at "
+            f"{new:.6g}, {anew}, with the same scores; to go on at {old:.6g}: "
+            f"dynad threshold {printable(method.root)} {back}")
+
+# %% ../nbs/17o_watch.ipynb #4bf1e96f
+def choice_of(method: Method) -> bytes | None: # None: none, as it was learned
+    "The threshold that a person has chosen, as it is kept now."
+    try: return (method.root/FILE).read_bytes() if method.root else None
+    except OSError: return None
 
 # %% ../nbs/17o_watch.ipynb #33800de3
-SHOWN, TRIES = 500, 3 # images in the chart; readings of a file before it is given up
+TRIES = 3 # of an image that cannot be judged, before it is given up
 
 class Watch:
     "Judges what arrives in a folder. Raises WatchError, PathError, StoreError or DriftError before it begins."
@@ -94,15 +138,18 @@ class Watch:
         self.method, (self.folder, self.out), self.pictures = method, check_watch(folder, out), pictures
         d = method.decision
         self.monitor = DriftMonitor(d.normal_scores, d.image_threshold, drift_every, expected)
-        self.arrivals, self.known, self.tries = Arrivals(self.folder, settle), Known(), Counter()
+        self.arrivals, self.known = Arrivals(self.folder, settle), Known()
+        self.tries, self.closed = Failures(), Failures() # of images that cannot be judged; of files that cannot be read
         self.recent, self.dead, self.counts = deque(maxlen=SHOWN), deque(maxlen=20), Counter()
         self.left: list[str] = []       # names of files that are there and have not had their turn
-        self.drawn, self.told = time.monotonic(), set()
+        self.drawn, self.stale, self.told, self.choice = time.monotonic(), True, set(), choice_of(method)
         self.lock = alone(self.out)
-        remove_temporary(self.out) # of a watch that was killed while it wrote
-        claim(self)
-        self.scores, self.letters = Journal(self.out/'scores.jsonl'), Journal(self.out/'dead_letters'/'reasons.jsonl')
-        recover(self)
+        try:
+            remove_temporary(self.out) # of a watch that was killed while it wrote
+            claim(self)
+            self.scores, self.letters = (Journal(self.out/f) for f in ('scores.jsonl', 'dead_letters/reasons.jsonl'))
+            recover(self)
+        except BaseException: self.lock.release(); raise # one that is refused does not stand in the way of the next
 
 # %% ../nbs/17o_watch.ipynb #eae56f70
 PICTURES = ('anomalous', 'all', 'none')
@@ -120,12 +167,13 @@ def alone(out: Path) -> FileLock:
 def claim(w: Watch) -> None:
     "Make the folder for results this watch's own, or see that it is."
     file, mine = w.out/'watch.json', identity(w.method)
-    if file.exists() and load_json(file, 'model')['model'] != mine:
-        raise StoreError(f"--out {printable(w.out)}: holds the results of another model or of other settings; "
-                         "choose a new folder")
+    if file.exists():
+        kept = load_json(file, 'model')
+        if other := difference(w.method, kept, w.folder): raise StoreError(f"--out {printable(w.out)}: {other}")
+        mine |= {k: kept[k] for k in mine if k in kept} # not a last digit away at each start
     # first of all: a folder that holds something and no watch.json is refused
-    atomic_write(file, json.dumps({'dynad': __version__, 'model': mine, 'method': w.method.name,
-                                   'threshold': w.method.decision.image_threshold, 'folder': str(w.folder)}, indent=1))
+    atomic_write(file, json.dumps({'dynad': __version__, **mine, 'method': w.method.name, 'folder': str(w.folder)},
+                                  indent=1))
     for part in ('pictures', 'dead_letters'): make_folder(w.out/part)
 
 # %% ../nbs/17o_watch.ipynb #3c2fc8bd
@@ -133,6 +181,7 @@ def recover(w: Watch) -> None:
     "Read what was done, and write the table of it."
     def rows():
         for row in w.scores: note_scored(w, row); yield row
+    w.known.listed({named(w, p) for p in collect(w.folder).files}) # looks of other files are not needed
     try:
         w.table = Table(w.out/'scores.csv', rows())
         for row in w.letters: note_dead(w, row)
@@ -151,7 +200,7 @@ def note_scored(w: Watch, row: dict[str, Any]) -> DriftWarning | None:
 # %% ../nbs/17o_watch.ipynb #2c7065a7
 def note_dead(w: Watch, row: dict[str, Any]) -> None:
     "Take note of a line of reasons.jsonl."
-    w.known.note(row['name'], row['sha256'], Look(*row['look']))
+    if row['sha256'] is not None: w.known.note(row['name'], row['sha256'], Look(*row['look'])) # null: was never read
     w.counts['dead'] += 1
     w.dead.append(row)
 
@@ -161,35 +210,37 @@ def judge(self: Watch,
     arrived: list[Arrived] # at most a batch
 ) -> list[dict[str, Any]]: # the new lines of scores.jsonl
     "Predict whole files, and note each under what became of it."
-    done, failed = predicted(self.method, [a.path for a in arrived if a.sha256])
-    rows = [row for a in arrived if a.path in done and (row := self.scored(a, *done[a.path]))]
+    done, failed = predicted(self.method, [a.path for a in arrived])
+    rows = []
+    for a in (a for a in arrived if a.path in done):
+        try: rows.append(self.scored(a, *done[a.path]))
+        except OF_NO_IMAGE: raise
+        except DynadError as e: failed[a.path] = reason(a.path, e)
     self.scores.add(rows)
     self.table.add(rows)
     for row in rows:
         if warning := note_scored(self, row): echo(warning.text)
     for a in arrived:
-        if a.path not in done: self.refuse(a, failed.get(a.path, f'{a.path}: cannot be read; see who may read it'))
+        if a.path in failed: self.refuse(a, failed[a.path])
     return rows
 
 # %% ../nbs/17o_watch.ipynb #a4b0fa2c
 @patch
-def scored(self: Watch, a: Arrived, p: Prediction, i: int) -> dict[str, Any] | None: # None: the file has changed
-    "The line of one image; its pictures are written."
+def scored(self: Watch, a: Arrived, p: Prediction, i: int) -> dict[str, Any]:
+    "The line of one image; its pictures are written. Raises DynadError for one that has none, or has changed."
     drawn = self.pictures == 'all' or self.pictures == 'anomalous' and bool(p.anomalous[i])
-    try:
-        if drawn: row, _ = write_one(self.method, p, i, a.path, self.out/'pictures'/a.stem)
-        else: row = row_of(self.method, p, i, a.path, '')
-    except DataError: return None
-    return row | a.note if Look.at(a.path) == a.look else None
+    if drawn: row, _ = write_one(self.method, p, i, a.path, self.out/'pictures'/a.stem)
+    else: row = row_of(self.method, p, i, a.path, '')
+    if Look.at(a.path) != a.look: raise DataError(f'{a.path}: has changed while it was read')
+    return row | a.note
 
 # %% ../nbs/17o_watch.ipynb #2a2cbea4
 @patch
 def refuse(self: Watch, a: Arrived, reason: str) -> None:
-    "Count a file that cannot be read; at the last of TRIES it is a dead letter."
-    if Look.at(a.path) != a.look: return
-    self.tries[a.name, a.look] += 1
-    if self.tries[a.name, a.look] < TRIES: self.left.append(a.name); return
-    del self.tries[a.name, a.look]
+    "Count an image that cannot be judged; at the last of TRIES it is a dead letter."
+    try: same = Look.at(a.path) == a.look and file_sha256(a.path) == a.sha256
+    except OSError: same = False
+    if not same or self.tries.add(a.name, a.look) < TRIES: self.left.append(a.name); return
     copy = f'{a.stem}{Path(a.name).suffix}'
     try:
         with replacing(self.out/'dead_letters'/copy) as tmp: shutil.copyfile(a.path, tmp)
@@ -199,18 +250,47 @@ def refuse(self: Watch, a: Arrived, reason: str) -> None:
     note_dead(self, row)
     echo(f'dead letter: {row["reason"]}')
 
+# %% ../nbs/17o_watch.ipynb #9e67e44b
+def named(w: Watch, path: Path) -> str:
+    "The name of a file in the folder, with /."
+    return path.relative_to(w.folder).as_posix()
+
+@patch
+def arrived(self: Watch, whole: dict[Path, Look]) -> Iterator[Arrived]:
+    "Those that have not had their turn; what cannot be read is left."
+    new = []
+    for path, look in tqdm(whole.items(), desc='images', delay=2, leave=False):
+        name = named(self, path)
+        if self.closed.waits(name, look): self.left.append(name); continue
+        try: known, sha256 = self.known(name, look, lambda: file_sha256(path))
+        except OSError as e:
+            self.left.append(name)
+            if self.closed.add(name, look) == TRIES: new.append(f'{path}: cannot be read ({e.strerror or e})')
+            continue
+        self.closed.of.pop(name, None)
+        if not known: yield Arrived(path, name, look, sha256)
+    if new: self.tell_closed(new)
+
+# %% ../nbs/17o_watch.ipynb #5e52f614
+@patch
+def tell_closed(self: Watch, new: list[str]) -> None:
+    "Files that could not be read at TRIES looks, once."
+    more = f', nor {count(len(new) - 1, "other file", "other files")}' if new[1:] else ''
+    echo(f'{printable(new[0])}{more}; tried again, at least once a minute, and judged when it can be; see who may '
+         'read it, and what has it open')
+    self.stale = True
+
 # %% ../nbs/17o_watch.ipynb #7ef1c855
 @patch
 def step(self: Watch) -> int: # files that have had their turn
     "Look once, and judge what has arrived."
     whole, waiting = self.arrivals.poll()
-    self.left, before, batch = [p.relative_to(self.folder).as_posix() for p in waiting], self.turns, []
+    self.left, before, batch = [named(self, p) for p in waiting], self.turns, []
+    names = {*self.left, *(named(self, p) for p in whole)}
+    for part in (self.known, self.tries, self.closed): part.listed(names)
     self.tell_once()
-    for path, look in tqdm(whole.items(), desc='images', delay=2, leave=False):
-        name = path.relative_to(self.folder).as_posix()
-        known, sha256 = self.known(name, look, lambda: hashed(path))
-        if known: continue
-        batch.append(Arrived(path, name, look, sha256))
+    for a in self.arrived(whole):
+        batch.append(a)
         if len(batch) == self.method.config.batch: self.take(batch); batch = []
     self.take(batch)
     return self.turns - before
@@ -236,13 +316,18 @@ def take(self: Watch, batch: list[Arrived]) -> None:
 # %% ../nbs/17o_watch.ipynb #3c084569
 @patch
 def tell_once(self: Watch) -> None:
-    "What is to be known of the folder, once for each kind."
+    "What is to be known of the folder and of the run, once for each kind."
     new = [f for f in self.arrivals.listing.findings if f.kind not in self.told | {'system'}]
     if new: echo(summary_line(printable(self.folder), new))
     self.told |= {f.kind for f in new}
     gone = not self.folder.is_dir()
     if gone and 'gone' not in self.told: echo(f'{printable(self.folder)}: cannot be reached; waiting for it')
     self.told = self.told | {'gone'} if gone else self.told - {'gone'}
+    chosen = choice_of(self.method) != self.choice
+    if chosen and 'chosen' not in self.told:
+        echo(f'{printable(self.method.root)}: another threshold is in force there; this watch stays at '
+             f'{self.monitor.threshold:.6g}; to go on at the other one, end it and start it with another --out')
+    self.told = self.told | {'chosen'} if chosen else self.told - {'chosen'}
 
 # %% ../nbs/17o_watch.ipynb #16309432
 def scores_figure(w: Watch) -> Figure:
@@ -255,9 +340,9 @@ def scores_figure(w: Watch) -> Figure:
         at = [k for k, r in enumerate(w.recent) if r['anomalous'] == anomalous]
         top.plot([number[k] for k in at], [scores[k] for k in at], '.', color=color, label=name)
     top.axhline(m.threshold, color='.3', lw=1, ls='--', label='threshold')
-    for d in m.warnings:
-        for ax in (top, below)[:2*(d.image > m.seen - n)]: ax.axvline(d.image, color='#CC79A7', lw=2)
-    below.plot(number, [max(v, 1e-6) for v in m.history[-n:]] if n else [], color='#CC79A7')
+    for k, v in zip(number, m.history):
+        for ax in (top, below)[:2*(v >= 1)]: ax.axvline(k, color='#CC79A7', lw=2)
+    below.plot(number, [max(v, 1e-6) for v in m.history], color='#CC79A7')
     below.axhline(1, color='.3', lw=1, ls='--')
     below.set(yscale='log', ylim=(1e-5, 4), xlabel='image', ylabel='drift')
     top.set_ylabel('score'); top.legend(loc='upper left', bbox_to_anchor=(1, 1), fontsize=9, frameon=False)
@@ -270,8 +355,10 @@ def state_of(w: Watch) -> dict[str, Any]:
     return {'folder': printable(w.folder), 'method': w.method.title or w.method.name,
             'updated': datetime.now(timezone.utc).isoformat(timespec='seconds'),
             **{k: w.counts[k] for k in ('judged', 'anomalous', 'dead')}, 'left': [printable(p) for p in w.left],
+            'unreadable': [printable(p) for p in w.left if p in w.closed.of],
             'recent_share': sum(r['anomalous'] for r in w.recent)/n if n else None,
-            'drift': [d.text for d in w.monitor.warnings], 'evidence': w.monitor.history[-1] if w.monitor.seen else 0.,
+            'drift': [d.text for d in w.monitor.warnings], 'drift_warnings': w.monitor.warned,
+            'evidence': w.monitor.history[-1] if w.monitor.seen else 0.,
             'one_false_warning_in': w.monitor.every, 'expected_share': w.monitor.expected,
             'held_out': len(w.monitor.normal), 'threshold': w.monitor.threshold}
 
@@ -280,7 +367,8 @@ def state_of(w: Watch) -> dict[str, Any]:
 @aside('the page of the watch')
 def draw(self: Watch, refresh: float = 5.) -> None:
     "index.html, scores.png and state.json as of now."
-    self.drawn, state, png = time.monotonic(), state_of(self), figure_png(scores_figure(self))
+    self.drawn, self.stale = time.monotonic(), False
+    state, png = state_of(self), figure_png(scores_figure(self))
     found = [r for r in self.recent if r['anomalous']][:-13:-1]
     page = render('watch.html', title='watch', style=css('page.css'), s=state, refresh=max(1, round(refresh)),
                   chart=base64.b64encode(png).decode(), found=found, dead=list(self.dead)[::-1],
@@ -291,20 +379,31 @@ def draw(self: Watch, refresh: float = 5.) -> None:
 
 # %% ../nbs/17o_watch.ipynb #0e6cbae4
 @patch
+def tell_left(self: Watch) -> None:
+    "What has not had its turn."
+    closed = [n for n in self.left if n in self.closed.of]
+    for what, names in (('still being written', [n for n in self.left if n not in self.closed.of]),
+                        ('cannot be read', closed)):
+        more = f' and {len(names) - 3} more' if names[3:] else ''
+        if names: echo(f"left, {what}: {', '.join(map(printable, names[:3]))}{more}")
+
+@patch
 def run(self: Watch,
     once: bool = False,                         # end when everything that is there has had its turn
     poll: float = 2.,                           # seconds between two looks
     stop: Callable[[], bool] = lambda: False    # True: end after this look
 ) -> dict[str, Any]:                            # of `state_of`
     "Watch. An interruption ends it like `stop`."
-    last, turns, drawn = time.monotonic(), self.turns, False
+    waited, turns = 0., self.turns
+    pause = max(.05, min(poll, self.arrivals.settle) if once else poll)
     try:
         while True:
-            if self.step() or not drawn: last, drawn = time.monotonic(), True; self.draw(poll)
+            if self.step(): waited, self.stale = 0., True
+            if self.stale: self.draw(poll)
             if stop() or once and not self.left: break
-            if once and time.monotonic() - last > 10*max(1., self.arrivals.settle):
-                echo(f"left, still being written: {', '.join(map(printable, self.left[:3]))}"); break
-            time.sleep(max(.05, min(poll, self.arrivals.settle) if once else poll))
+            if once and waited > 10*max(1., self.arrivals.settle): self.tell_left(); break
+            time.sleep(pause)
+            waited += pause # between looks: while others are judged, nobody waits for a file
     except KeyboardInterrupt: echo('stopped')
     self.draw(poll)
     return state_of(self) | {'new': self.turns - turns}
