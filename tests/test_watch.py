@@ -302,6 +302,14 @@ def test_once_does_not_end_before_a_file_that_changed_while_it_was_read(method, 
     w = Watch(method, *place, settle=0); w.run(once=True); w.close()
     assert [r['name'] for r in rows(place[1])] == ['a.png'] and not w.left
 
+def test_once_waits_for_a_file_and_not_while_others_are_judged(method, place, monkeypatch):
+    "A look that takes minutes is no time for which a file went on changing."
+    (place[0]/'torn.png').write_bytes(b'?')
+    w = Watch(method, *place, settle=0)
+    monkeypatch.setattr('dynad.watch.time.monotonic', iter(range(0, 10**6, 100)).__next__)
+    assert w.run(once=True)['dead'] == 1 and not w.left
+    w.close()
+
 # one table, one threshold and one region of interest
 
 @pytest.fixture
@@ -420,8 +428,10 @@ def test_places_that_cannot_be(method, smoke, images, place, tmp_path):
     w = Watch(method, line, out)
     with pytest.raises(WatchError, match='another watch'): Watch(method, line, out)
     w.close()
+    kept, other = [], open_for_prediction(smoke[1], {'fusion.lam': .1})
     for _ in range(2): # one that was refused does not hold the folder, although its error is kept, as in a notebook
-        with pytest.raises(StoreError, match='another model') as e: Watch(open_for_prediction(smoke[1], {'fusion.lam': .1}), line, out)
+        with pytest.raises(StoreError, match='another model') as e: Watch(other, line, out)
+        kept.append(e)
     with pytest.raises(WatchError, match='allowed: anomalous'): Watch(method, line, out, pictures='some')
 
 def test_a_journal_that_is_damaged_is_named_by_line(tmp_path):
@@ -468,7 +478,7 @@ assert os.waitpid(watch(out.with_name('undisturbed')), 0)[1] == 0
 seconds, rng, kills = time.perf_counter() - start, random.Random(0), 0
 for f in files[10:]:
     pid = watch(out)
-    time.sleep(rng.uniform(0, .8*seconds))
+    time.sleep(rng.uniform(0, .4*seconds))
     shutil.copy(f, folder)
     os.kill(pid, signal.SIGKILL)
     kills += os.waitpid(pid, 0)[1] == signal.SIGKILL
