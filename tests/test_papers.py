@@ -183,6 +183,15 @@ def test_figure_8_reconstructs_with_every_system_that_does():
     assert all(any('stand-in' in x and 'smoke' in x for x in r) for r in rows)
     assert any('synthetic board (stand-in)' in t and 'Change inside' in t for t in texts(nb))
 
+def test_ran_concludes_its_finding_and_compares_one_network_with_several():
+    nb, text = read(PAPERS/'ran.ipynb'), plain(PAPERS/'ran.ipynb')
+    about = r'(holds|does not hold|not settled|not defined).*stand-in.*smoke preset, a test of the machinery'
+    assert re.search(rf'noise which the denoising error takes for anomalies costs image AUROC .*I-AUROC\): {about}', text)
+    for k in ('I-AUROC', 'P-AUROC', 'PRO'): assert re.search(rf'One network for 3 products above one for each, {k}: {about}', text)
+    assert re.search(r'lies in the background: not counted on synthetic board.*fills the picture', text) and re.search(r'by area alone \d+ %; on synthetic weave .*synthetic gear', text)
+    [html] = [o.data['text/html'] for o in code(nb)[-1].outputs]
+    for row in ('feature error only − KL only', 'both − RGB error, noised to 249', 'both − RGB error, gradient denoising', 'one for all − one each', 'Skip-GANomaly (from scratch, small)'): assert row in html
+
 @recorded
 def test_null_rows(path):
     if path.stem in TIMES: return
