@@ -5,7 +5,7 @@
 # %% ../nbs/19c_runner.ipynb #4f39a94a
 from __future__ import annotations
 import difflib, json, os, shutil, threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Iterator
@@ -236,9 +236,10 @@ def why_not(
 
 # %% ../nbs/19c_runner.ipynb #ace615ae
 def data_stamps(parameters: dict, wanted: tuple[str, ...]) -> dict[str, Any]:
-    "Stamps of the images of every subject, and of the weights."
-    try: found = _found(parameters, wanted)
-    except ConfigError: found = []
+    "Stamps of the images of every subject, also of those that one network sees together, and of the weights."
+    found, together = [], ','.join(parameters.get('unified') or ())
+    for named in (parameters, *([{'data': together}] if together else [])):
+        with suppress(ConfigError): found += _found(named, wanted)
     fixed = lambda s: s.source.startswith('synthetic:') or s.source == 'elpv'
     data = {s.name: s.source if fixed(s) else folder_stamp(Path(s.source)/(s.category or '')) for s in found}
     return dict(data=data, weights=folder_stamp(weights_root()))

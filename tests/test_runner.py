@@ -378,6 +378,20 @@ def test_a_stand_in_is_not_filed_as_the_real_set(tmp_path, monkeypatch):
     assert o.status == 'failed' and 'ran on what it was instead of BTAD 01' in o.error and not Path(job.out).exists()
     assert run_job(fake('btad/01', 'btad')).status == 'done' and job.note['data'] == 'BTAD 01'
 
+def test_what_a_notebook_names_beside_its_data_is_no_stand_in(tmp_path, monkeypatch):
+    "Products of one network, of RAN: named by a parameter of their own."
+    elsewhere(monkeypatch, DYNAD_DATA=real_set(tmp_path/'data'))
+    of = lambda name, real: dict(name=name, label=name, real=real)
+    cell = "import json\nfrom pathlib import Path\nPath(out, 'table2.json').write_text(json.dumps(dict(data={!r}, parameters=dict(unified={!r}))))"
+    job, = plan(['table2'], root=tmp_path/'runs')
+    fake = lambda *a: runner.with_key(replace(job, notebook=notebook(tmp_path/'nbs', 'table2', cells=[cell.format(*a)])))
+    both = [of('btad/01', 'btad'), of('synthetic_gear', None)]
+    assert run_job(fake(both, ['synthetic:gear'])).status == 'done'
+    assert 'ran on synthetic_gear instead of BTAD 01' in run_job(fake(both, ['synthetic:board'])).error
+    assert 'ran on synthetic_gear instead of BTAD 01' in run_job(fake(both[1:], ['synthetic:gear'])).error # the images have gone
+    stamped = lambda **p: set(runner.data_stamps(dict(data='btad/01', **p), ('btad',))['data'])
+    assert stamped() == stamped(unified=[]) == {'btad/01'} and stamped(unified=['synthetic:gear']) == {'btad/01', 'synthetic_gear'}
+
 def free_port():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
