@@ -76,10 +76,12 @@ def stored_maps(
     held_out: ImageSet,
     n: int = N_DEFECTS
 ) -> StoredMaps:
-    "Raw maps of normal images, and of the same with defects."
+    """Raw maps of normal images, and of the same with defects.
+
+    With both references of f_map where the settings choose by synthetic defects, else with that of the settings."""
     bad, normal = synthetic_set(held_out, n, parts.config.seed), list(range(min(len(held_out), MOST_NORMAL)))
     walks = [(CachedWalk(parts, held_out), normal), (CachedWalk(parts, bad), list(range(n)))]
-    latent, features = {}, {}
+    latent, features, references = {}, {}, walks[0][0].references
     for T in candidates_t_hat(parts):
         got = []
         for walk, rows in walks:
@@ -88,7 +90,7 @@ def stored_maps(
             got.append(walk.cached_maps(rows, t))
         both = {k: torch.cat([g[k] for g in got]) for k in got[0]}
         latent[T] = both['l']
-        features |= {(T, r, j): both[MAP_NAMES[r].format(j)] for r in MAP_NAMES for j in map_layers(parts.config)}
+        features |= {(T, r, j): both[MAP_NAMES[r].format(j)] for r in references for j in map_layers(parts.config)}
     near = tuple(torch.cat(p) for p in zip(*(walk.neighbour_maps(rows) for walk, rows in walks)))
     made = defects_in(held_out, n, parts.config.seed)
     return StoredMaps(len(normal), made.masks, made.source, latent, features, near, parts.config.fusion.quantile)

@@ -16,7 +16,8 @@ from .config import DynadError
 from .paths import check_file, check_folder, echo, echo_json
 
 # %% auto #0
-__all__ = ['download', 'bench', 'bench_against', 'ablate', 'print_rows', 'examine_data', 'doctor']
+__all__ = ['download', 'bench', 'bench_against', 'with_its_images', 'ablate', 'alternatives', 'print_rows', 'examine_data',
+           'doctor']
 
 # %% ../nbs/20e_cli_tools.ipynb #61778afa
 @app.command()
@@ -95,6 +96,20 @@ def bench_against(run: Path | None, code: Path, data: str | None, images: int | 
          f"{result['bank']} in the bank, {turns} turns, {result['threads']} threads, load {result['machine']['load']}")
 
 # %% ../nbs/20e_cli_tools.ipynb #0f3ccb8a
+def with_its_images(
+    run: Path,       # of DynAD
+    data: str | None # what it was fitted on, where that has moved
+):                   # -> DynAD, AnomalyDataset
+    "A run whose parts can be changed, and its data set."
+    from dynad.ablation import checked_parts
+    from dynad.method import open_run
+    from dynad.run_directory import fitted_dataset, split_seed
+    from dynad.speed_modes import with_images
+    model = checked_parts(open_run(run))
+    made, seed = model.info['data'], split_seed(model.info, model.config)
+    at = dataset_of(data, 'auto', made['category'], seed) if data else fitted_dataset(model.info, model.config)
+    return with_images(model, at), at
+
 @app.command()
 def ablate(
     run: Annotated[Path, typer.Argument(parser=place, help='run directory of `dynad fit`')],
@@ -108,19 +123,33 @@ def ablate(
         if json_file: check_file(json_file, '--json ')
         if data: checked_place(data)
         from dynad import ablation as A
-        from dynad.method import open_run
-        from dynad.run_directory import fitted_dataset, split_seed
-        from dynad.speed_modes import with_images
         from dynad.store import atomic_write
-        model = A.checked_parts(open_run(run))
-        made = model.info['data']
-        seed = split_seed(model.info, model.config)
-        at = dataset_of(data, 'auto', made['category'], seed) if data else fitted_dataset(model.info, model.config)
-        result = A.ablation(with_images(model, at), at, n_boot) | {'areas': A.found_by_area(model)}
+        model, at = with_its_images(run, data)
+        result = A.ablation(model, at, n_boot) | {'areas': A.found_by_area(model)}
         if json_file: atomic_write(json_file, json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
         echo(A.ablation_table([result]).droplevel(0).to_string())
         echo(f'\nsynthetic defects found, by area\n{A.areas_table([result]).iloc[0].to_string()}')
         echo(A.chosen_words(result))
+
+# %% ../nbs/20e_cli_tools.ipynb #cb8b0721
+@app.command()
+def alternatives(
+    runs: Annotated[list[Path], typer.Argument(parser=place, help='run directories of `dynad fit`')],
+    data: Annotated[Optional[str], typer.Option(
+        **DataSet, help='the data set that they were fitted on, where it is not where it was')] = None,
+    json_file: Annotated[Optional[Path], typer.Option('--json', **File, help='where the results go, a list')] = None
+):
+    "Other T̂, samplers and borders of the same networks, on synthetic defects in held-out images. Opens no test image."
+    with known_mistakes():
+        if json_file: check_file(json_file, '--json ')
+        if data: checked_place(data)
+        from dynad import alternatives as A
+        from dynad.store import atomic_write
+        results = [A.alternatives(*with_its_images(run, data)) for run in runs]
+        if json_file: atomic_write(json_file, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False))
+        for kind in A.KINDS: echo(f'{A.alternatives_table(results, kind).to_string()}\n')
+        echo('points found, ± its error; *: larger than twice the error in every run')
+        if len({A.called(r) for r in results}) > 1: echo(f'\n{A.left_out_table(results).round(3).T.to_string()}')
 
 # %% ../nbs/20e_cli_tools.ipynb #92abb495
 def print_rows(rows: list[dict[str, str]]) -> None:
