@@ -157,7 +157,7 @@ def alternatives(
         rows.append({'what': name, 'settings': change, **gained(make(), base, prior)})
     c = model.config
     return {'data': described(dataset), 'preset': c.preset, 'seed': c.seed, 'note': PRESET_NOTES.get(c.preset, ''),
-            'normal': base.normal, 'defects': n, 'prior': prior.settings, 'rows': rows,
+            'normal': base.normal, 'defects': n, 'prior': {k: list(v) if isinstance(v, tuple) else v for k, v in prior.settings.items()}, 'rows': rows,
             'rule': gains(base, prior) if len(set(base.source)) > 1 else [],
             'grid': [[*k, v] for k, v in grid_found(base, prior).items()], 'versions': versions(), 'machine': machine()}
 
