@@ -40,7 +40,7 @@ def other_settings(
     "What the same networks are tried with, one change at a time."
     dynamic = {'reconstruction.severity': 'dynamic', 'reconstruction.average': 3}
     out = {'the mean over ten T̂': dynamic | {'reconstruction.average': 10}}
-    out |= {f'T_max = {T}': dynamic | {'reconstruction.t_max': T} for T in (160, 320, 640, 960)
+    out |= {f'T_max = {T}': dynamic | {'reconstruction.t_max': T} for T in (80, 160, 320, 640, 960)
             if T != config.reconstruction.t_max and T < config.diffusion.T}
     out |= {'three calls for each T̂': dynamic | {'reconstruction.S': 3},
             'one call for each T̂': dynamic | {'reconstruction.S': 1},
