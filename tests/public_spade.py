@@ -78,6 +78,7 @@ def main(folder: str):
         found |= {f'K{K}.score': torch.from_numpy(scores), f'K{K}.map': torch.from_numpy(maps)[:, ::EVERY, ::EVERY].contiguous()}
     commit = subprocess.run(['git', '-C', folder, 'rev-parse', 'HEAD'], capture_output=True, text=True, check=True).stdout.strip()
     save_file(found, TARGET, {'repository': 'https://github.com/byungjae89/SPADE-pytorch', 'commit': commit})
+    TARGET.chmod(0o644)
 
 
 if __name__ == '__main__': main(sys.argv[1])
