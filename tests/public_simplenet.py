@@ -1,9 +1,9 @@
-"""Writes tests/fixtures/simplenet.safetensors: what SimpleNet's public code makes of features, weights and noise given to it.
+"""Writes tests/fixtures/simplenet.safetensors: what SimpleNet's public code makes of given features, weights and noise.
 
 A developer script, of seconds: `git clone https://github.com/DonaldRR/SimpleNet`, then
-`python tests/public_simplenet.py SimpleNet`. Needs SciPy, scikit-learn and TensorBoard. Its class runs as it is, set as in
-its run.sh but for sizes, with a network that hands out the given features in place of the WideResNet-50 and the given noise
-in place of `torch.normal`; OpenCV, which only its metrics need, has an empty stand-in.
+`python tests/public_simplenet.py SimpleNet`. Needs SciPy, scikit-learn and TensorBoard. Its class runs as it is, set as
+in its run.sh but for sizes, with a network that hands out the given features in place of the WideResNet-50 and the
+given noise in place of `torch.normal`; OpenCV, which only its metrics need, has an empty stand-in.
 """
 import importlib, subprocess, sys
 from pathlib import Path
@@ -40,9 +40,10 @@ def main(folder: str):
     images = torch.arange(float(IMAGES)).view(-1, 1, 1, 1).expand(-1, 3, SIZE, SIZE)
     found = {f'features.{k}': f for k, f in features.items()}
     net, cpu = module.SimpleNet('cpu'), torch.device('cpu')
-    net.load(Network(features), list(features), cpu, (3, SIZE, SIZE), 4, 8, meta_epochs=2, dsc_hidden=HIDDEN, dsc_margin=MARGIN,
-             pre_proj=1)   # as many channels as there are: its pooling leaves them as they are
-    weights = net.pre_projection.state_dict(prefix='projection.') | net.discriminator.state_dict(prefix='discriminator.')
+    net.load(Network(features), list(features), cpu, (3, SIZE, SIZE), 4, 8, meta_epochs=2, dsc_hidden=HIDDEN,
+             dsc_margin=MARGIN, pre_proj=1)   # as many channels as there are: its pooling leaves them as they are
+    weights = net.pre_projection.state_dict(prefix='projection.')
+    weights |= net.discriminator.state_dict(prefix='discriminator.')
     for k, v in weights.items():
         if v.dtype != torch.float32: continue
         v.copy_(torch.rand(v.shape, generator=g) + .5 if 'running_var' in k else .5*torch.randn(v.shape, generator=g))
@@ -59,7 +60,7 @@ def main(folder: str):
     found['train.loss'] = said['loss'].detach()
     for part, name in ((net.pre_projection, 'projection'), (net.discriminator, 'discriminator')):
         found |= {f'train.gradient.{name}.{k}': p.grad for k, p in part.named_parameters()}
-    commit = subprocess.run(['git', '-C', folder, 'rev-parse', 'HEAD'], capture_output=True, text=True, check=True).stdout.strip()
+    commit = subprocess.check_output(['git', '-C', folder, 'rev-parse', 'HEAD'], text=True).strip()
     save_file({k: v.detach().contiguous() for k, v in found.items()}, TARGET,
               {'repository': 'https://github.com/DonaldRR/SimpleNet', 'commit': commit})
     TARGET.chmod(0o644)

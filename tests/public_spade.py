@@ -1,10 +1,10 @@
-"""Writes tests/fixtures/spade.safetensors: scores and maps of SPADE-pytorch's own program for features that are given to it.
+"""Writes tests/fixtures/spade.safetensors: scores and maps of SPADE-pytorch's own program for features given to it.
 
 A developer script, of seconds: `git clone https://github.com/byungjae89/SPADE-pytorch`, then
-`python tests/public_spade.py SPADE-pytorch`. Needs scikit-learn and SciPy. Its `main` runs as it is, with a network that
-hands out the given features in place of the WideResNet-50, and numbered images in place of MVTec. It was written for
-torch 1.5, whose `pairwise_distance` takes the norm along axis 1; today's takes the last axis, where this program has the
-width of the map (its issue 15), and so that function is given back its earlier meaning while it runs.
+`python tests/public_spade.py SPADE-pytorch`. Needs scikit-learn and SciPy. Its `main` runs as it is, with a
+network that hands out the given features in place of the WideResNet-50, and numbered images in place of MVTec. It was
+written for torch 1.5, whose `pairwise_distance` takes the norm along axis 1; today's takes the last axis, where this
+program has the width of the map (its issue 15), and so that function is given back its earlier meaning while it runs.
 """
 import importlib, subprocess, sys, tempfile
 from pathlib import Path
@@ -58,9 +58,11 @@ def run(module, features: dict[str, torch.Tensor], K: int) -> tuple[np.ndarray, 
         if len(scores) == TEST: seen['scores'] = scores
         return .5
     def shown(images, masks, maps, *_, **__): seen['maps'] = np.stack(maps)
-    with (tempfile.TemporaryDirectory() as out, patch.object(sys, 'argv', ['main', '--top_k', str(K), '--save_path', out]),
-          patch.object(module, 'wide_resnet50_2', lambda **_: Network(features)), patch.object(module, 'roc_auc_score', roc),
-          patch.object(module, 'visualize_loc_result', shown), patch.object(module.mvtec, 'CLASS_NAMES', ['given']),
+    with (tempfile.TemporaryDirectory() as out,
+          patch.object(sys, 'argv', ['main', '--top_k', str(K), '--save_path', out]),
+          patch.object(module, 'wide_resnet50_2', lambda **_: Network(features)),
+          patch.object(module, 'roc_auc_score', roc), patch.object(module, 'visualize_loc_result', shown),
+          patch.object(module.mvtec, 'CLASS_NAMES', ['given']),
           patch.object(module.mvtec, 'MVTecDataset', Images), patch.object(torch, 'pairwise_distance', along_channels),
           patch.object(torch.cuda, 'is_available', lambda: False)):
         module.main()
@@ -75,8 +77,9 @@ def main(folder: str):
     found = {f'features.{k}': f for k, f in features.items()}
     for K in (4, 5):
         scores, maps = run(module, features, K)
-        found |= {f'K{K}.score': torch.from_numpy(scores), f'K{K}.map': torch.from_numpy(maps)[:, ::EVERY, ::EVERY].contiguous()}
-    commit = subprocess.run(['git', '-C', folder, 'rev-parse', 'HEAD'], capture_output=True, text=True, check=True).stdout.strip()
+        maps = torch.from_numpy(maps)[:, ::EVERY, ::EVERY].contiguous()
+        found |= {f'K{K}.score': torch.from_numpy(scores), f'K{K}.map': maps}
+    commit = subprocess.check_output(['git', '-C', folder, 'rev-parse', 'HEAD'], text=True).strip()
     save_file(found, TARGET, {'repository': 'https://github.com/byungjae89/SPADE-pytorch', 'commit': commit})
     TARGET.chmod(0o644)
 
