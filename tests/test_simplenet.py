@@ -1,6 +1,9 @@
-"16d_simplenet: features, loss, training that resumes; the method in a run."
+"16d_simplenet: features, loss, training that resumes; the public code's figures; the method in a run."
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dynad.config import make_config
 from dynad.method import open_run
@@ -39,6 +42,51 @@ def test_a_training_that_was_cut_off_ends_like_one_that_was_not(tmp_path):
     log = train(simplenet_training(again, x, o), tmp_path/'c', progress=False)
     assert log.resumed_at > 0
     for k, v in whole.state_dict().items(): assert torch.equal(v, again.state_dict()[k]), k
+
+
+# the same features, weights and noise given to the public code
+
+LAYERS = {'adaptor': 'projection.layers.0fc', 'discriminator.0': 'discriminator.body.block1.0', 'discriminator.1': 'discriminator.body.block1.1', 'discriminator.3': 'discriminator.tail'}
+
+def theirs_of(name):
+    layer, kind = name.rsplit('.', 1)
+    return f'{LAYERS[layer]}.{kind}'
+
+
+@pytest.fixture
+def public(): return load_file(Path(__file__).parent/'fixtures'/'simplenet.safetensors')
+
+
+@pytest.fixture
+def net(public):
+    found = AdaptedDiscriminator(8, 16)
+    given = {k: public[f'weights.{theirs_of(k)}'] for k in found.state_dict() if '.' in k and not k.endswith('tracked')}
+    assert found.load_state_dict(given, strict=False).missing_keys == ['mean', 'std']
+    return found
+
+
+def test_public_code_gives_the_same_local_features(public):
+    x = patch_features({j: public[f'features.layer{j}'] for j in (2, 3)})
+    torch.testing.assert_close(x.permute(0, 2, 3, 1).flatten(0, 2), public['embedding'], atol=1e-5, rtol=0)
+
+
+def test_public_code_gives_the_same_scores_and_maps(public, net):
+    method = SimpleNet(make_config('smoke', {'options': {'sigma': 4*256/96}})) # σ = 4 at 96², as there
+    method.phi, method.net = lambda _: {j: public[f'features.layer{j}'] for j in (2, 3)}, net.eval()
+    p = method.predict_batch(torch.zeros(3, 3, 96, 96), [0, 1, 2])
+    torch.testing.assert_close(p.score, public['score'], atol=1e-5, rtol=0)
+    off = (p.map[:, 0, ::4, ::4] - public['map']).abs()
+    assert off[:, 4:-4, 4:-4].max() < 1e-5 # further than 4σ = 16 pixels from the border
+    assert 1e-4 < off.max() < .01          # at the border a Gaussian of SciPy repeats the edge pixel
+
+
+def test_public_code_gives_the_same_loss_and_gradients(public, net):
+    out = net.train()(public['embedding'], public['noise'])
+    loss = truncated_loss(out, .5)
+    loss.backward()
+    assert .1 < (out.chunk(2)[0] > .5).float().mean() < .9 and (out.chunk(2)[1] < -.5).any() # both truncations have a part in it
+    torch.testing.assert_close(loss, public['train.loss'], atol=1e-5, rtol=0)
+    for k, p in net.named_parameters(): torch.testing.assert_close(p.grad, public[f'train.gradient.{theirs_of(k)}'], atol=1e-6, rtol=0, msg=k)
 
 
 def test_a_run_fits_opens_and_predicts(boards, tmp_path):

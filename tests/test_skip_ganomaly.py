@@ -1,6 +1,10 @@
-"16e_skip_ganomaly: networks, losses, score; the method in a run."
+"16e_skip_ganomaly: networks, losses, score; the public code's figures; the method in a run."
+from pathlib import Path
+
 import pytest
 import torch
+from public_skip_ganomaly import as_public
+from safetensors.torch import load_file
 
 from dynad.config import make_config
 from dynad.data import to_float
@@ -40,6 +44,67 @@ def test_the_mean_of_the_map_is_the_score_of_equation_5():
     with torch.no_grad(): copy = gan(x); features = (gan.D(x)[1] - gan.D(copy)[1]).square().flatten(1).mean(1)
     want = .9*(x - copy).abs().flatten(1).mean(1) + .1*features
     torch.testing.assert_close(gan_maps(gan, x).mean((1, 2, 3)), want.detach())
+
+
+# the same images and weights given to the public code
+
+@pytest.fixture
+def public():
+    t = load_file(Path(__file__).parent/'fixtures'/'skip_ganomaly.safetensors')
+    return t | {'x': t['images']/127.5 - 1}
+
+
+@pytest.fixture
+def gan(public):
+    "With the public code's wiring (see `as_public`) and its weights; biases, which it has not, stay zero."
+    found = as_public()
+    left = found.load_state_dict({k[8:]: v.float() for k, v in public.items() if k.startswith('weights.')}, strict=False)
+    assert not left.unexpected_keys and all(k.endswith('bias') and not found.get_parameter(k).any() for k in left.missing_keys)
+    return found
+
+
+def near(a, b, atol=1e-5): torch.testing.assert_close(a, b, atol=atol, rtol=0)
+
+
+@torch.no_grad()
+def test_public_code_gives_the_same_copies_and_judgements(public, gan):
+    x = public['x']
+    logit, features = gan.eval().D(x)
+    near(gan(x)[..., ::2, ::2], public['copy'])
+    near(logit.sigmoid(), public['real'])
+    near(features, public['features'])
+
+
+@torch.no_grad()
+def test_public_code_passes_skips_through_a_relu(public, gan):
+    "Why `as_public` is needed: the generator as it is makes other copies of the same weights."
+    for up in gan.G.up: up[0] = torch.nn.Identity()
+    assert (gan.eval()(public['x'])[..., ::2, ::2] - public['copy']).abs().max() > .1
+
+
+def test_public_code_gives_the_same_losses_and_gradients(public, gan):
+    x, P = public['x'], dict(gan.named_parameters())
+    copy = gan.train()(x)
+    of = lambda adv, con, lat: generator_loss(gan, x, copy, SkipGANomalyOptions(w_adv=adv, w_con=con, w_lat=lat))
+    for name, weights in (('adv', (1, 0, 0)), ('con', (0, 50, 0)), ('lat', (0, 0, 1)), ('G', (1, 50, 1))): # 50: its default
+        near(of(*weights), public[f'loss.{name}'], 1e-4 if name in ('con', 'G') else 1e-5) # of 38 and 41
+    of(1, 50, 1).backward()
+    for k in ('G.down.0.0.weight', 'G.last.1.weight'): near(P[k].grad, public[f'gradient.{k}'])
+    gan.zero_grad()
+    loss = 2*discriminator_loss(gan, x, gan(x)) # there a sum, here a mean
+    loss.backward()
+    near(loss, public['loss.D'])
+    near(P['D.features.0.0.weight'].grad, public['gradient.D.features.0.0.weight'])
+
+
+@torch.no_grad()
+def test_public_code_gives_the_same_score_but_for_squared_pixels(public, gan):
+    "It judges in train mode, with pixel differences squared, and scales by the images judged."
+    x = public['x']
+    r = x - gan.train()(x)
+    near(gan_maps(gan, x, 1.).mean(), public['loss.con']/50)
+    score = gan_maps(gan, x, .9).mean((1, 2, 3)) + .9*(r.square() - r.abs()).mean((1, 2, 3))
+    near((score - score.min())/(score.max() - score.min()), public['score'])
 
 
 def test_a_run_fits_opens_and_predicts(boards, tmp_path):

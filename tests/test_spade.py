@@ -1,7 +1,10 @@
-"16c_spade: nearest images, nearest places, pyramid; the method in a run."
+"16c_spade: nearest images, nearest places, pyramid; the public program's figures; the method in a run."
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dynad.config import make_config
 from dynad.method import open_run
@@ -45,6 +48,44 @@ def test_pyramid_and_map():
     levels, galleries = [m[0] for m in pyramid_of(f, (1, 2))], [m[1:] for m in pyramid_of(f, (1, 2))]
     up = [torch.nn.functional.interpolate(nearest_places(x, g)[None, None], (32, 32), mode='bilinear')[0] for x, g in zip(levels, galleries)]
     assert torch.allclose(correspondence_map(levels, galleries, (32, 32), sigma=0), (up[0] + up[1])/2)
+
+
+@pytest.fixture(scope='module')
+def public(): return load_file(Path(__file__).parent/'fixtures'/'spade.safetensors')
+
+
+def predicted(public, K, last=None):
+    "Scores and maps of `SPADE` for the features that the public program was given; `last`: images in the gallery of layer 3, in their order of nearness."
+    features = {j: public[f'features.{k}'] for j, k in enumerate(('layer1', 'layer2', 'layer3', 'avgpool'), 1)}
+    train, test = ({j: f[rows] for j, f in features.items()} for rows in (slice(0, 6), slice(6, 8)))
+    method = SPADE(make_config('smoke', {'options': {'K': K, 'sigma': 4*256/224}})) # σ = 4 at 224², as there
+    method.normal, method.levels, method.phi = train[4].mean((2, 3)), pyramid_of(train), lambda _: test
+    if last: method.levels[2] = Cut(method.levels[2], last)
+    p = method.predict_batch(torch.zeros(2, 3, 224, 224), [0, 1])
+    return p.score, p.map[:, 0, ::8, ::8]
+
+
+class Cut:
+    "A gallery of which only the nearest images are taken."
+    def __init__(self, level, n): self.level, self.n = level, n
+    def __getitem__(self, rows): return self.level[rows[:self.n]]
+
+
+def test_public_code_gives_the_same_scores_and_maps(public):
+    score, maps = predicted(public, 4)
+    assert torch.allclose(score, public['K4.score'], atol=1e-5, rtol=0)
+    off = (maps - public['K4.map']).abs()
+    assert off[:, 2:-2, 2:-2].max() < 1e-5 # further than 4σ = 16 pixels from the border
+    assert 1e-4 < off.max() < .005         # at the border a Gaussian of SciPy repeats the edge pixel
+
+
+def test_public_code_leaves_out_what_is_no_full_hundred_of_places(public):
+    "At K = 5, 25 of the 125 places of layer 3: those of the fifth image; the method compares all."
+    score, maps = predicted(public, 5)
+    assert torch.allclose(score, public['K5.score'], atol=1e-5, rtol=0)
+    inner = lambda m: m[:, 2:-2, 2:-2]
+    assert (inner(maps) - inner(public['K5.map'])).abs().max() > .05 and (inner(maps) <= inner(public['K5.map']) + 1e-5).all()
+    assert (inner(predicted(public, 5, last=4)[1]) - inner(public['K5.map'])).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize('pyramid', ['layers', 'concatenated'])
