@@ -142,7 +142,8 @@ def alternatives(
     model = checked_parts(model)
     chosen = model.config.fusion.choice == 'synthetic'
     # the rule of choice needs both references of f_map, an alternative only that of the preset
-    whole = model.with_settings({'fusion.choice': 'synthetic'} | (own_mixture(model.config) if chosen else {}))
+    rule = {'fusion.choice': 'synthetic'} if model.parts.spatial else {}
+    whole = model.with_settings(rule | (own_mixture(model.config) if chosen else {}))
     model = whole.with_settings({'fusion.choice': 'fixed'})
     parts, held = model.parts, model.held_out_set
     base, prior, rows = stored_maps(whole.parts, held, n), prior_mixture(parts), []
@@ -158,7 +159,7 @@ def alternatives(
     c = model.config
     return {'data': described(dataset), 'preset': c.preset, 'seed': c.seed, 'note': PRESET_NOTES.get(c.preset, ''),
             'normal': base.normal, 'defects': n, 'prior': {k: list(v) if isinstance(v, tuple) else v for k, v in prior.settings.items()}, 'rows': rows,
-            'rule': gains(base, prior) if len(set(base.source)) > 1 else [],
+            'rule': gains(base, prior) if rule and len(set(base.source)) > 1 else [],
             'grid': [[*k, v] for k, v in grid_found(base, prior).items()], 'versions': versions(), 'machine': machine()}
 
 # %% ../nbs/19ac_alternatives.ipynb #5104fb35

@@ -13,6 +13,7 @@ from dynad.choosing import prior_mixture, stored_maps, synthetic_set
 from dynad.cli import app
 from dynad.config import make_config, with_overrides
 from dynad.left_out import LeftOutError
+from dynad.method import open_run
 from dynad.patchcore import PatchCore
 from dynad.speed_modes import with_images
 
@@ -94,10 +95,12 @@ def test_result_and_tables(result, mixed):
     with pytest.raises(LeftOutError, match='one product'): A.left_out_table([one])
 
 def test_a_run_without_a_neighbour_map_has_no_places(smoke, boards):
-    model = with_images(smoke[0], boards)
+    "Opened, without its training images: no bank can be made."
+    model = with_images(open_run(smoke[1], progress=False), boards)
     assert not model.config.fusion.neighbour
-    found = {r['what'] for r in A.alternatives(model, boards, 4, progress=False)['rows']}
-    assert 'continued by reflection' in found and not any('each place' in f for f in found)
+    result = A.alternatives(model, boards, 4, progress=False)
+    found = {r['what'] for r in result['rows']}
+    assert 'continued by reflection' in found and not any('each place' in f for f in found) and result['rule'] == []
 
 def test_the_command(mixed, boards, tmp_path):
     out = CliRunner().invoke(app, ['alternatives', str(mixed[1]), '--data', str(boards.root), '--json', str(tmp_path/'a.json')])
