@@ -27,7 +27,8 @@ from .left_out import gains, grid_found, leave_one_out
 from .machine import machine
 from .method import Method
 from .reconstruction import noise_keys
-from .walk import Parts, averaged_t_hat, decode, encode, extract_features, map_layers, reconstruct_latents, reference_features
+from .walk import (Parts, averaged_t_hat, decode, encode, extract_features, map_layers, reconstruct_latents,
+                        reference_features)
 
 # %% auto #0
 __all__ = ['PLACES', 'Way', 'BORDER', 'KINDS', 'other_settings', 'blended', 'maps_by', 'by_places', 'by_reflection', 'as_it_is',
@@ -61,7 +62,8 @@ def blended(
 
 # %% ../nbs/19ac_alternatives.ipynb #1e3044a9
 PLACES = 0 # stands for T̂ where it differs from place to place
-Way = Callable[[CachedWalk, list[int], int, Tensor], tuple[Tensor, Tensor, Tensor]] # walk, rows, T̂, share -> z_0, ẑ_0, x̂_0
+# walk, rows, T̂, share -> z_0, ẑ_0, x̂_0
+Way = Callable[[CachedWalk, list[int], int, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 def maps_by(
     parts: Parts,
@@ -122,7 +124,8 @@ def gained(
         was = replace(prior, **change)
         new, old = found(maps, replace(was, t_hat=tuple(maps.latent))), found(base, was)
         g, error = gain(new, old, base.source)
-        out[kind] = {'found': new.mean().item(), 'gain': g, 'error': error, **dict(zip(FOUND, (new - old).mean(0).tolist()))}
+        out[kind] = {'found': new.mean().item(), 'gain': g, 'error': error,
+                     **dict(zip(FOUND, (new - old).mean(0).tolist()))}
     return out
 
 def unaligned(maps: StoredMaps) -> StoredMaps:
@@ -156,9 +159,9 @@ def alternatives(
     ways['upsampled without aligned corners'] = {}, lambda: unaligned(base)
     for name, (change, make) in tqdm(ways.items(), desc='alternatives', delay=2, disable=not progress):
         rows.append({'what': name, 'settings': change, **gained(make(), base, prior)})
-    c = model.config
+    c, plain = model.config, {k: list(v) if isinstance(v, tuple) else v for k, v in prior.settings.items()}
     return {'data': described(dataset), 'preset': c.preset, 'seed': c.seed, 'note': PRESET_NOTES.get(c.preset, ''),
-            'normal': base.normal, 'defects': n, 'prior': {k: list(v) if isinstance(v, tuple) else v for k, v in prior.settings.items()}, 'rows': rows,
+            'normal': base.normal, 'defects': n, 'prior': plain, 'rows': rows,
             'rule': gains(base, prior) if rule and len(set(base.source)) > 1 else [],
             'grid': [[*k, v] for k, v in grid_found(base, prior).items()], 'versions': versions(), 'machine': machine()}
 

@@ -82,7 +82,7 @@ def test_the_home_folder_in_every_path_of_the_command_line(home):
             if info is None or not ('Path' in str(get_args(hint)[0]) or name == 'data'): continue
             found.add(name)
             assert info.parser is (data_place if name == 'data' else place), f'{command.callback.__name__} {name}'
-    assert found == {'out', 'run', 'images', 'data', 'json_file', 'save_maps', 'report', 'table', 'file', 'html', 'roi', 'what', 'keep', 'fit', 'folder', 'against'}
+    assert found == {'out', 'run', 'runs', 'images', 'data', 'json_file', 'save_maps', 'report', 'table', 'file', 'html', 'roi', 'what', 'keep', 'fit', 'folder', 'against'}
     assert place('~/x') == home/'x' and data_place('~/x') == str(home/'x') and data_place('elpv') == 'elpv'
     out = CliRunner().invoke(app, ['fit', '--data=~/none', '--out=~/x'])
     assert out.exit_code == 2 and f"{home/'none'}: no such folder" in out.output and [*Path.cwd().iterdir()] == []
