@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ablation import called, checked_parts, own_mixture
+from .ablation import LEVELS, called, checked_parts, own_mixture
 from .cache import ImageSet, batches
 from .cached_walk import CachedWalk
 from .choice import FOUND, Mixture, StoredMaps, found, gain, part
@@ -23,7 +23,7 @@ from .detector import DynAD
 from .evaluate import PRESET_NOTES, described, versions
 from .fusion import feature_maps, latent_map, upsample
 from .guard import tqdm
-from .left_out import gains, grid_found, leave_one_out
+from .left_out import LeftOutError, gains, grid_found, leave_one_out
 from .machine import machine
 from .method import Method
 from .reconstruction import noise_keys
@@ -31,15 +31,15 @@ from .walk import (Parts, averaged_t_hat, decode, encode, extract_features, map_
                         reference_features)
 
 # %% auto #0
-__all__ = ['PLACES', 'Way', 'BORDER', 'KINDS', 'other_settings', 'blended', 'maps_by', 'by_places', 'by_reflection', 'as_it_is',
-           'gained', 'unaligned', 'alternatives', 'alternatives_table', 'left_out_table']
+__all__ = ['PLACES', 'Way', 'BORDER', 'KINDS', 'other_settings', 'blended', 'maps_by', 'by_places', 'by_reflection', 'gained',
+           'unaligned', 'alternatives', 'alternatives_table', 'left_out_table']
 
 # %% ../nbs/19ac_alternatives.ipynb #ace5e81c
 def other_settings(
     config: Config              # of the run
 ) -> dict[str, dict[str, Any]]: # in words -> dotted settings
     "What the same networks are tried with, one change at a time."
-    dynamic = {'reconstruction.severity': 'dynamic', 'reconstruction.average': 3}
+    dynamic = LEVELS['the mean over three T̂']
     out = {'the mean over ten T̂': dynamic | {'reconstruction.average': 10}}
     out |= {f'T_max = {T}': dynamic | {'reconstruction.t_max': T} for T in (80, 160, 320, 640, 960)
             if T != config.reconstruction.t_max and T < config.diffusion.T}
@@ -92,23 +92,22 @@ def maps_by(
 BORDER = 16 # pixels; with them the latents of 64² and 128² still halve as often as the UNet does
 
 def by_places(walk: CachedWalk, rows: list[int], T: int, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    "A T̂ for each place, of those that the settings average."
+    """A T̂ for each place, of those that the settings average: Algorithm 2, line 8, with the neighbour map as distance.
+
+    share: [B,1,H,W], 0 for the smallest of them. Gives z_0 and ẑ_0, [B,C,h,w], and x̂_0, [B,3,H,W] in [0,1]."""
     every = [walk.cached_latents(rows, torch.full((len(rows),), t))['z_hat'] for t in averaged_t_hat(walk.parts.config)]
     z = blended(torch.stack(every), share)
     return walk.z0[rows], z, decode(walk.parts, z)
 
 def by_reflection(walk: CachedWalk, rows: list[int], T: int, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    "The image continued at its borders before E, the reconstruction cut to its size."
+    """The image continued at its borders before E, the reconstruction cut to its size.
+
+    Gives z_0 and ẑ_0, [B,C,h,w], and x̂_0, [B,3,H,W] in [0,1]; share is not used."""
     p, x = walk.parts, walk.pixels(rows)
     z0 = encode(p, F.pad(x, (BORDER,)*4, mode='reflect'))
     z = reconstruct_latents(p, z0, torch.full((len(x),), T), noise_keys(x))
     b = (z.shape[-1] - walk.z0.shape[-1])//2
     return z0[..., b:-b, b:-b], z[..., b:-b, b:-b], decode(p, z)[..., BORDER:-BORDER, BORDER:-BORDER]
-
-def as_it_is(walk: CachedWalk, rows: list[int], T: int, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    "As the walk reconstructs."
-    z = walk.cached_latents(rows, torch.full((len(rows),), T))['z_hat']
-    return walk.z0[rows], z, decode(walk.parts, z)
 
 # %% ../nbs/19ac_alternatives.ipynb #e7e3cb69
 KINDS = {'in the mixture': {}, 'the diffusion alone': {'neighbour': 0.}}
@@ -141,7 +140,9 @@ def alternatives(
     n: int = N_DEFECTS,      # synthetic defects
     progress: bool = True
 ) -> dict[str, Any]:         # JSON; 'rows': what, settings, `gained`; 'rule': `gains`; 'grid': λ, λ_n, found
-    "What other maps of the same networks are worth, by synthetic defects in held-out images. Opens no test image."
+    """What other maps of the same networks are worth, by synthetic defects in held-out images. Opens no test image.
+
+    Raises AblationError for another method than DynAD, and for a run on tiles or with a region of interest."""
     model = checked_parts(model)
     chosen = model.config.fusion.choice == 'synthetic'
     # the rule of choice needs both references of f_map, an alternative only that of the preset
@@ -184,9 +185,13 @@ def alternatives_table(
 def left_out_table(
     results: Sequence[dict[str, Any]] # of `alternatives`, of at least two data sets
 ) -> pd.DataFrame:
-    "`leave_one_out` over the data sets of some runs. Raises LeftOutError for a single one."
+    """`leave_one_out` over the data sets of some runs, each number the mean of `found`, in [0,1].
+
+    Raises LeftOutError for a single set, and for runs of different settings or without a neighbour map."""
     grids: dict[str, list[dict[tuple[float, float], float]]] = {}
     for r in results: grids.setdefault(called(r), []).append({(l, k): v for l, k, v in r['grid']})
     prior = results[0]['prior']
+    if other := [called(r) for r in results if r['prior'] != prior]:
+        raise LeftOutError(f"{other[0]}: not the settings of {called(results[0])}; fit all with the same preset")
     rows = leave_one_out(grids, (prior['fusion.lam'], prior['fusion.neighbour']))
     return pd.DataFrame(rows).set_index('product')

@@ -16,8 +16,8 @@ from .config import DynadError
 from .paths import check_file, check_folder, echo, echo_json
 
 # %% auto #0
-__all__ = ['download', 'bench', 'bench_against', 'with_its_images', 'ablate', 'alternatives', 'print_rows', 'examine_data',
-           'doctor']
+__all__ = ['download', 'bench', 'data_of', 'bench_against', 'with_its_images', 'ablate', 'alternatives', 'print_rows',
+           'examine_data', 'doctor']
 
 # %% ../nbs/20e_cli_tools.ipynb #61778afa
 @app.command()
@@ -73,6 +73,15 @@ def bench(
                    f"load of the machine {result['machine']['load']}")
 
 # %% ../nbs/20e_cli_tools.ipynb #2c23ff8b
+def data_of(
+    model,           # an opened run
+    data: str | None # the data set where it was moved to; None: where it was
+):                   # -> AnomalyDataset, split as the run split it
+    "The data set that a run was fitted on. Raises DataError where it is not there."
+    from dynad.run_directory import fitted_dataset, split_seed
+    if not data: return fitted_dataset(model.info, model.config)
+    return dataset_of(data, 'auto', model.info['data']['category'], split_seed(model.info, model.config))
+
 def bench_against(run: Path | None, code: Path, data: str | None, images: int | None, turns: int,
                   json_file: Path | None, pairs: list[str] | None) -> None:
     "The comparison with the public code: tables, and JSON."
@@ -81,14 +90,11 @@ def bench_against(run: Path | None, code: Path, data: str | None, images: int | 
     from dynad import public_code as pc
     from dynad.values import parse_overrides
     from dynad.detector import DynAD
-    from dynad.run_directory import fitted_dataset, split_seed
     from dynad.store import atomic_write
     theirs, model = pc.public_code(code), DynAD.open(run, parse_overrides(pairs or []))
-    made = model.info['data']
-    at = dataset_of(data, 'auto', made['category'], split_seed(model.info, model.config)) if data else fitted_dataset(
-        model.info, model.config)
-    result = pc.against(theirs, model, pc.test_set(model, at, images), turns)
-    if json_file: atomic_write(json_file, json.dumps(result | {'run': str(run), 'data': made['name']}, indent=1))
+    result = pc.against(theirs, model, pc.test_set(model, data_of(model, data), images), turns)
+    named = {'run': str(run), 'data': model.info['data']['name']}
+    if json_file: atomic_write(json_file, json.dumps(result | named, indent=1))
     echo(pc.against_table(result).round(3).to_string(na_rep=''))
     echo(f'\nms of the processor per image\n{pc.stages_table(result).round(2).to_string()}')
     latent, maps = result['latent, largest difference'], result['rows']['exact']['map, largest difference']
@@ -100,14 +106,12 @@ def with_its_images(
     run: Path,       # of DynAD
     data: str | None # what it was fitted on, where that has moved
 ):                   # -> DynAD, AnomalyDataset
-    "A run whose parts can be changed, and its data set."
+    "A run whose parts can be changed, with its held-out images, and its data set. Raises AblationError, SpeedError."
     from dynad.ablation import checked_parts
     from dynad.method import open_run
-    from dynad.run_directory import fitted_dataset, split_seed
     from dynad.speed_modes import with_images
     model = checked_parts(open_run(run))
-    made, seed = model.info['data'], split_seed(model.info, model.config)
-    at = dataset_of(data, 'auto', made['category'], seed) if data else fitted_dataset(model.info, model.config)
+    at = data_of(model, data)
     return with_images(model, at), at
 
 @app.command()
@@ -149,7 +153,9 @@ def alternatives(
         if json_file: atomic_write(json_file, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False))
         for kind in A.KINDS: echo(f'{A.alternatives_table(results, kind).to_string()}\n')
         echo('points found, ± its error; *: larger than twice the error in every run')
-        if len({A.called(r) for r in results}) > 1: echo(f'\n{A.left_out_table(results).round(3).T.to_string()}')
+        if len({A.called(r) for r in results}) > 1:
+            try: echo(f'\n{A.left_out_table(results).round(3).T.to_string()}')
+            except A.LeftOutError as e: echo(f'no set could be left out: {e}')
 
 # %% ../nbs/20e_cli_tools.ipynb #92abb495
 def print_rows(rows: list[dict[str, str]]) -> None:

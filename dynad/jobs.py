@@ -16,9 +16,9 @@ import dynad
 from .config import content_key
 from .machine import gpu_count, own_gpu
 from .paths import move
-from dynad.runner import (
-    PROFILES, Job, RunnerError, check_notebook, data_folders, data_stamps, environment, job_parts, read_json, swap_folder,
-    why_not)
+from .runner import (
+    PROFILES, Job, RunnerError, check_notebook, data_folders, data_stamps, environment, job_parts, named_beside, read_json,
+    swap_folder, why_not)
 
 # %% auto #0
 __all__ = ['Outcome', 'log_event', 'own_roots', 'on_this_machine', 'run_job', 'local_workers', 'cluster', 'run_jobs',
@@ -126,8 +126,8 @@ def _check_result(job: Job, work: Path) -> str:
     from dynad.subjects import subjects
     planned, found = set(job.stamps['data']), {d['name'] for d in result['data']}
     # what a notebook names beside `data` is no stand-in for it
-    together = ','.join(result.get('parameters', {}).get('unified') or ())
-    beside = {s.name for s in subjects(together)} if together and planned <= found else set()
+    more = named_beside(result.get('parameters', {}))
+    beside = {s.name for s in subjects(more)} if more and planned <= found else set()
     other = [d['label'] for d in result['data'] if not d['real'] and d['name'] not in planned | beside]
     root = (job.roots or {}).get('DYNAD_DATA', 'DYNAD_DATA')
     return (f"ran on {', '.join(other)} instead of {job.data}: the images have gone since the batch was planned; "

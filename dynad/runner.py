@@ -24,8 +24,8 @@ from .provenance import folder_stamp, notebook_hash, source_hash, syntax_key
 # %% auto #0
 __all__ = ['PROFILES', 'SMALL_DATA', 'TRAINING', 'TIMEOUT', 'LONGEST', 'Profile', 'variants', 'find_target', 'read_json',
            'swap_folder', 'Job', 'job_parts', 'with_key', 'papers_folder', 'data_folders', 'environment', 'why_not',
-           'data_stamps', 'with_cost', 'plan', 'refuse_parameters', 'listing', 'outdated', 'committed_stamp',
-           'outdated_outputs']
+           'named_beside', 'data_stamps', 'with_cost', 'plan', 'refuse_parameters', 'listing', 'outdated',
+           'committed_stamp', 'outdated_outputs']
 
 # %% ../nbs/19c_runner.ipynb #83f0836a
 @dataclass(frozen=True)
@@ -235,11 +235,17 @@ def why_not(
     return what, _lacks(parameters['preset'], elsewhere)
 
 # %% ../nbs/19c_runner.ipynb #ace615ae
+def named_beside(
+    parameters: dict # of a notebook
+) -> str:            # as `data`; '': nothing
+    "What a notebook measures beside its data: the products of one network for several."
+    return ','.join(parameters.get('unified') or ())
+
 def data_stamps(parameters: dict, wanted: tuple[str, ...]) -> dict[str, Any]:
     "Stamps of the images of every subject, also of those that one network sees together, and of the weights."
-    found, together = [], ','.join(parameters.get('unified') or ())
-    for named in (parameters, *([{'data': together}] if together else [])):
-        with suppress(ConfigError): found += _found(named, wanted)
+    found = []
+    for data in (str(parameters['data']), named_beside(parameters)):
+        with suppress(ConfigError): found += _found({'data': data}, wanted) if data else []
     fixed = lambda s: s.source.startswith('synthetic:') or s.source == 'elpv'
     data = {s.name: s.source if fixed(s) else folder_stamp(Path(s.source)/(s.category or '')) for s in found}
     return dict(data=data, weights=folder_stamp(weights_root()))
